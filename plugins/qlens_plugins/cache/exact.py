@@ -1,0 +1,252 @@
+"""Exact cache: the same body from the same tenant gets the answer that was given before."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import orjson
+from attrs import Attribute, define, field, frozen
+from attrs.validators import ge, gt
+
+from qlens import Call, Gateway, Reply, Target, Usage, hookimpl
+
+_ENTRY_OVERHEAD = 1024
+"""What an entry takes besides its body: key, usage and the containers around them, measured and rounded up."""
+
+
+@frozen
+class Memory:
+    """Keeps answers in the memory of each process."""
+
+    kind: Literal["memory"] = "memory"
+    """The only kind there is so far."""
+    max_bytes: int = field(default=64 * 1024 * 1024, validator=ge(1))
+    """How much the answers may take; those not used for the longest time go first."""
+
+
+def _fits(config: ExactConfig, attribute: Attribute[int], max_entry_bytes: int) -> None:
+    if max_entry_bytes + _ENTRY_OVERHEAD > config.store.max_bytes:
+        raise ValueError(
+            f"an entry of {max_entry_bytes} bytes does not fit into store.max_bytes ({config.store.max_bytes}); "
+            f"lower it to {max(1, config.store.max_bytes - _ENTRY_OVERHEAD)} or raise max_bytes"
+        )
+
+
+@frozen
+class ExactConfig:
+    """Answers a call that was answered before for the same tenant, without asking a provider."""
+
+    store: Memory = field(factory=Memory)
+    """Where answers are kept."""
+    ttl_seconds: float = field(default=600, validator=gt(0))
+    """How old an answer may be."""
+    max_entry_bytes: int = field(default=1024 * 1024, validator=[ge(1), _fits])
+    """A larger answer is not kept."""
+
+
+@frozen
+class _Entry:
+    """An answer as it was given."""
+
+    body: bytes
+    usage: Usage | None
+    finish: str | None
+    target: Target | None
+    dialect: str
+    stored: float
+
+    @property
+    def size(self) -> int:
+        return len(self.body) + _ENTRY_OVERHEAD
+
+
+@define(eq=False)
+class _Shelf:
+    """Entries by key, the longest unused first, with their size in bytes."""
+
+    entries: OrderedDict[bytes, _Entry] = field(factory=OrderedDict)
+    size: int = 0
+
+    def get(self, key: bytes) -> _Entry | None:
+        entry = self.entries.get(key)
+        if entry is not None:
+            self.entries.move_to_end(key)
+        return entry
+
+    def put(self, key: bytes, entry: _Entry, max_bytes: int) -> None:
+        self.drop(key)
+        self.entries[key] = entry
+        self.size += entry.size
+        while self.size > max_bytes:
+            self.drop(next(iter(self.entries)))
+
+    def drop(self, key: bytes) -> None:
+        entry = self.entries.pop(key, None)
+        if entry is not None:
+            self.size -= entry.size
+
+
+@frozen
+class _Wishes:
+    """What the client says in its Cache-Control header (https://www.rfc-editor.org/rfc/rfc9111#section-5.2.1)."""
+
+    store: bool = True
+    use: bool = True
+    max_age: float = float("inf")
+
+
+@define(eq=False)
+class Exact:
+    """Looks answers up by a hash of everything that shapes them, the tenant first."""
+
+    config: ExactConfig
+    name: str
+    _gateway: Gateway = field(init=False, repr=False)
+    _shelf: _Shelf = field(factory=_Shelf, init=False, repr=False)
+    # The key is taken when the call is looked up: what is stored must answer what the client asked, even if something
+    # on the way to the provider edits the body.
+    _awaited: WeakKeyDictionary[Call, bytes] = field(factory=WeakKeyDictionary, init=False, repr=False)
+
+    Config = ExactConfig
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Take the clock and the metrics."""
+        self._gateway = gateway
+        yield
+
+    @hookimpl
+    def adopt(self, old: object) -> None:
+        """Keep the answers of the instance before; the new limits hold from the next look or entry on."""
+        assert isinstance(old, Exact)
+        self._shelf = old._shelf
+
+    @hookimpl
+    async def lookup(self, call: Call) -> Reply | None:
+        """Answer from memory, or ask for the provider's answer to be kept."""
+        wishes = _wishes(call.headers.get("cache-control", ""))
+        key = cache_key(call.known.tenant, call)
+        if wishes.use and (entry := self._fresh(key, wishes.max_age)):
+            call.cache = "hit"
+            self._count("hit")
+            return _reply(entry)
+        if wishes.use or wishes.store:
+            call.cache = "miss"
+        if wishes.store:
+            self._awaited[call] = key
+            call.keep = max(call.keep, self.config.max_entry_bytes)
+        self._count("miss" if wishes.use else "bypass")
+        return None
+
+    @hookimpl
+    async def store(self, call: Call, reply: Reply) -> None:
+        """Keep a complete answer of the call's own model."""
+        key = self._awaited.pop(call, None)
+        if key is None or not self._is_worth_keeping(call, reply):
+            return
+        assert reply.body is not None
+        now = self._gateway.clock.monotonic()
+        entry = _Entry(reply.body, reply.usage, reply.finish, reply.target, reply.dialect, now)
+        self._shelf.put(key, entry, self.config.store.max_bytes)
+        self._show_size()
+
+    @hookimpl
+    def explain(self, call: Call) -> list[str]:
+        """Say under which key the answer is looked up."""
+        key = cache_key(call.known.tenant, call).hex()
+        return [f"looks for an answer under {key[:16]}..., and keeps a new one for {self.config.ttl_seconds:g} s"]
+
+    def _fresh(self, key: bytes, max_age: float) -> _Entry | None:
+        entry = self._shelf.get(key)
+        if entry is None:
+            return None
+        age = self._gateway.clock.monotonic() - entry.stored
+        if age > self.config.ttl_seconds:
+            self._shelf.drop(key)
+            self._show_size()
+            return None
+        return entry if age <= max_age else None
+
+    def _is_worth_keeping(self, call: Call, reply: Reply) -> bool:
+        if reply.status != 200 or not reply.complete or reply.body is None:
+            return False
+        # A fallback's answer stands in while the model is down; kept, it would outlive the trouble.
+        if reply.target is not None and call.model is not None and reply.target.public != call.model.name:
+            return False
+        return len(reply.body) <= self.config.max_entry_bytes
+
+    def _count(self, result: str) -> None:
+        self._gateway.metrics.counter(
+            "qlens_cache_lookups_total", "Calls looked up in a cache: hit, miss, bypass.", ("cache", "result")
+        ).labels(self.name, result).inc()
+
+    def _show_size(self) -> None:
+        self._gateway.metrics.gauge("qlens_cache_bytes", "What a cache's answers take.", ("cache",)).labels(
+            self.name
+        ).set(self._shelf.size)
+
+
+def cache_key(tenant: str, call: Call) -> bytes:
+    """The one way to name an answer: tenant, operation, model with its targets, and the whole body.
+
+    The body counts without `stream` and `stream_options`: the core turns one form of an answer into the other.
+    """
+    digest = hashlib.sha256()
+    for part in (tenant.encode(), call.operation.name.encode(), _canonical(_model(call)), _canonical(_asked(call))):
+        # With its length before it, no part can pass for the end of another.
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
+    return digest.digest()
+
+
+def _asked(call: Call) -> dict[str, object]:
+    return {name: value for name, value in call.body.items() if name not in {"stream", "stream_options"}}
+
+
+def _model(call: Call) -> list[object]:
+    """The model and what stands behind it, so that a changed configuration does not give old answers."""
+    if call.model is None:
+        return [call.asked_model]
+    targets = [[t.provider, t.model, t.base_model, t.region, t.params] for t in call.model.candidates]
+    return [call.asked_model, call.model.name, targets]
+
+
+def _canonical(value: object) -> bytes:
+    return orjson.dumps(value, default=_plain, option=orjson.OPT_SORT_KEYS)
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _wishes(cache_control: str) -> _Wishes:
+    if not cache_control:
+        return _Wishes()
+    directives = {part.strip().lower() for part in cache_control.split(",")}
+    ages = [int(match[1]) for part in directives if (match := re.fullmatch(r'max-age="?(\d{1,9})"?', part))]
+    return _Wishes(
+        store="no-store" not in directives,
+        use="no-cache" not in directives,
+        max_age=min(ages, default=float("inf")),
+    )
+
+
+def _reply(entry: _Entry) -> Reply:
+    # No header and no id of the upstream's: they belonged to the call that was answered first.
+    return Reply(
+        body=entry.body,
+        usage=entry.usage,
+        finish=entry.finish,
+        target=entry.target,
+        dialect=entry.dialect,
+        complete=True,
+    )

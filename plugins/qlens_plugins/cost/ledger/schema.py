@@ -1,0 +1,150 @@
+"""The ledger's SQLite database: its tables, its versions, and how to open it."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from pathlib import Path
+from urllib.parse import quote
+
+from qlens import StartupError
+
+APPLICATION = 0x514C6E73
+"""Marks a database as a QLens ledger, so that no other program's tables are ever touched."""
+BUSY_SECONDS = 1.0
+"""How long SQLite itself waits for another writer, before the ledger's own retries."""
+
+MIGRATIONS = (
+    """
+    CREATE TABLE receipts (
+        id TEXT PRIMARY KEY,
+        wall_ns INTEGER NOT NULL,
+        day TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        project TEXT,
+        key_id TEXT,
+        subject TEXT NOT NULL,
+        operation TEXT NOT NULL,
+        model TEXT,
+        provider TEXT,
+        upstream_model TEXT,
+        outcome TEXT NOT NULL,
+        status INTEGER NOT NULL,
+        error TEXT,
+        streamed INTEGER NOT NULL,
+        cache TEXT NOT NULL,
+        input INTEGER NOT NULL,
+        cached_input INTEGER NOT NULL,
+        cache_write_5m INTEGER NOT NULL,
+        cache_write_1h INTEGER NOT NULL,
+        output INTEGER NOT NULL,
+        reasoning INTEGER NOT NULL,
+        audio_in INTEGER NOT NULL,
+        audio_out INTEGER NOT NULL,
+        meters TEXT NOT NULL,
+        usage_source TEXT NOT NULL,
+        tier TEXT,
+        cost_picos INTEGER,
+        cost_state TEXT NOT NULL,
+        price_id TEXT,
+        saved_picos INTEGER NOT NULL,
+        ttft_us INTEGER,
+        total_us INTEGER NOT NULL,
+        overhead_us INTEGER NOT NULL,
+        bytes_out INTEGER NOT NULL,
+        config_version TEXT NOT NULL,
+        tags TEXT NOT NULL,
+        attempts TEXT NOT NULL
+    );
+    CREATE INDEX receipts_by_day ON receipts (day, tenant, model);
+    CREATE INDEX receipts_by_tenant ON receipts (tenant, day);
+    CREATE TABLE rejections (
+        day TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        operation TEXT NOT NULL,
+        model TEXT NOT NULL,
+        status INTEGER NOT NULL,
+        error TEXT NOT NULL,
+        calls INTEGER NOT NULL,
+        PRIMARY KEY (day, tenant, operation, model, status, error)
+    ) WITHOUT ROWID;
+    CREATE TABLE writers (
+        id TEXT PRIMARY KEY,
+        batch INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    """,
+)
+"""What each version adds. A released one is never edited: a change is a new entry at the end."""
+
+# These mean that the path or the file is wrong, and that waiting will not mend it.
+_HOPELESS = {
+    sqlite3.SQLITE_NOTADB: "is no SQLite database",
+    sqlite3.SQLITE_CORRUPT: "is damaged",
+    sqlite3.SQLITE_CANTOPEN: "cannot be opened",
+    sqlite3.SQLITE_READONLY: "cannot be written",
+    sqlite3.SQLITE_PERM: "cannot be opened",
+}
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """Open the ledger for writing, and create or upgrade its tables.
+
+    Raises StartupError for what an operator must mend, sqlite3.Error for what may pass (locked, disk full).
+    """
+    if not path.parent.is_dir():
+        raise StartupError(f"ledger: the folder {path.parent} does not exist; create it, or change `url`")
+    try:
+        # Autocommit: every transaction here begins and ends in plain sight.
+        database = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+        try:
+            _prepare(database, path)
+        except BaseException:
+            database.close()
+            raise
+    except sqlite3.Error as error:
+        problem = _HOPELESS.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
+        if problem is None:
+            raise
+        raise StartupError(f"ledger: {path} {problem} ({error}); name another file in `url`, or mend it") from error
+    return database
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open the ledger beside its writer; nothing can be changed through this connection."""
+    return sqlite3.connect(f"file:{quote(os.fspath(path))}?mode=ro", uri=True, timeout=10, isolation_level=None)
+
+
+def _prepare(database: sqlite3.Connection, path: Path) -> None:
+    _check(database, path)
+    database.execute("PRAGMA journal_mode = WAL")
+    # FULL: what is written survives a power cut. It costs one fsync a batch, on the writer's own thread.
+    database.execute("PRAGMA synchronous = FULL")
+    if _number(database, "user_version") == len(MIGRATIONS):
+        return
+    database.execute("BEGIN IMMEDIATE")
+    # Another gateway may have upgraded the file while this one waited.
+    _check(database, path)
+    for version in range(_number(database, "user_version"), len(MIGRATIONS)):
+        for statement in MIGRATIONS[version].split(";"):
+            database.execute(statement)
+        database.execute(f"PRAGMA user_version = {version + 1}")
+    database.execute(f"PRAGMA application_id = {APPLICATION}")
+    database.execute("COMMIT")
+
+
+def _check(database: sqlite3.Connection, path: Path) -> None:
+    """Raise StartupError unless the file is empty or a ledger of a known version."""
+    if _number(database, "application_id") != APPLICATION:
+        if database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            raise StartupError(f"ledger: {path} is the database of another program; name another file in `url`")
+        return
+    version = _number(database, "user_version")
+    if version > len(MIGRATIONS):
+        raise StartupError(
+            f"ledger: {path} has version {version}, this QLens knows up to version {len(MIGRATIONS)}; "
+            "upgrade QLens, or name another file in `url`"
+        )
+
+
+def _number(database: sqlite3.Connection, pragma: str) -> int:
+    return int(database.execute(f"PRAGMA {pragma}").fetchone()[0])

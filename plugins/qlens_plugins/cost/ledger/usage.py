@@ -1,0 +1,242 @@
+"""The command `qlens usage`: what was used and what it cost, read beside a gateway that runs."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sqlite3
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+from attrs import define, frozen
+
+from qlens import usd
+from qlens_plugins.cost.columns import aligned
+from qlens_plugins.cost.ledger import schema
+
+HELP = "Show calls, tokens and cost from the ledger, by tenant, model, day and more."
+COLUMNS = {
+    "tenant": "tenant",
+    "project": "project",
+    "key": "key_id",
+    "operation": "operation",
+    "model": "model",
+    "provider": "provider",
+    "outcome": "outcome",
+    "day": "day",
+}
+"""What usage can be grouped by, and the column of the receipts."""
+REJECTION_COLUMNS = {"tenant": "tenant", "operation": "operation", "model": "model", "day": "day"}
+"""What of it is known of a refused call."""
+
+_PROMPT = "input + cached_input + cache_write_5m + cache_write_1h + audio_in"
+_COMPLETION = "output + reasoning + audio_out"
+_HALF = 10**9
+
+
+@frozen
+class Question:
+    """What is asked of the ledger."""
+
+    by: tuple[str, ...]
+    since: date | None = None
+    until: date | None = None
+    tenant: str | None = None
+    model: str | None = None
+
+    def where(self) -> tuple[str, list[str]]:
+        """The condition in SQL and its values; the columns it names are in both tables."""
+        asked: dict[str, str | None] = {
+            "day >= ?": self.since.isoformat() if self.since else None,
+            "day <= ?": self.until.isoformat() if self.until else None,
+            "tenant = ?": self.tenant,
+            "model = ?": self.model,
+        }
+        values = {condition: value for condition, value in asked.items() if value is not None}
+        return " AND ".join(values) or "1", list(values.values())
+
+
+@define
+class Sums:
+    """What a group of calls used and cost."""
+
+    calls: int = 0
+    rejected: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    cost_picos: int = 0
+    saved_picos: int = 0
+    estimated: int = 0
+    unpriced: int = 0
+
+    def add(self, other: Sums) -> None:
+        """Put another group into this one."""
+        self.calls += other.calls
+        self.rejected += other.rejected
+        self.prompt += other.prompt
+        self.cached += other.cached
+        self.completion += other.completion
+        self.cost_picos += other.cost_picos
+        self.saved_picos += other.saved_picos
+        self.estimated += other.estimated
+        self.unpriced += other.unpriced
+
+    @property
+    def cost_usd(self) -> str | None:
+        """What the priced calls cost; None when there are only others: that is not 0."""
+        return None if self.calls and self.calls == self.unpriced else usd(self.cost_picos)
+
+
+Group = tuple[str | None, ...]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "--by",
+        type=_names,
+        default=("tenant", "model"),
+        metavar="NAMES",
+        help=f"group by these, separated by commas: {', '.join(COLUMNS)} (default: tenant,model)",
+    )
+    parser.add_argument("--since", type=_day, metavar="DAY", help="first day, YYYY-MM-DD in UTC")
+    parser.add_argument("--until", type=_day, metavar="DAY", help="last day, YYYY-MM-DD in UTC")
+    parser.add_argument("--tenant", help="only this tenant")
+    parser.add_argument("--model", help="only this model, by its public name")
+    parser.add_argument("--json", action="store_true", help="print JSON; money as decimal text")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in COLUMNS:
+            raise argparse.ArgumentTypeError(f"cannot group by {name!r}; known: {', '.join(COLUMNS)}")
+    return names
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no day; write YYYY-MM-DD") from None
+
+
+async def run(path: Path, args: argparse.Namespace) -> int:
+    """Answer the command; 1 when the ledger cannot be read."""
+    question = Question(args.by, args.since, args.until, args.tenant, args.model)
+    try:
+        groups = await asyncio.to_thread(read, path, question)
+    except sqlite3.Error as error:
+        sys.stderr.write(f"qlens: the ledger {path} cannot be read: {error}\n")
+        return 1
+    sys.stdout.write(_as_json(question, groups) if args.json else _as_text(question, groups))
+    return 0
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+
+def read(path: Path, question: Question) -> dict[Group, Sums]:
+    """Ask the ledger; groups in order."""
+    database = schema.connect_to_read(path)
+    try:
+        # One transaction: both answers are of the same moment.
+        database.execute("BEGIN")
+        groups = dict(_receipts(database, question))
+        for group, sums in _rejections(database, question):
+            groups.setdefault(group, Sums()).add(sums)
+    finally:
+        database.close()
+    return dict(sorted(groups.items(), key=lambda item: [(name is not None, name or "") for name in item[0]]))
+
+
+def _receipts(database: sqlite3.Connection, question: Question) -> Iterable[tuple[Group, Sums]]:
+    columns = [COLUMNS[name] for name in question.by]
+    summed = (_PROMPT, "cached_input", _COMPLETION, "ifnull(cost_picos, 0)", "saved_picos")
+    where, values = question.where()
+    found = database.execute(
+        f"SELECT {', '.join(columns)}, {', '.join(map(_sum, summed))}, "  # noqa: S608 - only names from above
+        "count(*), sum(cost_picos IS NOT NULL AND cost_state = 'estimated'), sum(cost_picos IS NULL) "
+        f"FROM receipts WHERE {where} GROUP BY {', '.join(columns)}",
+        values,
+    )
+    width = len(columns)
+    for row in found:
+        halves = row[width : width + 2 * len(summed)]
+        prompt, cached, completion, cost, saved = (
+            high * _HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)
+        )
+        calls, estimated, unpriced = row[width + 2 * len(summed) :]
+        yield row[:width], Sums(calls, 0, prompt, cached, completion, cost, saved, estimated, unpriced)
+
+
+def _sum(term: str) -> str:
+    # SQLite's sum() fails beyond 64 bits, which money in picodollars reaches at 9.2 million USD: sum in two halves.
+    return f"sum(({term}) / {_HALF}), sum(({term}) % {_HALF})"
+
+
+def _rejections(database: sqlite3.Connection, question: Question) -> Iterable[tuple[Group, Sums]]:
+    known = [_known(name) for name in question.by]
+    where, values = question.where()
+    found = database.execute(
+        f"SELECT {', '.join(known)}, sum(calls) FROM rejections WHERE {where} "  # noqa: S608 - only names from above
+        f"GROUP BY {', '.join(str(place + 1) for place in range(len(known)))}",
+        values,
+    )
+    for row in found:
+        yield row[:-1], Sums(rejected=row[-1])
+
+
+def _known(name: str) -> str:
+    if name == "outcome":
+        return "'rejected'"
+    # Counts have no NULL, so that they can be found again: there nothing is an empty text.
+    return f"nullif({REJECTION_COLUMNS[name]}, '')" if name in REJECTION_COLUMNS else "NULL"
+
+
+# --- showing -----------------------------------------------------------------------------------
+
+
+def _as_json(question: Question, groups: dict[Group, Sums]) -> str:
+    rows = [{**dict(zip(question.by, group, strict=True)), **_values(sums)} for group, sums in groups.items()]
+    return json.dumps({"by": question.by, "rows": rows, "total": _values(_total(groups))}, indent=2) + "\n"
+
+
+def _values(sums: Sums) -> dict[str, int | str | None]:
+    return {
+        "calls": sums.calls,
+        "rejected": sums.rejected,
+        "prompt_tokens": sums.prompt,
+        "cached_tokens": sums.cached,
+        "completion_tokens": sums.completion,
+        "cost_usd": sums.cost_usd,
+        "estimated_calls": sums.estimated,
+        "unpriced_calls": sums.unpriced,
+        "saved_usd": usd(sums.saved_picos),
+    }
+
+
+def _total(groups: dict[Group, Sums]) -> Sums:
+    total = Sums()
+    for sums in groups.values():
+        total.add(sums)
+    return total
+
+
+def _as_text(question: Question, groups: dict[Group, Sums]) -> str:
+    if not groups:
+        return "no calls\n"
+    heads = [name.upper() for name in (*question.by, *_values(Sums()))]
+    lines = [_cells(group, sums) for group, sums in groups.items()]
+    if len(lines) > 1:
+        lines.append(_cells(("total", *([""] * (len(question.by) - 1))), _total(groups)))
+    return aligned([heads, *lines])
+
+
+def _cells(group: Sequence[str | None], sums: Sums) -> list[str]:
+    values = (*group, *_values(sums).values())
+    return ["-" if value is None else str(value) for value in values]

@@ -1,0 +1,5 @@
+"""Prices every call exactly from a table; what has no row is unpriced, never free."""
+
+from qlens_plugins.cost.prices.plugin import Prices, PricesConfig
+
+__all__ = ["Prices", "PricesConfig"]

@@ -1,0 +1,203 @@
+"""Prices every call exactly from a table; what has no row is unpriced, never free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, field, frozen, validators
+
+from qlens import (
+    Call,
+    Command,
+    Cost,
+    Health,
+    InvalidRequest,
+    Model,
+    StartupError,
+    Target,
+    Usage,
+    hookimpl,
+    read_yaml,
+    usd,
+)
+from qlens_plugins.cost.prices import listing
+from qlens_plugins.cost.prices.book import Book, Sheet
+from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
+
+if TYPE_CHECKING:
+    from attrs import Attribute
+
+    from qlens import Gateway
+
+log = logging.getLogger("qlens.prices")
+
+Seen = tuple[int, int, int] | None
+"""What tells one state of a file from the next: inode, size, time of change; None: it is not there."""
+
+
+def _unique(config: object, attribute: Attribute[Any], rows: tuple[PriceRow, ...]) -> None:
+    no_duplicates(rows)
+
+
+@frozen
+class PriceFile:
+    """A price table in a file of its own."""
+
+    table: tuple[PriceRow, ...] = field(validator=_unique)
+    """The rows."""
+
+
+@frozen
+class PricesConfig:
+    """Prices every call exactly from a table; what has no row is unpriced, never free."""
+
+    file: Path | None = None
+    """YAML file with a key `table` like the one here; it is read again when it changes."""
+    table: tuple[PriceRow, ...] = field(default=(), validator=_unique)
+    """Price rows; one replaces the row of `file` for the same provider, model and `above_prompt_tokens`."""
+    strict: bool = False
+    """Refuse calls for a model when one of its targets or fallbacks has no row."""
+    reload_seconds: float = field(default=5, validator=validators.gt(0))
+    """How often `file` is looked at for changes."""
+
+
+@define(eq=False)
+class Prices:
+    """The plugin: keeps the table, follows its file, and prices usages."""
+
+    config: PricesConfig
+    name: str
+    _book: Book | None = field(default=None, init=False)
+    _seen: Seen = field(default=None, init=False)
+    _problem: str | None = field(default=None, init=False)
+    """Why the file's newest state is not in use."""
+    _gateway: Gateway | None = field(default=None, init=False)
+
+    Config = PricesConfig
+
+    @property
+    def book(self) -> Book:
+        """The table in use. It is read when first asked for; a gateway that serves has read it before."""
+        if self._book is None:
+            self._read()
+        assert self._book is not None
+        return self._book
+
+    def _read(self) -> None:
+        """Take the rows from file and configuration; raises StartupError when the file is faulty."""
+        rows: tuple[PriceRow, ...] = ()
+        if self.config.file is not None:
+            self._seen = _state(self.config.file)
+            rows = read_yaml(self.config.file, PriceFile).table
+        self._book = Book.of(rows, self.config.table)
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Read the table, then follow its file."""
+        self._gateway = gateway
+        await asyncio.to_thread(self._read)
+        if not self.book.rows:
+            log.warning("%s: the price table is empty: all calls are unpriced; give `file` or `table`", self.name)
+        following = asyncio.create_task(self._follow(), name="follow prices")
+        try:
+            yield
+        finally:
+            following.cancel()
+            await asyncio.wait({following})
+
+    async def _follow(self) -> None:
+        while self.config.file is not None:
+            await asyncio.sleep(self.config.reload_seconds)
+            await asyncio.to_thread(self._refresh, self.config.file)
+
+    def _refresh(self, file: Path) -> None:
+        """Read the file again if it changed; a faulty one leaves the table as it is."""
+        if _state(file) == self._seen:
+            return
+        try:
+            self._read()
+        except StartupError as error:
+            self._problem = str(error)
+            log.error("%s: the price table stays as it is: %s", self.name, error)
+        else:
+            self._problem = None
+            log.info("%s: read %d rows from %s", self.name, len(self.book.rows), file)
+
+    @hookimpl
+    def price(self, call: Call, target: Target, usage: Usage) -> Cost | None:
+        """What a usage costs by the most specific row; None when there is none, or it lacks a price that is needed."""
+        sheet = self._sheet(target)
+        if sheet is None:
+            return None
+        return sheet.bound(usage) if usage is call.bound else sheet.cost(usage)
+
+    @hookimpl
+    async def admit(self, call: Call) -> None:
+        """Refuse what could not be priced, when the table is strict."""
+        if not self.config.strict or call.model is None or call.bound_cost.picos is not None:
+            return
+        if all(
+            self.book.find(target.provider, target.base_model or target.model) for target in self._targets(call.model)
+        ):
+            return
+        raise InvalidRequest(
+            f"The model `{call.model.name}` has no price, and this gateway refuses calls that it cannot price. "
+            "Its operator can add a row to the price table: `qlens prices` shows what is missing.",
+            param="model",
+            code="model_unpriced",
+        )
+
+    def _sheet(self, target: Target) -> Sheet | None:
+        return self.book.find(target.provider, target.base_model or target.model)
+
+    def _targets(self, model: Model) -> Iterable[Target]:
+        """All that a call for a model may be sent to."""
+        yield from model.candidates
+        names = dict.fromkeys(name for names in model.fallbacks.values() for name in names)
+        for name in names:
+            fallback = self._gateway.models.resolve(name) if self._gateway is not None else None
+            yield from fallback.candidates if fallback is not None else ()
+
+    @hookimpl
+    def explain(self, call: Call) -> Iterable[str]:
+        """The row of each target, and how the most a call can cost comes about."""
+        for target in call.model.candidates if call.model is not None else ():
+            cost = self.price(call, target, call.bound)
+            where = f"{target.provider}/{target.base_model or target.model}"
+            if cost is None or cost.picos is None:
+                yield f"{where}: UNPRICED, no row has a price for all it can use"
+                continue
+            sum_ = " + ".join(f"{quantity} {meter} x {usd(each)}" for meter, quantity, each in cost.lines)
+            yield f"{where}: row {cost.price_id}, at most {sum_ or 0} = {usd(cost.picos)} USD"
+
+    @hookimpl
+    def health(self) -> Health:
+        """Whether the file's newest state is in use."""
+        if self._problem is not None:
+            return Health(False, f"the price table is not the file's newest: {self._problem}")
+        return Health(True, f"{len(self.book.rows)} rows")
+
+    @hookimpl
+    def commands(self) -> Iterable[Command]:
+        """`qlens prices`."""
+
+        async def run(gateway: Gateway, args: Any) -> int:
+            listing.show(self.book, gateway.models, as_json=args.json)
+            return 0
+
+        yield Command("prices", listing.HELP, listing.add_arguments, run)
+
+
+def _state(file: Path) -> Seen:
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -1,0 +1,116 @@
+"""OpenAI itself, and every server that speaks its API."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen, validators
+
+from qlens import (
+    Deadlines,
+    Gateway,
+    Outgoing,
+    Reply,
+    Secret,
+    Target,
+    Upstream,
+    header_value,
+    hookimpl,
+    http_url,
+    post_openai,
+)
+
+if TYPE_CHECKING:
+    from attrs import Attribute
+
+PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+_OURS = {
+    *("accept", "accept-encoding", "authorization", "connection", "content-encoding", "content-length"),
+    *("content-type", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
+}
+
+
+def _extra_headers(_config: object, attribute: Attribute[Mapping[str, Secret]], value: Mapping[str, Secret]) -> None:
+    for name, secret in value.items():
+        if not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a header: letters, digits and hyphens")
+        if name.lower() in _OURS:
+            raise ValueError(f"{name!r} is set by the gateway itself: remove it")
+        header_value(None, attribute, secret)
+
+
+@frozen
+class OpenAIConfig:
+    """Sends calls to OpenAI, or to any server with an OpenAI-compatible API (vLLM, llama.cpp, Ollama, ...)."""
+
+    base_url: str = field(default="https://api.openai.com/v1", validator=http_url)
+    """The address in front of `/chat/completions`, as an SDK wants it: usually it ends in `/v1`."""
+    api_key: Secret | None = field(default=None, validator=header_value)
+    """Sent as `Authorization: Bearer`; leave it out for servers that want none."""
+    organization: str | None = field(default=None, validator=header_value)
+    """Sent as `OpenAI-Organization`."""
+    project: str | None = field(default=None, validator=header_value)
+    """Sent as `OpenAI-Project`."""
+    headers: Mapping[str, Secret] = field(factory=dict, hash=False, validator=_extra_headers)
+    """More headers for every request."""
+    stream_options: bool = True
+    """Ask streams for their usage; false for servers that refuse the field `stream_options`."""
+    connect_seconds: float = field(default=5.0, validator=validators.gt(0))
+    """How long a connection may take to open."""
+    first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
+    """How long the server may think before the first byte of its answer."""
+    idle_seconds: float = field(default=60.0, validator=validators.gt(0))
+    """How long the server may pause within its answer."""
+
+
+@define(eq=False)
+class OpenAI:
+    """Sends a call as it is, with the gateway's own credential."""
+
+    config: OpenAIConfig
+    name: str
+    _http: Upstream | None = field(default=None, init=False, repr=False)
+    _headers: Mapping[str, str] = field(init=False, repr=False)
+    _deadlines: Deadlines = field(init=False, repr=False)
+
+    Config = OpenAIConfig
+
+    def __attrs_post_init__(self) -> None:
+        config = self.config
+        named = {
+            "authorization": f"Bearer {config.api_key.reveal()}" if config.api_key else None,
+            "openai-organization": config.organization,
+            "openai-project": config.project,
+        }
+        extra = {name.lower(): secret.reveal() for name, secret in config.headers.items()}
+        self._headers = {**{name: value for name, value in named.items() if value}, **extra}
+        self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+
+    def dialects(self, target: Target) -> tuple[str, ...]:
+        """The dialects spoken for a target."""
+        return tuple(PATHS)
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Take the gateway's connections."""
+        self._http = gateway.http
+        yield
+
+    @hookimpl
+    async def send(self, outgoing: Outgoing) -> Reply:
+        """Post the body to the path of its dialect."""
+        assert self._http is not None, "the lifespan is not open"
+        return await post_openai(
+            self._http,
+            self.config.base_url.rstrip("/") + PATHS[outgoing.dialect],
+            headers=self._headers,
+            outgoing=outgoing,
+            deadlines=self._deadlines,
+            ask_usage=self.config.stream_options,
+        )

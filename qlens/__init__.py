@@ -1,0 +1,154 @@
+"""QLens: an LLM gateway whose every stage is a plugin. This is all that a plugin author may import."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from qlens.call import (
+        FREE,
+        UNPRICED,
+        Attempt,
+        Call,
+        Caller,
+        Cost,
+        Limit,
+        Model,
+        Outgoing,
+        Receipt,
+        Reply,
+        Target,
+    )
+    from qlens.config import Secret, Url
+    from qlens.config.aside import read_yaml
+    from qlens.errors import (
+        Blocked,
+        CallError,
+        CallTimedOut,
+        ConfigError,
+        Fault,
+        Forbidden,
+        InvalidRequest,
+        ModelNotFound,
+        PluginFailed,
+        QuotaExceeded,
+        RateLimited,
+        StartupError,
+        Unauthenticated,
+        Unavailable,
+        UpstreamAuth,
+        UpstreamError,
+        UpstreamInvalid,
+        UpstreamLimited,
+        UpstreamModelMissing,
+        UpstreamRejected,
+        UpstreamTimedOut,
+        UpstreamTruncated,
+        UpstreamUnavailable,
+        UpstreamUnreachable,
+    )
+    from qlens.exchange import Mend, post_openai
+    from qlens.gateway import Gateway
+    from qlens.hookspecs import hookimpl
+    from qlens.money import picos, usd
+    from qlens.provider_errors import error_from
+    from qlens.registry import Command, Endpoint, Health
+    from qlens.upstream import Answer, Deadlines, Upstream, header_value, http_url
+    from qlens.usage import NO_USAGE, Usage
+
+# Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
+_HOMES = {
+    "qlens.call": ("Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED"),
+    "qlens.config": "Secret Url",
+    "qlens.config.aside": "read_yaml",
+    "qlens.errors": (
+        "Blocked CallError CallTimedOut ConfigError Fault Forbidden InvalidRequest ModelNotFound PluginFailed "
+        "QuotaExceeded RateLimited StartupError Unauthenticated Unavailable UpstreamAuth UpstreamError UpstreamInvalid "
+        "UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated UpstreamUnavailable "
+        "UpstreamUnreachable"
+    ),
+    "qlens.exchange": "Mend post_openai",
+    "qlens.gateway": "Gateway",
+    "qlens.hookspecs": "hookimpl",
+    "qlens.money": "picos usd",
+    "qlens.provider_errors": "error_from",
+    "qlens.registry": "Command Endpoint Health",
+    "qlens.upstream": "Answer Deadlines Upstream header_value http_url",
+    "qlens.usage": "NO_USAGE Usage",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "FREE",
+    "NO_USAGE",
+    "UNPRICED",
+    "Answer",
+    "Attempt",
+    "Blocked",
+    "Call",
+    "CallError",
+    "CallTimedOut",
+    "Caller",
+    "Command",
+    "ConfigError",
+    "Cost",
+    "Deadlines",
+    "Endpoint",
+    "Fault",
+    "Forbidden",
+    "Gateway",
+    "Health",
+    "InvalidRequest",
+    "Limit",
+    "Mend",
+    "Model",
+    "ModelNotFound",
+    "Outgoing",
+    "PluginFailed",
+    "QuotaExceeded",
+    "RateLimited",
+    "Receipt",
+    "Reply",
+    "Secret",
+    "StartupError",
+    "Target",
+    "Unauthenticated",
+    "Unavailable",
+    "Upstream",
+    "UpstreamAuth",
+    "UpstreamError",
+    "UpstreamInvalid",
+    "UpstreamLimited",
+    "UpstreamModelMissing",
+    "UpstreamRejected",
+    "UpstreamTimedOut",
+    "UpstreamTruncated",
+    "UpstreamUnavailable",
+    "UpstreamUnreachable",
+    "Url",
+    "Usage",
+    "__version__",
+    "error_from",
+    "header_value",
+    "hookimpl",
+    "http_url",
+    "picos",
+    "post_openai",
+    "read_yaml",
+    "usd",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlens' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

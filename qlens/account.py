@@ -1,0 +1,229 @@
+"""A call's account: opened when it is authenticated, settled exactly once, by whatever exit it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from attrs import define, evolve, field
+
+from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
+from qlens.errors import Blocked, CallError, QuotaExceeded
+from qlens.metering import Meter
+from qlens.usage import NO_USAGE, together
+
+if TYPE_CHECKING:
+    from qlens.pipeline import Pipeline
+
+log = logging.getLogger("qlens")
+
+CLIENT_CLOSED = 499
+"""The status of a call whose client left, as nginx logs it; nobody receives it."""
+
+
+class ClientLeft(Exception):
+    """The client closed its connection before it had the whole answer."""
+
+
+def run_apart(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Start a task of its own, which goes on when whoever waits for it is cancelled."""
+    if sys.version_info >= (3, 12):
+        # Runs at once up to its first wait: work that never waits costs no turn of the loop.
+        return asyncio.Task(work, loop=asyncio.get_running_loop(), eager_start=True)
+    return asyncio.get_running_loop().create_task(work)
+
+
+@define(eq=False)
+class Account:
+    """What a call holds, tries and owes. `async with` it: leaving settles."""
+
+    pipeline: Pipeline
+    call: Call
+    timed_out: Callable[[], bool]
+    """Whether a cancellation is the call's own deadline."""
+    admitted: bool = False
+    holds: dict[str, object] = field(factory=dict)
+    """What each plugin reserved, by instance."""
+    reply: Reply | None = None
+    """What the client gets."""
+    source: Reply | None = None
+    """What the cache or the provider gave; a guard may have put another reply in front."""
+    meter: Meter | None = None
+    first_byte: float | None = None
+    bytes_out: int = 0
+    delivered: bool = False
+    """Whether the client was handed the whole answer."""
+
+    async def __aenter__(self) -> Account:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        finishing = run_apart(self._finish(error))
+        if finishing.done():
+            return
+        self.pipeline.settling.add(finishing)
+        finishing.add_done_callback(self.pipeline.settling.discard)
+        await asyncio.shield(finishing)
+
+    async def _finish(self, error: BaseException | None) -> None:
+        for reply in (self.reply, self.source):
+            try:
+                if reply is not None:
+                    await reply.aclose()
+            except Exception:
+                log.exception("call %s: closing the upstream failed", self.call.id)
+        await self.pipeline.settle(self, self._receipt(error))
+
+    def open(self, reply: Reply) -> None:
+        """Take charge of a reply: it is closed with the account, whoever stands in front of it."""
+        self.reply = self.source = reply
+
+    # --- attempts ------------------------------------------------------------------------------
+
+    def begin(self, target: Target) -> int:
+        """Note that a target is asked from now on; returns the attempt's place."""
+        attempts = self.call.attempts
+        attempts.append(Attempt(len(attempts) + 1, target, time.monotonic()))
+        if self.call.attempts_left is not None:
+            self.call.attempts_left -= 1
+        return len(attempts) - 1
+
+    def failed(self, place: int, error: str, status: int | None = None, retry_after: float | None = None) -> None:
+        """Note that an attempt ended without an answer; it is not billed."""
+        self._note(place, ended=time.monotonic(), error=error, status=status, retry_after=retry_after)
+
+    def answered(self, place: int, reply: Reply, meter: Meter | None) -> None:
+        """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
+        now = time.monotonic()
+        self.open(reply)
+        self.meter = meter
+        self._note(place, first_byte=now, status=reply.status, upstream_id=reply.upstream_id, billed=True)
+        if meter is None:
+            usage = reply.usage or NO_USAGE
+            cost = self.pipeline.cost(self.call, self.call.attempts[place].target, usage)
+            self._note(place, ended=now, usage=usage, cost=cost)
+
+    def _note(self, place: int, **changes: Any) -> None:
+        self.call.attempts[place] = evolve(self.call.attempts[place], **changes)
+
+    def _close_attempts(self, error: str | None) -> None:
+        """Bill the stream for what it delivered, and end what was cut off."""
+        for place, attempt in enumerate(self.call.attempts):
+            if attempt.ended is not None:
+                continue
+            if attempt.billed and self.meter is not None:
+                usage = self.meter.usage()
+                cost = self.pipeline.cost(self.call, attempt.target, usage)
+                self._note(place, ended=time.monotonic(), usage=usage, cost=cost, error=error)
+            else:
+                self.failed(place, error or "unanswered")
+
+    # --- the receipt ---------------------------------------------------------------------------
+
+    def cost(self) -> Cost:
+        """What the billed attempts cost so far; unpriced as soon as one of them is."""
+        costs = [attempt.cost for attempt in self.call.attempts if attempt.billed]
+        if not costs:
+            return FREE
+        if len(costs) == 1:
+            return costs[0]
+        if any(cost.picos is None for cost in costs):
+            return Cost(None, "unpriced")
+        return Cost(
+            picos=sum(cost.picos or 0 for cost in costs),
+            state="estimated" if any(cost.state == "estimated" for cost in costs) else "exact",
+            price_id=costs[-1].price_id,
+            lines=tuple(line for cost in costs for line in cost.lines),
+        )
+
+    def saved(self) -> int:
+        """What an answer from the cache would have cost, in picodollars."""
+        reply = self.source
+        if self.call.attempts or reply is None or reply.target is None or reply.usage is None:
+            return 0
+        return self.pipeline.cost(self.call, reply.target, reply.usage).picos or 0
+
+    def waited(self, until: float) -> float:
+        """Seconds spent waiting for providers."""
+        return sum((attempt.ended or until) - attempt.started for attempt in self.call.attempts)
+
+    def _receipt(self, error: BaseException | None) -> Receipt:
+        call, now = self.call, time.monotonic()
+        outcome, status, code = self._ending(error)
+        if outcome == "rejected" and call.attempts:
+            outcome = "failed"
+        self._close_attempts(code)
+        target = self.source.target if self.source is not None else None
+        if target is None and call.attempts:
+            target = call.attempts[-1].target
+        total = now - call.started
+        return Receipt(
+            id=call.id,
+            caller=call.known,
+            operation=call.operation.name,
+            model=call.model.name if call.model else None,
+            target=target,
+            outcome=outcome,
+            status=status,
+            error=code,
+            usage=together([a.usage for a in call.attempts if a.billed and a.usage is not None]),
+            cost=self.cost(),
+            saved_picos=self.saved() if outcome == "cached" else 0,
+            cache=call.cache,
+            streamed=call.stream,
+            attempts=tuple(call.attempts),
+            tags={**call.known.tags, **call.tags},
+            wall_ns=call.wall_ns,
+            ttft_us=None if self.first_byte is None else _micros(self.first_byte - call.started),
+            total_us=_micros(total),
+            overhead_us=_micros(max(0.0, total - self.waited(now))),
+            bytes_out=self.bytes_out,
+            config_version=call.config,
+        )
+
+    def _ending(self, error: BaseException | None) -> tuple[Outcome, int, str | None]:
+        """How the call ended: outcome, status, error code."""
+        if self.delivered and not isinstance(error, CallError):
+            error = None  # who leaves after the last byte has had it all
+        if error is None:
+            return self._well_ended()
+        if isinstance(error, asyncio.CancelledError):
+            if self.timed_out():
+                return "failed", 504, "call_timeout"
+            if self.pipeline.stopping():
+                return "failed", 503, "shutting_down"
+            return "abandoned", CLIENT_CLOSED, "client_closed"
+        if isinstance(error, ClientLeft):
+            return "abandoned", CLIENT_CLOSED, "client_closed"
+        if not isinstance(error, CallError):
+            return "failed", 500, "internal_error"
+        status = error.status if self.first_byte is None else 200
+        code = error.code or error.type
+        if isinstance(error, Blocked):
+            return "blocked", status, code
+        if isinstance(error, QuotaExceeded) and self.first_byte is not None:
+            return "cut", status, code
+        if not self.admitted and error.status < 500:
+            return "rejected", status, code
+        return "failed", status, code
+
+    def _well_ended(self) -> tuple[Outcome, int, str | None]:
+        status = self.reply.status if self.reply is not None else 200
+        if self.call.operation.runs == "local":
+            return "complete", status, None
+        if not self.call.attempts:
+            return "cached", status, None
+        if self.source is not None and self.source.complete:
+            return "complete", status, None
+        return "failed", status, "upstream_truncated"
+
+
+def _micros(seconds: float) -> int:
+    return round(seconds * 1_000_000)

@@ -1,0 +1,292 @@
+"""What travels: the call, who makes it, where it may go, what comes back, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from attrs import Factory, define, field, frozen
+
+from qlens import dialects, sse
+from qlens.dialects.rewrite import rewrite_body, rewrite_stream
+from qlens.usage import NO_USAGE, Usage
+
+if TYPE_CHECKING:
+    from qlens.operations import Operation
+
+Body = dict[str, Any]
+"""A parsed JSON object in the client's (call.body) or the provider's (outgoing.body) dialect."""
+
+Outcome = Literal["complete", "cached", "failed", "abandoned", "rejected", "blocked", "cut"]
+CacheState = Literal["hit", "miss", "semantic", "off"]
+Shares = Literal["process", "store"]
+
+
+@frozen
+class Caller:
+    """Who makes a call. Every caller has a tenant; what is None was not said by the credential."""
+
+    tenant: str
+    subject: str
+    by: str
+    """The auth plugin instance that vouches for this caller."""
+    project: str | None = None
+    key_id: str | None = None
+    roles: frozenset[str] = frozenset({"member"})
+    models: tuple[str, ...] | None = None
+    """Model names or `prefix*` patterns this caller may use; None allows all."""
+    tags: Mapping[str, str] = field(factory=dict, hash=False)
+    expires_at: float | None = None
+    """Unix seconds."""
+
+    def may_use(self, model: str) -> bool:
+        """Tell whether this caller may ask for a model by this public name."""
+        return self.models is None or any(
+            model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
+        )
+
+
+@frozen
+class Target:
+    """A provider and the name it gives the model."""
+
+    provider: str
+    model: str
+    public: str
+    """The model entry this target stands under."""
+    weight: int = 1
+    base_model: str | None = None
+    """What the model really is, where the provider's name hides it (an Azure deployment, say)."""
+    region: str | None = None
+    params: Mapping[str, Any] = field(factory=dict, hash=False)
+    """Body fields the operator sets for this target; they win over the client's."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What identifies the target to breakers and health: provider and model."""
+        return self.provider, self.model
+
+
+@frozen
+class Model:
+    """A public name with the targets behind it. For a wildcard, `name` is the pattern."""
+
+    name: str
+    candidates: tuple[Target, ...]
+    fallbacks: Mapping[str, tuple[str, ...]] = field(factory=dict, hash=False)
+    """Public names by kind: any, context_length, content_filter, rate_limit."""
+    max_output_tokens: int | None = None
+    max_n: int = 128
+
+
+@frozen
+class Cost:
+    """Money in picodollars (1e-12 USD), exact; `picos` is None when the price is unknown, never 0."""
+
+    picos: int | None
+    state: Literal["exact", "estimated", "unpriced"] = "exact"
+    price_id: str | None = None
+    lines: tuple[tuple[str, int, int], ...] = ()
+    """How the sum came about: (meter, quantity, picodollars for one)."""
+
+
+UNPRICED = Cost(None, "unpriced")
+FREE = Cost(0)
+
+
+@frozen
+class Limit:
+    """Where the caller stands with one limit; the core writes the tightest of each kind as x-ratelimit headers."""
+
+    kind: Literal["requests", "tokens", "concurrency"]
+    name: str
+    limit: int
+    remaining: int
+    reset_seconds: float
+
+
+@frozen
+class Attempt:
+    """One send to one target. Times are monotonic seconds; `ended` is None while it runs."""
+
+    n: int
+    target: Target
+    started: float
+    kind: Literal["send", "hedge", "shadow"] = "send"
+    first_byte: float | None = None
+    ended: float | None = None
+    status: int | None = None
+    error: str | None = None
+    retry_after: float | None = None
+    """Seconds after which the provider says it may be asked again."""
+    usage: Usage | None = None
+    cost: Cost = UNPRICED
+    billed: bool = False
+    upstream_id: str | None = None
+
+
+@frozen
+class Receipt:
+    """What a finished call cost and how it ended. Made exactly once for every call that has an account."""
+
+    id: str
+    caller: Caller
+    operation: str
+    model: str | None
+    target: Target | None
+    outcome: Outcome
+    status: int
+    error: str | None
+    usage: Usage
+    cost: Cost
+    saved_picos: int
+    cache: CacheState
+    streamed: bool
+    attempts: tuple[Attempt, ...]
+    tags: Mapping[str, str]
+    wall_ns: int
+    ttft_us: int | None
+    total_us: int
+    overhead_us: int
+    bytes_out: int
+    config_version: str
+
+
+@define(eq=False)
+class Outgoing:
+    """What is sent to one target: a fresh copy for each attempt, which the provider may edit."""
+
+    operation: Operation
+    dialect: str
+    body: Body
+    stream: bool
+
+
+@define(eq=False)
+class Call:
+    """One request of a client for one operation, on its way through the pipeline.
+
+    The fields of the head are there from the start; `caller` from authentication on; `body` to
+    `bound_cost` once the call is open; the rest is filled on the way.
+    """
+
+    id: str
+    operation: Operation
+    path: str
+    path_params: Mapping[str, str]
+    query: Mapping[str, str]
+    headers: Mapping[str, str]
+    """Case-insensitive."""
+    peer: str | None
+    credential: str | None = field(repr=False)
+    """The bearer token or api-key header, without its scheme."""
+    started: float
+    """Monotonic seconds."""
+    wall_ns: int
+    deadline: float
+    """Monotonic seconds; whatever runs then is cancelled."""
+    reader: Callable[[], Awaitable[bytes]] = field(repr=False)
+
+    caller: Caller | None = None
+    body: Body = field(factory=dict, repr=False)
+    model: Model | None = None
+    asked_model: str | None = None
+    """The name the client asked for: the model's name, or what a wildcard matched."""
+    stream: bool = False
+    wants_usage: bool = False
+    """Whether a streaming client asked for the usage event."""
+    bound: Usage = NO_USAGE
+    """The most this call can use: input is the UTF-8 bytes of all texts, output the clamped max tokens times n."""
+    estimated_input: int = 0
+    """Input tokens by estimate (bytes / 3), for soft limits and for answers without usage."""
+    bounded: bool = True
+    """False when neither the client nor the model says how much may be generated: `bound.output` is then 0."""
+    bound_cost: Cost = UNPRICED
+
+    limits: list[Limit] = Factory(list)
+    targets: tuple[Target, ...] = ()
+    attempts: list[Attempt] = Factory(list)
+    attempts_left: int | None = None
+    """How many more sends the call may make, over all its targets and fallbacks; None: each target once."""
+    cache: CacheState = "off"
+    keep: int = 0
+    """A cache that wants a stream's answer sets this to the most bytes to collect."""
+    tags: dict[str, str] = Factory(dict)
+    config: str = ""
+    """The version of the configuration this call sees to its end."""
+
+    async def read(self) -> bytes:
+        """Read the request body whole; raises BodyTooLarge, BodyTimedOut or UnsupportedMedia."""
+        return await self.reader()
+
+    @property
+    def known(self) -> Caller:
+        """The caller, for hooks that run after authentication."""
+        assert self.caller is not None, "the call is not authenticated yet"
+        return self.caller
+
+    def texts(self) -> list[tuple[dialects.Ref, str]]:
+        """List every text of the request that a model will read, each with a reference to put it back."""
+        return dialects.named(self.operation.dialect).request_texts(self.body)
+
+    def replace_text(self, ref: dialects.Ref, text: str) -> None:
+        """Put a text back where `texts()` found it."""
+        dialects.put(self.body, ref, text)
+
+
+@define(eq=False)
+class Reply:
+    """What comes back: one body, or a stream of chunks in the framing of server-sent events.
+
+    `close` releases what stands behind the reply (an upstream connection). It is kept here, beside the chunks,
+    because closing a generator that never started runs none of its `finally`.
+    """
+
+    status: int = 200
+    headers: Mapping[str, str] = field(factory=dict)
+    body: bytes | None = field(default=None, repr=False)
+    chunks: AsyncIterator[bytes] | None = field(default=None, repr=False)
+    dialect: str = "chat"
+    target: Target | None = None
+    usage: Usage | None = None
+    finish: str | None = None
+    complete: bool = False
+    close: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
+    upstream_id: str | None = None
+    _layers: list[AsyncIterator[bytes]] = field(factory=list, init=False, repr=False)
+
+    async def aclose(self) -> None:
+        """Release the upstream; may be called more than once."""
+        layers = [*([self.chunks] if self.chunks else ()), *reversed(self._layers)]
+        self._layers = []
+        close, self.close = self.close, None
+        try:
+            for layer in layers:
+                # The same generator may be closed twice; that does nothing.
+                if aclose := getattr(layer, "aclose", None):
+                    await aclose()
+        finally:
+            if close is not None:
+                await close()
+
+    def replace(self, *, chunks: AsyncIterator[bytes]) -> None:
+        """Put a stream in front of the present one; both are closed with the reply."""
+        if self.chunks is not None:
+            self._layers.append(self.chunks)
+        self.chunks = chunks
+
+    def events(self) -> AsyncIterator[bytes]:
+        """Iterate over the stream's events, each whole, with its blank line."""
+        assert self.chunks is not None, "a reply with a body has no events"
+        return sse.split(self.chunks)
+
+    def rewrite_text(self, fn: Callable[[str], str], hold_back: int) -> None:
+        """Send every text of the answer through `fn`, in a body or a stream alike.
+
+        `hold_back` is the longest match of `fn` in characters: a stream keeps that many back, so that nothing
+        slips through between two chunks. `fn` may raise Blocked, which ends the answer.
+        """
+        if self.body is not None:
+            self.body = rewrite_body(self.dialect, self.body, fn)
+        elif self.chunks is not None:
+            self.replace(chunks=rewrite_stream(self.dialect, self.events(), fn, hold_back))

@@ -1,0 +1,362 @@
+"""The command `qlens`: serve, check, plugins, routes, explain, version, and the commands that plugins add."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import qlens
+from qlens.call import Caller, Target
+from qlens.config import read
+from qlens.errors import CallError, StartupError
+from qlens.gateway import Gateway
+from qlens.money import usd
+from qlens.operations import OPERATIONS, Operation
+from qlens.paths import own_endpoints, plugin_endpoints
+from qlens.registry import STAGES, Bound, Command, Hooks, Registration, installed, register
+from qlens.server import served
+
+log = logging.getLogger("qlens")
+
+_EXAMPLES = """\
+examples:
+  qlens serve config/qlens.yaml        start the gateway
+  qlens check config/production.yaml   find every fault, without starting anything
+  qlens routes config/qlens.yaml       every path with the hooks it runs
+  qlens keys create --tenant acme      make a key (a command of the plugin api_keys)
+
+Commands of plugins take -c CONFIG (default: $QLENS_CONFIG, then ./config/qlens.yaml).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 2 for a fault of the configuration."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except StartupError as error:
+        for fault in error.faults:
+            print(f"qlens: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    parser = _parser()
+    first = next((word for word in words if not word.startswith("-")), None)
+    if first is not None and first not in _CORE:
+        return _plugin_command(words)
+    args = parser.parse_args(words)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    code: int = args.run(args)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qlens", description=qlens.__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="start the gateway", epilog="example: qlens serve config/qlens.yaml")
+    serve.add_argument("config", metavar="CONFIG", type=Path)
+    serve.set_defaults(run=_serve)
+
+    check = commands.add_parser(
+        "check",
+        help="find every fault of a configuration",
+        epilog="example: qlens check --no-env config/production.yaml",
+    )
+    check.add_argument("config", metavar="CONFIG", type=Path)
+    check.add_argument("--no-env", action="store_true", help="environment variables need not be set (for CI)")
+    check.set_defaults(run=_check)
+
+    plugins = commands.add_parser("plugins", help="list installed plugins", epilog="example: qlens plugins --json")
+    plugins.add_argument("--json", action="store_true", help="print JSON")
+    plugins.set_defaults(run=_plugins)
+
+    routes = commands.add_parser(
+        "routes", help="list every path with the hooks it runs", epilog="example: qlens routes config/qlens.yaml"
+    )
+    routes.add_argument("config", metavar="CONFIG", type=Path)
+    routes.add_argument("--json", action="store_true", help="print JSON")
+    routes.set_defaults(run=_routes)
+
+    explain = commands.add_parser(
+        "explain",
+        help="say what would happen to a call, and why",
+        epilog="example: qlens explain config/qlens.yaml body.json --tenant acme",
+    )
+    explain.add_argument("config", metavar="CONFIG", type=Path)
+    explain.add_argument("body", metavar="BODY.json", type=Path, help="the request's body; - reads standard input")
+    explain.add_argument(
+        "--operation", choices=[o.name for o in OPERATIONS if o.runs == "full"], help="default: guessed"
+    )
+    explain.add_argument("--tenant", default="example", help="the caller's tenant")
+    explain.add_argument("--project", help="the caller's project")
+    explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.set_defaults(run=_explain)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=lambda _: print(qlens.__version__) or 0)
+    return parser
+
+
+_CORE = {"serve", "check", "plugins", "routes", "explain", "version"}
+
+
+# --- serve -------------------------------------------------------------------------------------
+
+
+def _serve(args: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    return asyncio.run(_serving(args.config))
+
+
+async def _serving(path: Path) -> int:
+    config = read(path)
+    gateway = Gateway()
+    stop, reload = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    async with served(gateway, config) as server:
+        print(f"qlens {qlens.__version__}: {gateway.url} for clients, {server.admin_url} for operators")
+        for line in gateway.banner():
+            print(line)
+        sys.stdout.flush()
+        await server.start()
+        reloading = asyncio.create_task(_reloading(gateway, path, reload))
+        await stop.wait()
+        reloading.cancel()
+    return 0
+
+
+async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None:
+    """Change to the file's configuration whenever it is asked for; a bad one is refused and said."""
+    while True:
+        await asked.wait()
+        asked.clear()
+        try:
+            await gateway.reload(await asyncio.to_thread(read, path))
+        except StartupError as error:
+            for fault in error.faults:
+                log.error("the configuration stays as it is: %s", fault)
+        except Exception:
+            log.exception("the configuration stays as it is")
+        else:
+            log.info("loaded configuration %s", gateway.config.version)
+
+
+# --- what a configuration says -----------------------------------------------------------------
+
+
+def _check(args: argparse.Namespace) -> int:
+    config = read(args.config, check_env=not args.no_env)
+    registration = register(config)
+    print(f"{args.config}: good: {len(registration.instances)} plugins, {len(config.models)} models")
+    return 0
+
+
+def _plugins(args: argparse.Namespace) -> int:
+    rows = [
+        {
+            "stage": stage,
+            "name": name,
+            "package": point.dist.name if point.dist else "?",
+            "version": point.dist.version if point.dist else "?",
+            "class": point.value,
+        }
+        for stage in STAGES
+        for name, points in sorted(installed(stage).items())
+        for point in points
+    ]
+    _show(args.json, rows)
+    return 0
+
+
+def _routes(args: argparse.Namespace) -> int:
+    registration = register(read(args.config))
+    _show(args.json, asyncio.run(_route_rows(registration)))
+    return 0
+
+
+async def _route_rows(registration: Registration) -> list[dict[str, Any]]:
+    gateway = Gateway()
+    gateway.view(registration)
+    rows = [
+        {
+            "listener": "client",
+            "method": o.method,
+            "path": o.path,
+            "role": "any caller",
+            "runs": _story(o, registration.hooks),
+        }
+        for o in OPERATIONS
+    ]
+    endpoints = [*own_endpoints(gateway), *(endpoint for _, endpoint in plugin_endpoints(registration))]
+    rows += [
+        {
+            "listener": e.listener,
+            "method": e.method,
+            "path": e.path,
+            "role": e.role or "public",
+            "runs": _names("authenticate", registration.hooks.authenticate) if e.role else "-",
+        }
+        for e in endpoints
+    ]
+    await gateway.http.aclose()
+    return rows
+
+
+def _names(hook: str, functions: Sequence[Bound]) -> str:
+    return f"{hook}({', '.join(function.plugin for function in functions)})" if functions else ""
+
+
+def _story(operation: Operation, hooks: Hooks) -> str:
+    """The hooks an operation runs, in order."""
+    names = (
+        ("authenticate", "admit", "settle")
+        if operation.runs == "local"
+        else ("authenticate", "admit", "wrap_call", "lookup", "choose", "retry", "wrap_send", "send", "store", "settle")
+    )
+    return " > ".join(part for name in names if (part := _names(name, getattr(hooks, name))))
+
+
+def _explain(args: argparse.Namespace) -> int:
+    registration = register(read(args.config))
+    raw = sys.stdin.buffer.read() if str(args.body) == "-" else _file(args.body)
+    return asyncio.run(_explaining(registration, raw, args))
+
+
+def _file(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{path}: {error.strerror}") from error
+
+
+async def _explaining(registration: Registration, raw: bytes, args: argparse.Namespace) -> int:
+    gateway = Gateway()
+    gateway.view(registration)
+    try:
+        caller = Caller(tenant=args.tenant, subject="explain", by="explain", project=args.project)
+        operation = next(o for o in OPERATIONS if o.name == (args.operation or _guess(raw)))
+        call = await gateway.opened(registration, operation, raw, caller)
+    except CallError as error:
+        _show(True, {"status": error.status, **error.body()})
+        return 1
+    finally:
+        await gateway.http.aclose()
+    model = call.model
+    assert model is not None
+    lines = [
+        f"operation  {operation.name} ({operation.method} {operation.path}), {'stream' if call.stream else 'one body'}",
+        f"model      {model.name}, max_output_tokens {model.max_output_tokens or 'not set'}",
+        *(f"target     {_target(target)}" for target in model.candidates),
+        *(f"fallback   {kind}: {', '.join(names)}" for kind, names in model.fallbacks.items()),
+        f"bound      {call.bound.input} input tokens at most ({call.estimated_input} by estimate), "
+        f"{call.bound.output if call.bounded else 'unbounded'} output",
+        f"cost       at most {usd(call.bound_cost.picos)} USD"
+        if call.bound_cost.picos is not None
+        else "cost       unpriced",
+    ]
+    for hook in registration.hooks.explain:
+        lines += [f"{hook.instance}: {line}" for line in hook.fn(call)]
+    _show(True, {"explanation": lines}) if args.json else print("\n".join(lines))
+    return 0
+
+
+def _guess(raw: bytes) -> str:
+    """The operation a body is for, by the field that only it has."""
+    for field, name in ((b'"messages"', "chat"), (b'"prompt"', "completions"), (b'"input"', "embeddings")):
+        if field in raw:
+            return name
+    return "chat"
+
+
+def _target(target: Target) -> str:
+    base = f" (base_model {target.base_model})" if target.base_model else ""
+    return f"{target.provider}/{target.model}{base}, weight {target.weight}"
+
+
+# --- commands of plugins -----------------------------------------------------------------------
+
+
+def _plugin_command(words: list[str]) -> int:
+    path, rest = _config_path(words)
+    registration = register(read(path))
+    commands: dict[str, tuple[str, Command]] = {}
+    for hook in registration.hooks.commands:
+        for command in hook.fn():
+            if command.name in commands or command.name in _CORE:
+                owner = commands[command.name][0] if command.name in commands else "qlens"
+                raise StartupError(f"the command {command.name!r} belongs to both {owner} and {hook.instance}")
+            commands[command.name] = (hook.instance, command)
+    parser = argparse.ArgumentParser(prog="qlens", epilog=f"configuration: {path}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (_, command) in commands.items():
+        command.add_arguments(
+            subparsers.add_parser(
+                name, help=command.help, description=command.help, epilog="-c CONFIG: the configuration"
+            )
+        )
+    args = parser.parse_args(rest)
+    key, command = commands[args.command]
+    return asyncio.run(_running(registration, key, command, args))
+
+
+async def _running(registration: Registration, key: str, command: Command, args: argparse.Namespace) -> int:
+    gateway = Gateway()
+    try:
+        async with gateway.only(registration, key):
+            return await command.run(gateway, args)
+    finally:
+        await gateway.http.aclose()
+
+
+def _config_path(words: list[str]) -> tuple[Path, list[str]]:
+    """Take -c CONFIG out of the words, wherever it stands."""
+    rest: list[str] = []
+    chosen = os.environ.get("QLENS_CONFIG") or "config/qlens.yaml"
+    remaining = iter(words)
+    for word in remaining:
+        if word in {"-c", "--config"}:
+            chosen = next(remaining, chosen)
+        elif word.startswith("--config="):
+            chosen = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return Path(chosen), rest
+
+
+# --- output ------------------------------------------------------------------------------------
+
+
+def _show(as_json: bool, found: Any) -> None:
+    """Print rows as a table, or as JSON."""
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    if not found:
+        print("nothing")
+        return
+    names = list(found[0])
+    widths = {name: max(len(name), *(len(str(row[name])) for row in found)) for name in names}
+    for row in ({name: name.upper() for name in names}, *found):
+        print("  ".join(f"{row[name]!s:<{widths[name]}}" for name in names).rstrip())

@@ -1,0 +1,37 @@
+"""The configuration: YAML, `${NAME}`, one strict converter, faults with file, line and path."""
+
+from qlens.config.entries import (
+    FALLBACK_KINDS,
+    STAGES,
+    Admin,
+    Config,
+    Draft,
+    ModelEntry,
+    PluginEntry,
+    Server,
+    TargetEntry,
+    matches,
+)
+from qlens.config.file import draft, parse, read, read_yaml
+from qlens.config.scalars import Secret, Url
+from qlens.config.strict import convert
+
+__all__ = [
+    "FALLBACK_KINDS",
+    "STAGES",
+    "Admin",
+    "Config",
+    "Draft",
+    "ModelEntry",
+    "PluginEntry",
+    "Secret",
+    "Server",
+    "TargetEntry",
+    "Url",
+    "convert",
+    "draft",
+    "matches",
+    "parse",
+    "read",
+    "read_yaml",
+]

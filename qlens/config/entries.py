@@ -1,0 +1,189 @@
+"""What a configuration file holds, as frozen classes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import attrs
+from attrs import field, frozen
+from attrs.validators import and_, ge, gt, le, optional
+
+from qlens.config.environment import MissingText
+from qlens.config.strict import has_missing
+from qlens.errors import Fault
+
+STAGES: tuple[str, ...] = ("auth", "rate_limit", "guard", "cache", "route", "cost", "observe")
+"""The stages of `pipeline`, in the order of the file; providers stand under `providers`."""
+
+FallbackKind = Literal["any", "context_length", "content_filter", "rate_limit"]
+FALLBACK_KINDS: tuple[str, ...] = get_args(FallbackKind)
+
+
+def _not_empty(_: object, __: attrs.Attribute[Any], value: Any) -> None:
+    if not value:
+        raise ValueError("must not be empty")
+
+
+def _one_worker(_: object, __: attrs.Attribute[int], workers: int) -> None:
+    if workers > 1:
+        raise ValueError(
+            "more than one worker is not supported yet by this version; "
+            "to scale, leave it at 1 and run several replicas of the gateway"
+        )
+
+
+_PORT = and_(ge(0), le(65535))
+
+
+@frozen
+class Admin:
+    """The listener for operators: /metrics and /admin."""
+
+    host: str = field(default="127.0.0.1", validator=_not_empty)
+    """The address operators reach; off-loopback it needs an auth plugin other than `anonymous`."""
+    port: int = field(default=9090, validator=_PORT)
+    """The port; 0 takes any free one."""
+    metrics: Literal["viewer", "open"] = "viewer"
+    """Who may read /metrics off-loopback: callers with the role `viewer`, or anyone (`open`)."""
+
+
+@frozen
+class Server:
+    """The sockets, and the bounds that hold for every call."""
+
+    host: str = field(default="127.0.0.1", validator=_not_empty)
+    """The address clients reach."""
+    port: int = field(default=8080, validator=_PORT)
+    """The port; 0 takes any free one."""
+    admin: Admin = Admin()
+    """The listener for operators."""
+    workers: int = field(default=1, validator=and_(ge(1), _one_worker))
+    """How many processes serve; more than one is not supported yet."""
+    max_body_bytes: int = field(default=32 * 1024 * 1024, validator=ge(1))
+    """The largest request body that is read."""
+    drain_seconds: float = field(default=30.0, validator=ge(0))
+    """How long running calls may go on after the order to stop."""
+    call_seconds: float = field(default=600.0, validator=gt(0))
+    """How long one call may take, whatever it waits for."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.port and (self.host, self.port) == (self.admin.host, self.admin.port):
+            raise ValueError("clients and operators cannot share one port; give admin.port another number")
+
+
+@frozen
+class PluginEntry:
+    """One plugin instance as the file names it; its settings are checked against the plugin's class later."""
+
+    stage: str
+    name: str
+    plugin: str
+    settings: dict[str, Any] = field(repr=False, hash=False)
+    path: str = field(eq=False)
+    """Where it stands: `qlens.yaml:12 pipeline.cache[0]`."""
+
+    @property
+    def missing_env(self) -> bool:
+        """Whether some of it is unknown because an environment variable is not set."""
+        return isinstance(self.plugin, MissingText) or has_missing(self.settings)
+
+
+@frozen
+class TargetEntry:
+    """A provider and the name it gives the model."""
+
+    provider: str = field(validator=_not_empty)
+    """A name under `providers`."""
+    model: str = field(validator=_not_empty)
+    """What this provider calls the model; a `*` at its end stands for what the model's wildcard matched."""
+    weight: int = field(default=1, validator=ge(0))
+    """The share of calls that go here first; 0 means only when the others failed."""
+    base_model: str | None = None
+    """What the model really is, for its price, where the provider's name hides it."""
+    region: str | None = None
+    """Where the target runs."""
+    params: Mapping[str, Any] = field(factory=dict, hash=False)
+    """Body fields set for this target; they win over the client's."""
+
+
+@frozen
+class FallbackKinds:
+    """Fallbacks by kind of failure."""
+
+    any: tuple[str, ...] = ()
+    """Models to ask after any failure."""
+    context_length: tuple[str, ...] = ()
+    """Models to ask when the prompt is too long for this one."""
+    content_filter: tuple[str, ...] = ()
+    """Models to ask when the provider's own filter refused."""
+    rate_limit: tuple[str, ...] = ()
+    """Models to ask when the providers' rate limits are reached."""
+
+    def by_kind(self) -> dict[str, tuple[str, ...]]:
+        """The kinds that have any."""
+        return {kind: names for kind in FALLBACK_KINDS if (names := getattr(self, kind))}
+
+
+@frozen
+class ModelSettings:
+    """What stands behind a public model name."""
+
+    targets: tuple[TargetEntry, ...] = field(validator=_not_empty)
+    """Where calls for this model may go; at least one."""
+    max_output_tokens: int | None = field(default=None, validator=optional(ge(1)))
+    """The most tokens one answer may have; a client that asks for more gets this."""
+    max_n: int = field(default=128, validator=ge(1))
+    """The most choices one call may ask for."""
+    fallbacks: tuple[str, ...] | FallbackKinds = ()
+    """Models to ask when no target of this one could answer: a list, or a mapping by kind of failure."""
+
+
+@frozen
+class ModelEntry:
+    """A model of the file, under its public name or its wildcard."""
+
+    name: str
+    targets: tuple[TargetEntry, ...]
+    fallbacks: Mapping[str, tuple[str, ...]] = field(factory=dict, hash=False)
+    """Public names by kind; kinds without any are left out."""
+    max_output_tokens: int | None = None
+    max_n: int = 128
+
+    @classmethod
+    def of(cls, name: str, settings: ModelSettings) -> ModelEntry:
+        """The entry of a name and what the file says about it."""
+        fallbacks = settings.fallbacks if isinstance(settings.fallbacks, FallbackKinds) else None
+        by_kind = (fallbacks or FallbackKinds(any=settings.fallbacks)).by_kind()  # type: ignore[arg-type]
+        return cls(name, settings.targets, by_kind, settings.max_output_tokens, settings.max_n)
+
+
+@frozen
+class Config:
+    """A whole configuration."""
+
+    server: Server
+    pipeline: Mapping[str, tuple[PluginEntry, ...]]
+    """Plugins by stage, in calling order; every stage is there."""
+    providers: Mapping[str, PluginEntry]
+    models: Mapping[str, ModelEntry]
+    version: str
+    """Changes with the content, environment included; nothing can be read back from it."""
+    folder: Path
+    """Where relative files are."""
+
+
+@frozen
+class Draft:
+    """What of a file could be understood, and everything that is wrong with it."""
+
+    config: Config
+    faults: tuple[Fault, ...]
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a model's name, or wildcard, covers a name that clients may ask for."""
+    if not pattern.endswith("*"):
+        return name == pattern
+    return name.startswith(pattern[:-1]) and len(name) >= len(pattern) and not name.endswith("*")

@@ -1,0 +1,82 @@
+"""The APIs a body can be written in: for each dialect a module of pure functions over parsed JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from qlens.usage import Usage
+
+Body = dict[str, Any]
+Ref = tuple[str | int, ...]
+"""Where a text stands in a body: the keys and indices that lead to it."""
+Strand = tuple[str | int, ...]
+"""Which of a stream's interleaved texts a delta belongs to: choice index, field, tool index."""
+
+
+class Dialect(Protocol):
+    """What the core asks of a dialect. Every module of this package that is one has these functions."""
+
+    GENERATES: bool
+    """Whether answers are generated token by token, so that an output bound is needed."""
+
+    def validate(self, body: Body) -> None:
+        """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
+
+    def request_texts(self, body: Body) -> list[tuple[Ref, str]]:
+        """List the texts a model will read."""
+
+    def input_bound(self, body: Body) -> tuple[int, int]:
+        """The most input tokens this body can have, and an estimate of them."""
+
+    def media(self, body: Body) -> dict[str, int]:
+        """Count what a model reads beside text, by kind: images, audio, files; a kind that is absent is left out."""
+
+    def output_bound(self, body: Body) -> tuple[str | None, int | None]:
+        """The field and the number by which the client limits generated tokens of one choice; None: it does not."""
+
+    def choices(self, body: Body) -> int:
+        """How many choices are generated (and billed)."""
+
+    def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> None:
+        """Lower what is asked to what the model allows, under the client's own field names."""
+
+    def usage(self, body: Body) -> Usage | None:
+        """Read the usage of an answer, or of one event of a stream."""
+
+    def finish(self, body: Body) -> str | None:
+        """The finish reason of a complete answer."""
+
+    def reply_texts(self, body: Body) -> list[tuple[Ref, str]]:
+        """List the texts of an answer."""
+
+    def event_texts(self, event: Body) -> list[tuple[Strand, Ref, str]]:
+        """List the text deltas of one event of a stream."""
+
+    def event_ends(self, event: Body) -> list[int]:
+        """The choices that this event finishes."""
+
+    def text_event(self, event: Body, strand: Strand, text: str) -> Body:
+        """An event like `event` that carries only this text for this strand."""
+
+    def explode(self, body: Body) -> Iterator[Body]:
+        """Turn a complete answer into the events of a stream, the usage event last if there is usage."""
+
+    def assemble(self, events: Iterable[Body]) -> Body:
+        """Turn the events of a complete stream into the answer it would have been without streaming."""
+
+
+def named(name: str) -> Dialect:
+    """The dialect of this name; KeyError if there is none."""
+    from qlens.dialects import chat, completions, embeddings
+
+    table: dict[str, Dialect] = {"chat": chat, "completions": completions, "embeddings": embeddings}
+    return table[name]
+
+
+def put(body: Body, ref: Ref, text: str) -> None:
+    """Put a text at its place in a body."""
+    node: Any = body
+    for step in ref[:-1]:
+        node = node[step]
+    node[ref[-1]] = text

@@ -1,0 +1,363 @@
+"""OpenAI's chat completions (https://platform.openai.com/docs/api-reference/chat)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import orjson
+
+from qlens import usage as usages
+from qlens.dialects import Body, Ref, Strand, chunks, fields, texts
+from qlens.usage import Usage
+
+GENERATES = True
+
+_CHUNK = "chat.completion.chunk"
+_LIMITS = ("max_completion_tokens", "max_tokens")
+
+# --- the request -------------------------------------------------------------------------------
+
+_ANY = fields.record({"type": fields.text})
+_CALLED = fields.record({"name": fields.text, "arguments": fields.text}, required=("name", "arguments"))
+_CUSTOM_CALLED = fields.record({"name": fields.text, "input": fields.text}, required=("name", "input"))
+_TOOL_CALL = fields.tagged(
+    "type",
+    {
+        "function": fields.record({"id": fields.text, "function": _CALLED}, required=("id", "function")),
+        "custom": fields.record({"id": fields.text, "custom": _CUSTOM_CALLED}, required=("id", "custom")),
+    },
+    _ANY,
+)
+
+_IMAGE = fields.record({"url": fields.text, "detail": fields.text}, required=("url",))
+_AUDIO = fields.record({"data": fields.text, "format": fields.text}, required=("data", "format"))
+_FILE = fields.record({"file_data": fields.text, "file_id": fields.text, "filename": fields.text})
+_PART = fields.tagged(
+    "type",
+    {
+        "text": fields.record({"text": fields.text}, required=("text",)),
+        "refusal": fields.record({"refusal": fields.text}, required=("refusal",)),
+        "image_url": fields.record({"image_url": _IMAGE}, required=("image_url",)),
+        "input_audio": fields.record({"input_audio": _AUDIO}, required=("input_audio",)),
+        "file": fields.record({"file": _FILE}, required=("file",)),
+    },
+    _ANY,
+)
+_CONTENT = fields.either(
+    "a string or an array of objects", {str: fields.text, list: fields.array(_PART, of="objects", least=1)}
+)
+
+_MESSAGE = {"content": _CONTENT, "name": fields.text}
+_PROMPT = fields.record(_MESSAGE, required=("content",))
+_ASSISTANT = {
+    **_MESSAGE,
+    "audio": fields.free_form,
+    "function_call": _CALLED,
+    "refusal": fields.text,
+    "tool_calls": fields.array(_TOOL_CALL, of="objects"),
+}
+_MESSAGES = fields.tagged(
+    "role",
+    {
+        "system": _PROMPT,
+        "developer": _PROMPT,
+        "user": _PROMPT,
+        "assistant": fields.record(_ASSISTANT),
+        "tool": fields.record({**_MESSAGE, "tool_call_id": fields.text}, required=("content", "tool_call_id")),
+        "function": fields.record(_MESSAGE, required=("name",)),
+    },
+)
+
+_FUNCTION = fields.record(
+    {"name": fields.text, "description": fields.text, "parameters": fields.free_form, "strict": fields.flag},
+    required=("name",),
+)
+_CUSTOM = fields.record({"name": fields.text, "description": fields.text}, required=("name",))
+_TOOL = fields.tagged(
+    "type",
+    {
+        "function": fields.record({"function": _FUNCTION}, required=("function",)),
+        "custom": fields.record({"custom": _CUSTOM}, required=("custom",)),
+    },
+    _ANY,
+)
+_SCHEMA = fields.record({"name": fields.text, "schema": fields.free_form, "strict": fields.flag}, required=("name",))
+_FORMAT = fields.tagged(
+    "type", {"json_schema": fields.record({"json_schema": _SCHEMA}, required=("json_schema",))}, _ANY
+)
+_CHOSEN = fields.either("a string or an object", {str: fields.text, dict: fields.free_form})
+_REQUEST = fields.record(
+    {
+        **fields.SAMPLING,
+        "audio": fields.free_form,
+        "function_call": _CHOSEN,
+        "functions": fields.array(_FUNCTION, of="objects"),
+        "logprobs": fields.flag,
+        "max_completion_tokens": fields.TOKEN_LIMIT,
+        "messages": fields.array(_MESSAGES, of="objects", least=1),
+        "metadata": fields.table(fields.text),
+        "modalities": fields.array(fields.text, of="strings"),
+        "parallel_tool_calls": fields.flag,
+        "prediction": fields.record({"type": fields.text, "content": _CONTENT}, required=("type", "content")),
+        "prompt_cache_key": fields.text,
+        "reasoning_effort": fields.text,
+        "response_format": _FORMAT,
+        "safety_identifier": fields.text,
+        "service_tier": fields.text,
+        "store": fields.flag,
+        "tool_choice": _CHOSEN,
+        "tools": fields.array(_TOOL, of="objects"),
+        "top_logprobs": fields.integer(0, 20),
+        "verbosity": fields.text,
+        "web_search_options": fields.free_form,
+    },
+    required=("model", "messages"),
+)
+
+
+def validate(body: Body) -> None:
+    """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
+    _REQUEST(body, ())
+    fields.check_stream_options(body)
+
+
+def request_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts a model will read: messages with their tool calls, and the prediction; no names, no tools."""
+    found = [(ref, text) for _, ref, text in texts.leaves(body.get("messages"), (), ("messages",))]
+    prediction = body.get("prediction")
+    if type(prediction) is dict:
+        found += [
+            (ref, text) for _, ref, text in texts.leaves(prediction.get("content"), (), ("prediction", "content"))
+        ]
+    return found
+
+
+# --- its bounds --------------------------------------------------------------------------------
+
+# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
+_SETTINGS = frozenset(
+    {
+        *fields.SAMPLING,
+        "audio",
+        "logprobs",
+        "max_completion_tokens",
+        "metadata",
+        "modalities",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "top_logprobs",
+        "verbosity",
+    }
+)
+_MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files"}
+
+
+def input_bound(body: Body) -> tuple[int, int]:
+    """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
+    size, items = 0, 1
+    for name, value in body.items():
+        if name == "messages":
+            size += sum(map(_message_size, value))
+            items += len(value)
+        elif name not in _SETTINGS and value is not None:
+            size += len(orjson.dumps(value))
+            items += len(value) if type(value) is list else 1
+    return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
+
+
+def _message_size(message: dict[str, Any]) -> int:
+    return sum(
+        _content_size(value) if name == "content" else _json_size(value)
+        for name, value in message.items()
+        if value is not None
+    )
+
+
+def _content_size(content: Any) -> int:
+    if type(content) is not list:
+        return _json_size(content)
+    return sum(
+        texts.MESSAGE_TOKENS + sum(_json_size(value) for name, value in part.items() if name not in _MEDIA)
+        for part in content
+    )
+
+
+def _json_size(value: Any) -> int:
+    return texts.size(value) if type(value) is str else len(orjson.dumps(value))
+
+
+def media(body: Body) -> dict[str, int]:
+    """Count what a model reads beside text, by kind: images, audio, files."""
+    counts: dict[str, int] = {}
+    for message in body["messages"]:
+        content = message.get("content")
+        parts = content if type(content) is list else []
+        kinds = [_MEDIA[name] for part in parts for name in part if name in _MEDIA]
+        # An earlier spoken answer is read again.
+        if message.get("audio"):
+            kinds.append("audio")
+        for kind in kinds:
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def output_bound(body: Body) -> tuple[str | None, int | None]:
+    """The field and the number by which the client limits each choice; of two limits the smaller number counts."""
+    given = {name: body[name] for name in _LIMITS if body.get(name) is not None}
+    return (next(iter(given)), min(given.values())) if given else (None, None)
+
+
+def choices(body: Body) -> int:
+    """How many choices are generated."""
+    return body.get("n") or 1
+
+
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
+    """Lower what is asked to what the model allows, under the client's own field names."""
+    # Of two limits a provider may read either: both are to say the smaller number.
+    numbers = [number for number in (output_bound(body)[1], max_output_tokens) if number is not None]
+    for name in _LIMITS:
+        if body.get(name) is not None:
+            body[name] = min(numbers)
+    if choices(body) > max_n:
+        body["n"] = max_n
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+def usage(body: Body) -> Usage | None:
+    """Read the usage of an answer, or of one event of a stream."""
+    return usages.from_openai(body.get("usage"), body.get("service_tier"))
+
+
+finish = chunks.finish
+event_ends = chunks.ends
+
+
+def reply_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts of an answer."""
+    return [(ref, text) for _, ref, text in _texts(body, "message")]
+
+
+def event_texts(event: Body) -> list[tuple[Strand, Ref, str]]:
+    """List the text deltas of one event of a stream."""
+    return _texts(event, "delta")
+
+
+def _texts(body: Body, field: str) -> list[tuple[Strand, Ref, str]]:
+    found: list[tuple[Strand, Ref, str]] = []
+    for position, index, choice in chunks.choices_of(body):
+        found += texts.leaves(choice.get(field), (index,), ("choices", position, field))
+    return found
+
+
+def text_event(event: Body, strand: Strand, text: str) -> Body:
+    """An event like `event`, which has this strand, that carries only this text for it."""
+    ref = next(ref for name, ref, _ in event_texts(event) if name == strand)
+    delta = texts.only(event, ref, 3, text)
+    return {
+        **chunks.head(event, _CHUNK),
+        "choices": [{"index": strand[0], "delta": delta, "logprobs": None, "finish_reason": None}],
+    }
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+def explode(body: Body) -> Iterator[Body]:
+    """Turn a complete answer into the events of a stream, the usage event last if there is usage."""
+    parts = (part for _, index, choice in chunks.choices_of(body) for part in _parts(index, choice))
+    return chunks.events_of(body, _CHUNK, parts)
+
+
+def _parts(index: int, choice: chunks.Choice) -> Iterator[chunks.Choice]:
+    message = choice.get("message")
+    deltas = list(_deltas(message if type(message) is dict else {}))
+    # Log probabilities stand beside the text they belong to.
+    spoken = next((at for at, delta in enumerate(deltas) if delta.get("content") or delta.get("refusal")), 0)
+    silent: chunks.Choice = {"logprobs": None} if "logprobs" in choice else {}
+    for at, delta in enumerate(deltas):
+        spelled = {"logprobs": choice["logprobs"]} if silent and at == spoken else silent
+        yield {"index": index, "delta": delta, **spelled, "finish_reason": None}
+    more = chunks.choice_extras(choice)
+    yield {"index": index, "delta": {}, **silent, **more, "finish_reason": choice.get("finish_reason")}
+
+
+def _deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    spoken = {name: value for name, value in message.items() if type(value) is str and value and name != "role"}
+    tools = message.get("tool_calls") or []
+    later = {*spoken, "tool_calls"} if tools else spoken.keys()
+    opening = {"content": ""} if "content" in spoken else {}
+    yield {"role": "assistant", **opening, **{name: message[name] for name in message if name not in later}}
+    # Reasoning comes before what was reasoned about.
+    for name in sorted(spoken, key=lambda name: name in {"content", "refusal"}):
+        yield {name: spoken[name]}
+    for index, tool in enumerate(tools):
+        yield from ({"tool_calls": [part]} for part in _tool_parts(index, tool))
+
+
+def _tool_parts(index: int, tool: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    kind, field = ("custom", "input") if type(tool.get("custom")) is dict else ("function", "arguments")
+    called = tool.get(kind)
+    called = called if type(called) is dict else {}
+    spoken = called.get(field)
+    if type(spoken) is not str:
+        yield {"index": index, **tool}
+        return
+    yield {"index": index, **tool, kind: {**called, field: ""}}
+    if spoken:
+        yield {"index": index, kind: {field: spoken}}
+
+
+def assemble(events: Iterable[Body]) -> Body:
+    """Turn the events of a complete stream into the answer it would have been without streaming."""
+    body, parts = chunks.gathered(events)
+    choices = [
+        {**chunks.around(index, parts[index]), "message": _assembled([part.get("delta") for part in parts[index]])}
+        for index in sorted(parts)
+    ]
+    return {**body, "object": "chat.completion", "choices": choices}
+
+
+def _assembled(deltas: list[Any]) -> dict[str, Any]:
+    deltas = [delta for delta in deltas if type(delta) is dict]
+    roles = [delta["role"] for delta in deltas if delta.get("role")]
+    message: dict[str, Any] = {"role": roles[0] if roles else "assistant", "content": None}
+    for name in dict.fromkeys(name for delta in deltas for name in delta):
+        values = [delta.get(name) for delta in deltas]
+        if name == "tool_calls":
+            message[name] = _assembled_tools(values)
+        elif name != "role":
+            message[name] = chunks.joined(values)
+    return message
+
+
+def _assembled_tools(values: list[Any]) -> list[dict[str, Any]] | None:
+    found: dict[int, list[dict[str, Any]]] = {}
+    last = -1
+    lists = [value for value in values if type(value) is list]
+    for part in (part for value in lists for part in value if type(part) is dict):
+        index = part.get("index")
+        if type(index) is not int:
+            # Some providers leave the index out: an id then starts the next tool call.
+            index = last + 1 if part.get("id") or last < 0 else last
+        last = index
+        found.setdefault(index, []).append(part)
+    return [_assembled_tool(found[index]) for index in sorted(found)] if lists else None
+
+
+def _assembled_tool(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    names = dict.fromkeys(name for part in parts for name in part if name != "index")
+    tool = {name: chunks.joined(part.get(name) for part in parts) for name in names}
+    for name in ("id", "type"):
+        # These are whole in one delta, and repeated by some providers.
+        if given := [part[name] for part in parts if part.get(name)]:
+            tool[name] = given[0]
+    return tool

@@ -1,0 +1,100 @@
+"""Where texts stand in a body, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qlens.dialects import Ref, Strand
+
+MESSAGE_TOKENS = 16
+"""More than any chat template puts around one message or tool."""
+
+# What a model does not read as text, or what nobody may rewrite without breaking the body. Everything else counts as
+# text, so that a field which a provider invents tomorrow does not slip past a guard.
+_OPAQUE = frozenset(
+    {
+        "cache_control",
+        "data",
+        "detail",
+        "encrypted_content",
+        "extra_content",
+        "file_data",
+        "file_id",
+        "filename",
+        "format",
+        "id",
+        "image_url",
+        "name",
+        "prompt_cache_breakpoint",
+        "role",
+        "signature",
+        "thought_signature",
+        "tool_call_id",
+        "type",
+        "url",
+    }
+)
+
+
+def size(text: str) -> int:
+    """The bytes of a text in UTF-8, which is the most tokens that a byte-level tokenizer can make of it."""
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
+
+
+def leaves(node: Any, strand: Strand, ref: Ref) -> Iterator[tuple[Strand, Ref, str]]:
+    """Find the texts below a node of a message or a delta.
+
+    A strand names list items by their own `index`, so that it stays the same from event to event.
+    """
+    if type(node) is str:
+        yield strand, ref, node
+    elif type(node) is dict:
+        for key, child in node.items():
+            if child is not None and key not in _OPAQUE:
+                yield from leaves(child, (*strand, key), (*ref, key))
+    elif type(node) is list:
+        for position, child in enumerate(node):
+            name = child.get("index", position) if type(child) is dict else position
+            yield from leaves(child, (*strand, name if type(name) is int else position), (*ref, position))
+
+
+def only(body: Any, ref: Ref, start: int, text: str) -> Any:
+    """A copy of what stands at the first `start` steps of a ref, with nothing in it but this text at the ref.
+
+    List items keep their `index` and `type`, which say where the text belongs.
+    """
+    nodes = [body]
+    for step in ref[:-1]:
+        nodes.append(nodes[-1][step])
+    node: Any = text
+    for parent, step in zip(reversed(nodes[start:]), reversed(ref[start:]), strict=True):
+        if type(step) is int:
+            node = [node]
+        else:
+            node = {**{name: parent[name] for name in ("index", "type") if name in parent}, step: node}
+    return node
+
+
+def prompts(body: dict[str, Any], field: str) -> list[tuple[Ref, str]]:
+    """The texts of a field that holds a text, texts, or tokens."""
+    value = body.get(field)
+    if type(value) is str:
+        return [((field,), value)]
+    if type(value) is not list:
+        return []
+    return [((field, index), item) for index, item in enumerate(value) if type(item) is str]
+
+
+def prompts_bound(value: Any) -> tuple[int, int]:
+    """The most tokens of such a field, and an estimate; token arrays are counted exactly."""
+    if type(value) is str:
+        return size(value) + MESSAGE_TOKENS, -(-size(value) // 3) + 1
+    if type(value) is int:
+        return 1, 1
+    if type(value) is not list:
+        return 0, 0
+    if value and type(value[0]) is int:
+        return len(value), len(value)
+    bounds = [prompts_bound(item) for item in value]
+    return sum(hard for hard, _ in bounds), sum(estimate for _, estimate in bounds)

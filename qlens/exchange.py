@@ -1,0 +1,238 @@
+"""One exchange in OpenAI's wire format: a request out, a Reply or one of our errors back."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from email.utils import parsedate_to_datetime
+
+import orjson
+from attrs import frozen
+
+from qlens import dialects, sse
+from qlens.call import Body, Outgoing, Reply
+from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamTruncated
+from qlens.provider_errors import error_from
+from qlens.upstream import Answer, Deadlines, Upstream
+
+__all__ = ["FORWARDED", "Mend", "error_from", "post_openai"]
+
+FORWARDED = frozenset({"openai-processing-ms", "x-ms-region"})
+"""The headers of a provider's answer that the client may see."""
+
+_ERROR_BODY_BYTES = 64 * 1024
+_ITEMS = {"chat": "choices", "completions": "choices", "embeddings": "data"}
+"""Under which key a dialect's answer has its list, without which no client can read it."""
+
+
+@frozen
+class Mend:
+    """A repair of a provider's odd stream events: `apply` edits every event whose bytes contain `mark`."""
+
+    mark: bytes
+    apply: Callable[[Body], None]
+
+
+async def post_openai(
+    http: Upstream,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    outgoing: Outgoing,
+    deadlines: Deadlines,
+    ask_usage: bool = True,
+    forward: Collection[str] = FORWARDED,
+    mend: Mend | None = None,
+) -> Reply:
+    """Post a body in OpenAI's format and read the answer; a stream comes back once its first good event is in hand.
+
+    `ask_usage` asks a stream for its usage event; False is for servers that refuse `stream_options`.
+    Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
+    """
+    _set_stream_fields(outgoing, ask_usage)
+    answer = await http.open(
+        "POST",
+        url,
+        headers={
+            "content-type": "application/json",
+            "accept": "text/event-stream" if outgoing.stream else "application/json",
+            **{name.lower(): value for name, value in headers.items()},
+        },
+        body=orjson.dumps(outgoing.body),
+        deadlines=deadlines,
+    )
+    try:
+        reply = await _read(answer, outgoing, mend)
+    except BaseException:
+        await answer.close()
+        raise
+    reply.headers = {name: value for name in forward if (value := _plain(answer.headers.get(name)))}
+    reply.upstream_id = _plain(answer.headers.get("x-request-id")) or _plain(answer.headers.get("apim-request-id"))
+    return reply
+
+
+# --- the request -------------------------------------------------------------------------------
+
+
+def _set_stream_fields(outgoing: Outgoing, ask_usage: bool) -> None:
+    body = outgoing.body
+    if not outgoing.stream:
+        # Servers refuse stream_options without stream, and some know no `stream` for embeddings.
+        body.pop("stream", None)
+        body.pop("stream_options", None)
+        return
+    body["stream"] = True
+    if ask_usage:
+        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
+    else:
+        body.pop("stream_options", None)
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
+    if not 200 <= answer.status < 300:
+        raise await _refusal(answer)
+    media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not outgoing.stream or media_type == "application/json":
+        return _full(await answer.read(), outgoing)
+    if media_type != "text/event-stream":
+        raise UpstreamInvalid("the provider answered a stream request with something that is not a stream")
+    return await _stream(answer, outgoing, mend)
+
+
+async def _refusal(answer: Answer) -> CallError:
+    if answer.status < 400:
+        return UpstreamInvalid(f"the provider answered with status {answer.status}, which is no answer to a call")
+    try:
+        payload = orjson.loads(await answer.read(_ERROR_BODY_BYTES))
+    except (UpstreamError, orjson.JSONDecodeError):
+        payload = {}  # the status says enough
+    return error_from(payload if isinstance(payload, dict) else {}, answer.status, _retry_after(answer.headers))
+
+
+def _full(body: bytes, outgoing: Outgoing) -> Reply:
+    try:
+        parsed = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("the provider's answer is not valid JSON") from None
+    if not isinstance(parsed, dict):
+        raise UpstreamInvalid("the provider's answer is not a JSON object")
+    key = _ITEMS.get(outgoing.dialect)
+    items = parsed.get(key) if key else None
+    if parsed.get("error") and not items:
+        raise error_from(parsed)
+    if key and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+        raise UpstreamInvalid(f"the provider's answer has no list of {key}")
+    dialect = dialects.named(outgoing.dialect)
+    return Reply(
+        body=body,
+        dialect=outgoing.dialect,
+        usage=dialect.usage(parsed),
+        finish=dialect.finish(parsed),
+        complete=True,
+    )
+
+
+async def _stream(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
+    chunks = answer.chunks()
+    begun = await _to_first_event(chunks)
+    resumed = _resumed(begun, chunks)
+    reply = Reply(chunks=resumed, dialect=outgoing.dialect, close=answer.close)
+    if mend is not None:
+        reply.replace(chunks=_mended(resumed, mend))
+    return reply
+
+
+async def _to_first_event(chunks: AsyncIterator[bytes]) -> bytes:
+    """Read until the first good event is whole; everything that was read."""
+    splitter = sse.Splitter()
+    begun = b""
+    async for chunk in chunks:
+        begun += chunk
+        if any(_is_good(event) for event in splitter.feed(chunk)):
+            return begun
+        if len(begun) > sse.MAX_EVENT_BYTES:
+            raise UpstreamInvalid("the provider's stream has no event at its beginning")
+    if any(_is_good(event) for event in splitter.flush()):
+        return begun
+    raise UpstreamTruncated("the provider ended its stream before the first event")
+
+
+def _is_good(event: bytes) -> bool:
+    """Whether this event is an answer's beginning (a comment is not); raises what the provider says is wrong."""
+    data = sse.data(event)
+    if data is None or not data.strip():
+        return False
+    if data.startswith(b"[DONE]"):
+        return True
+    try:
+        payload = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("the provider's stream begins with an event that is not valid JSON") from None
+    if not isinstance(payload, dict):
+        raise UpstreamInvalid("the provider's stream begins with an event that is not a JSON object")
+    if payload.get("error") or event.startswith(b"event: error"):
+        raise error_from(payload)
+    return True
+
+
+async def _resumed(begun: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield begun
+    async for chunk in chunks:
+        yield chunk
+
+
+async def _mended(chunks: AsyncIterator[bytes], mend: Mend) -> AsyncIterator[bytes]:
+    splitter = sse.Splitter()
+    async for chunk in chunks:
+        if events := splitter.take(chunk):
+            yield _mend_events(events, mend) if mend.mark in events else events
+    for event in splitter.flush():
+        yield _mend_events(event, mend)
+
+
+def _mend_events(events: bytes, mend: Mend) -> bytes:
+    return b"".join(_mend_event(event, mend) if mend.mark in event else event for event in sse.Splitter().feed(events))
+
+
+def _mend_event(event: bytes, mend: Mend) -> bytes:
+    try:
+        payload = orjson.loads(sse.data(event) or b"")
+    except orjson.JSONDecodeError:
+        return event
+    if not isinstance(payload, dict):
+        return event
+    mend.apply(payload)
+    return sse.write(payload)
+
+
+def _plain(value: str | None) -> str | None:
+    return value if value and len(value) <= 128 and value.isascii() and value.isprintable() else None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds a provider asks to wait; None when it says nothing, or nonsense."""
+    milliseconds = _positive(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    said = headers.get("retry-after")
+    return _positive(said) or _seconds_until(said)
+
+
+def _positive(text: str | None) -> float | None:
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and number > 0 else None
+
+
+def _seconds_until(date: str | None) -> float | None:
+    try:
+        seconds = parsedate_to_datetime(date or "").timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return seconds if seconds > 0 else None

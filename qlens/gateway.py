@@ -1,0 +1,332 @@
+"""The running whole: the current configuration, the lifespans of its plugins, and the change to the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from attrs import define, field
+
+from qlens.call import Call, Caller
+from qlens.clock import Clock
+from qlens.config import Config
+from qlens.errors import ConfigError, Fault, StartupError
+from qlens.metrics import CallMetrics, Metrics
+from qlens.models import Models
+from qlens.operations import Operation, Paths
+from qlens.paths import Served, served
+from qlens.pipeline import Pipeline
+from qlens.registry import Health, Instance, Provider, Registration, register
+from qlens.upstream import Upstream
+
+log = logging.getLogger("qlens")
+
+
+@define(eq=False)
+class Generation:
+    """One configuration while calls still use it."""
+
+    registration: Registration
+    pipeline: Pipeline
+    client: Paths[Served]
+    admin: Paths[Served]
+    running: int = 0
+    idle: asyncio.Event = field(factory=asyncio.Event)
+
+
+@define(eq=False)
+class _Lifespan:
+    """A plugin's lifespan, entered and left in one task, as task groups and cancel scopes need it."""
+
+    instance: Instance
+    _closing: asyncio.Event = field(factory=asyncio.Event)
+    _task: asyncio.Task[None] | None = None
+
+    async def open(self, manager: AbstractAsyncContextManager[None]) -> None:
+        opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._hold(manager, opened), name=f"lifespan {self.instance.key}")
+        try:
+            await opened
+        except asyncio.CancelledError:
+            self._task.cancel()
+            raise
+
+    async def _hold(self, manager: AbstractAsyncContextManager[None], opened: asyncio.Future[None]) -> None:
+        try:
+            async with manager:
+                opened.set_result(None)
+                await self._closing.wait()
+        except Exception as error:
+            if not opened.done():
+                opened.set_exception(error)
+                return
+            log.exception("%s failed while closing", self.instance.key)
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._closing.set()
+            await self._task
+
+
+@define(eq=False)
+class Gateway:
+    """What plugins see of the gateway, and what the server runs calls with.
+
+    `http` opens calls to URLs, `metrics` makes metrics, `stores` holds clients that several plugins share, `models` and
+    `providers` follow the current configuration, `clock` tells the time, `worker` is this process' number, `url` is
+    where clients reach it.
+    """
+
+    clock: Clock = field(factory=Clock)
+    worker: int = 0
+    url: str = ""
+    http: Upstream = field(factory=Upstream)
+    metrics: Metrics = field(factory=Metrics)
+    stores: dict[str, Any] = field(factory=dict)
+    draining: bool = False
+    expired: bool = False
+    """Whether draining took too long and running calls are being cut off."""
+    calls: CallMetrics = field(init=False)
+    settling: set[asyncio.Task[None]] = field(factory=set, init=False)
+    _current: Generation | None = field(default=None, init=False)
+    _seen: Registration | None = field(default=None, init=False)
+    _older: list[Generation] = field(factory=list, init=False)
+    _retiring: set[asyncio.Task[None]] = field(factory=set, init=False)
+    _lifespans: list[_Lifespan] = field(factory=list, init=False)
+    _changing: asyncio.Lock = field(factory=asyncio.Lock, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.calls = CallMetrics(self.metrics)
+
+    # --- what plugins see ----------------------------------------------------------------------
+
+    @property
+    def models(self) -> Models:
+        """The models of the current configuration, by public name."""
+        return self._registration.models
+
+    @property
+    def providers(self) -> Mapping[str, Provider]:
+        """The providers of the current configuration, by name."""
+        return self._registration.providers
+
+    @property
+    def config(self) -> Config:
+        """The current configuration."""
+        return self._registration.config
+
+    @property
+    def _registration(self) -> Registration:
+        assert self._seen is not None, "the gateway has no configuration yet"
+        return self._seen
+
+    @property
+    def registration(self) -> Registration:
+        """The plugins of the current configuration."""
+        return self._registration
+
+    # --- what the server uses ------------------------------------------------------------------
+
+    @property
+    def current(self) -> Generation:
+        """The configuration that new calls get."""
+        assert self._current is not None, "the gateway is not started"
+        return self._current
+
+    @property
+    def ready(self) -> bool:
+        """Whether new calls are welcome."""
+        return self._current is not None and not self.draining
+
+    @contextmanager
+    def serving(self) -> Iterator[Generation]:
+        """Hold on to the current configuration for one call."""
+        generation = self.current
+        generation.running += 1
+        generation.idle.clear()
+        try:
+            yield generation
+        finally:
+            generation.running -= 1
+            if not generation.running:
+                generation.idle.set()
+
+    def health(self) -> dict[str, Health]:
+        """How every plugin is that says so, by stage and name."""
+        found = {}
+        for hook in self._registration.hooks.health:
+            try:
+                found[hook.instance] = hook.fn()
+            except Exception as error:
+                self.calls.failures.labels(hook.plugin, "health").inc()
+                found[hook.instance] = Health(False, f"health failed: {type(error).__name__}")
+        return found
+
+    def banner(self) -> list[str]:
+        """What the plugins tell the operator at start-up."""
+        return [line for hook in self._registration.hooks.banner for line in hook.fn()]
+
+    # --- configurations ------------------------------------------------------------------------
+
+    async def start(self, config: Config) -> None:
+        """Open a first configuration; raises StartupError with every fault, and leaves nothing open then."""
+        async with self._changing:
+            await self._change(register(config))
+        self.calls.loads.labels("loaded").inc()
+
+    async def reload(self, config: Config) -> None:
+        """Change to another configuration; raises StartupError and keeps the present one when that fails."""
+        async with self._changing:
+            try:
+                self._refuse_moves(config)
+                await self._change(register(config, self._registration))
+            except StartupError:
+                self.calls.loads.labels("refused").inc()
+                raise
+        self.calls.loads.labels("loaded").inc()
+
+    def _refuse_moves(self, config: Config) -> None:
+        old, new = self.config.server, config.server
+        faults = [
+            Fault(f"server.{name}", "cannot change while the gateway runs; restart it, or set it back")
+            for name in ("host", "port", "workers", "admin")
+            if getattr(old, name) != getattr(new, name)
+        ]
+        if faults:
+            raise ConfigError(faults)
+
+    async def _change(self, registration: Registration) -> None:
+        old = self._seen
+        self._seen = registration
+        opened: list[_Lifespan] = []
+        try:
+            generation = self._generation(registration)
+            self._adopt(old, registration)
+            for instance in registration.new:
+                await self._open(registration, instance, opened)
+        except BaseException:
+            self._seen = old
+            await self._close(opened)
+            raise
+        self._lifespans.extend(opened)
+        if self._current is not None:
+            self._older.append(self._current)
+            self._retire(self._current)
+        self._current = generation
+
+    def _generation(self, registration: Registration) -> Generation:
+        pipeline = Pipeline(
+            version=registration.config.version,
+            models=registration.models,
+            hooks=registration.hooks,
+            providers=registration.providers,
+            metrics=self.calls,
+            settling=self.settling,
+            stopping=lambda: self.expired,
+        )
+        client, admin = served(self, registration)
+        generation = Generation(registration, pipeline, client, admin)
+        generation.idle.set()
+        return generation
+
+    @staticmethod
+    def _adopt(old: Registration | None, registration: Registration) -> None:
+        before = {instance.key: instance for instance in old.instances} if old else {}
+        adopters = {hook.instance: hook for hook in registration.hooks.adopt}
+        for instance in registration.new:
+            replaced = before.get(instance.key)
+            if replaced is not None and replaced.cls is instance.cls and instance.key in adopters:
+                adopters[instance.key].fn(replaced.plugin)
+
+    async def _open(self, registration: Registration, instance: Instance, opened: list[_Lifespan]) -> None:
+        hook = next((hook for hook in registration.hooks.lifespan if hook.instance == instance.key), None)
+        lifespan = _Lifespan(instance)
+        try:
+            if hook is not None:
+                await lifespan.open(hook.fn(self))
+        except StartupError as error:
+            raise StartupError(
+                [Fault(fault.path or instance.entry.path, fault.message) for fault in error.faults]
+            ) from error
+        except Exception as error:
+            log.exception("%s failed to open", instance.key)
+            message = f"{instance.entry.plugin} failed to open: {type(error).__name__}: {error}"
+            raise StartupError([Fault(instance.entry.path, message)]) from error
+        opened.append(lifespan)
+
+    def _retire(self, generation: Generation) -> None:
+        """Close what only an old configuration uses, once its last call has settled."""
+
+        async def wait() -> None:
+            await generation.idle.wait()
+            while self.settling:
+                await asyncio.wait(set(self.settling))
+            self._older.remove(generation)
+            used = {id(i) for g in (*self._older, self.current) for i in g.registration.instances}
+            unused = [lifespan for lifespan in self._lifespans if id(lifespan.instance) not in used]
+            self._lifespans = [lifespan for lifespan in self._lifespans if lifespan not in unused]
+            await self._close(unused)
+
+        task = asyncio.create_task(wait(), name="retire configuration")
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
+    @staticmethod
+    async def _close(lifespans: list[_Lifespan]) -> None:
+        for lifespan in reversed(lifespans):
+            await lifespan.close()
+
+    # --- without serving -----------------------------------------------------------------------
+
+    def view(self, registration: Registration) -> None:
+        """Show plugins a configuration that is not served."""
+        self._seen = registration
+
+    @asynccontextmanager
+    async def only(self, registration: Registration, key: str) -> AsyncIterator[None]:
+        """Open the lifespan of one instance alone, for a command."""
+        self._seen = registration
+        instance = next(instance for instance in registration.instances if instance.key == key)
+        opened: list[_Lifespan] = []
+        await self._open(registration, instance, opened)
+        try:
+            yield
+        finally:
+            await self._close(opened)
+
+    async def opened(self, registration: Registration, operation: Operation, raw: bytes, caller: Caller) -> Call:
+        """A call that is open and does not run, for `qlens explain`."""
+
+        async def reader() -> bytes:
+            return raw
+
+        now = asyncio.get_running_loop().time()
+        call = Call(
+            id="explain", operation=operation, path=operation.path, path_params={}, query={},
+            headers={"content-type": "application/json"}, peer=None, credential=None, started=now,
+            wall_ns=int(self.clock.time() * 1e9), deadline=now + 60, reader=reader, caller=caller,
+        )  # fmt: skip
+        await self._generation(registration).pipeline.open(call)
+        return call
+
+    # --- the end -------------------------------------------------------------------------------
+
+    async def settled(self) -> None:
+        """Wait until no call runs and every receipt has settled."""
+        for generation in (*self._older, *((self._current,) if self._current else ())):
+            await generation.idle.wait()
+        while self.settling:
+            await asyncio.wait(set(self.settling))
+
+    async def stop(self) -> None:
+        """Close everything, in reverse order, after the last settle."""
+        self.draining = True
+        await self.settled()
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(*self._retiring)
+        lifespans, self._lifespans = self._lifespans, []
+        await self._close(lifespans)
+        await self.http.aclose()

@@ -1,0 +1,147 @@
+"""The table of operations: the only place where one is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from urllib.parse import unquote
+
+from attrs import define, field, frozen
+
+from qlens.errors import ModelNotFound, UnknownPath, WrongMethod
+
+if TYPE_CHECKING:
+    from qlens.call import Call, Model
+    from qlens.dialects import Body
+    from qlens.models import Models
+
+
+@frozen
+class Operation:
+    """One thing clients can ask for, and how it runs."""
+
+    name: str
+    method: str
+    path: str
+    """A `{parameter}` stands for one segment; at the end of the path, for the rest, slashes included."""
+    runs: Literal["full", "affinity", "local"]
+    """full: all stages; affinity: bound to the target that made an object; local: answered by the gateway."""
+    dialect: str | None = None
+    body: Literal["json", "none"] = "none"
+    streams: bool = False
+    meters: tuple[str, ...] = ()
+    local: Callable[[Call, Models], Body] | None = field(default=None, repr=False)
+
+
+def _card(model: Model) -> Body:
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "qlens"}
+
+
+def _list_models(call: Call, models: Models) -> Body:
+    """OpenAI's list of models, of those the caller may use."""
+    allowed = [_card(model) for model in models.listed() if call.known.may_use(model.name)]
+    return {"object": "list", "data": allowed}
+
+
+def _retrieve_model(call: Call, models: Models) -> Body:
+    """One model of the list; one that is only matched by a wildcard is found by its own name."""
+    name = call.path_params["id"]
+    model = models.resolve(name)
+    if model is None or not call.known.may_use(name):
+        raise model_not_found(name)
+    return {**_card(model), "id": name}
+
+
+def model_not_found(name: str) -> ModelNotFound:
+    """The one answer for a model that does not exist and for one that the caller may not use."""
+    return ModelNotFound(f"The model `{name[:256]}` does not exist or you do not have access to it.", param="model")
+
+
+OPERATIONS = (
+    Operation("chat", "POST", "/v1/chat/completions", "full", "chat", "json", True, ("tokens",)),
+    Operation("completions", "POST", "/v1/completions", "full", "completions", "json", True, ("tokens",)),
+    Operation("embeddings", "POST", "/v1/embeddings", "full", "embeddings", "json", False, ("tokens",)),
+    Operation("models", "GET", "/v1/models", "local", local=_list_models),
+    Operation("model", "GET", "/v1/models/{id}", "local", local=_retrieve_model),
+)
+
+T = TypeVar("T")
+
+
+@define(eq=False)
+class Paths(Generic[T]):
+    """Finds what is served at a method and a raw path; never looks at the Host header."""
+
+    _exact: dict[str, dict[str, T]] = field(factory=dict)
+    _patterns: list[tuple[tuple[str, ...], dict[str, T]]] = field(factory=list)
+
+    @classmethod
+    def of(cls, entries: Iterable[tuple[str, str, T]]) -> Paths[T]:
+        """A table of (method, path, what)."""
+        paths = cls()
+        for method, path, what in entries:
+            paths.add(method, path, what)
+        return paths
+
+    def add(self, method: str, path: str, what: T) -> None:
+        """Serve a path; ValueError when it is taken."""
+        methods = self._methods(path)
+        if method in methods:
+            raise ValueError(f"{method} {path} is taken")
+        methods[method] = what
+
+    def _methods(self, path: str) -> dict[str, T]:
+        if "{" not in path:
+            return self._exact.setdefault(path, {})
+        parts = tuple(path.split("/"))
+        for known, methods in self._patterns:
+            if _shape(known) == _shape(parts):
+                return methods
+        self._patterns.append((parts, {}))
+        return self._patterns[-1][1]
+
+    def find(self, method: str, path: str) -> tuple[T, Mapping[str, str]]:
+        """What is served at a path, with the path's parameters; raises UnknownPath or WrongMethod."""
+        methods, params = self._exact.get(path), {}
+        if methods is None:
+            for parts, candidates in self._patterns:
+                found = _match(parts, path)
+                if found is not None:
+                    methods, params = candidates, found
+                    break
+        if methods is None:
+            raise UnknownPath(f"Invalid URL ({_shown(method)} {_shown(path)})")
+        if method not in methods:
+            allowed = ", ".join(sorted(methods))
+            raise WrongMethod(
+                f"Not allowed to {_shown(method)} on {_shown(path)} (allowed: {allowed})", headers={"allow": allowed}
+            )
+        return methods[method], params
+
+
+def _shape(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple("{}" if part.startswith("{") else part for part in parts)
+
+
+def _match(parts: tuple[str, ...], path: str) -> dict[str, str] | None:
+    """The parameters of a path that fits; the last parameter takes the rest of the path."""
+    given = path.split("/")
+    if len(given) < len(parts) or (len(given) > len(parts) and not parts[-1].startswith("{")):
+        return None
+    params = {}
+    for index, part in enumerate(parts):
+        if not part.startswith("{"):
+            if part != given[index]:
+                return None
+            continue
+        last = index == len(parts) - 1
+        value = "/".join(given[index:]) if last else given[index]
+        if not value:
+            return None
+        params[part[1:-1]] = unquote(value)
+    return params
+
+
+def _shown(text: str) -> str:
+    """A piece of the request line that is safe to show: short, printable."""
+    return "".join(char if char.isprintable() else "?" for char in text[:200])

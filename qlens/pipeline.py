@@ -1,0 +1,471 @@
+"""A call's whole story, readable top to bottom: one frozen object for one configuration."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Protocol
+
+import orjson
+from attrs import field, frozen
+
+from qlens import dialects, sse
+from qlens.account import Account, run_apart
+from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
+from qlens.errors import (
+    CallError,
+    CallTimedOut,
+    InvalidRequest,
+    PluginFailed,
+    Unauthenticated,
+    Unavailable,
+    UnsupportedMedia,
+    UpstreamError,
+    UpstreamInvalid,
+)
+from qlens.metering import Meter, estimated, exploded
+from qlens.metrics import CallMetrics
+from qlens.models import Models
+from qlens.operations import model_not_found
+from qlens.registry import Bound, Hooks, Provider
+from qlens.usage import Usage
+
+log = logging.getLogger("qlens")
+
+STORE_SECONDS = 0.05
+"""How long an answer waits for the caches that keep it."""
+
+
+class Relay(Protocol):
+    """Writes a reply to the client; raises ClientLeft when nobody reads it."""
+
+    async def __call__(self, account: Account, reply: Reply) -> None: ...
+
+
+@frozen(eq=False)
+class Pipeline:
+    """Runs calls through the hooks of one configuration.
+
+    Each hook is a tuple of functions, frozen at start-up in calling order. A CallError may be raised anywhere and is
+    caught by the server alone; what a hook raises by mistake is turned into one here, where it happened, and counted.
+    """
+
+    version: str
+    models: Models
+    hooks: Hooks
+    providers: dict[str, Provider]
+    metrics: CallMetrics
+    settling: set[asyncio.Task[None]]
+    """Calls that are still accounting; shutdown waits for them."""
+    stopping: Callable[[], bool] = field(default=lambda: False)
+
+    # --- the story -----------------------------------------------------------------------------
+
+    async def run(self, call: Call, relay: Relay) -> None:
+        """Take a call from its head to its last byte and its receipt."""
+        call.config = self.version
+        self.metrics.running.inc()
+        try:
+            async with asyncio.timeout_at(call.deadline) as timer:
+                call.caller = await self.authenticate(call)
+                # From here on every exit settles, whatever it is and wherever it happens.
+                async with Account(self, call, timer.expired) as account:
+                    reply = await self.answer(account)
+                    await relay(account, reply)
+        except TimeoutError:
+            raise CallTimedOut("The call took longer than this gateway allows.") from None
+        finally:
+            self.metrics.running.dec()
+
+    async def authenticate(self, call: Call) -> Caller:
+        """Who is it: the first plugin that answers wins; only the head was read so far."""
+        for hook in self.hooks.authenticate:
+            try:
+                caller: Caller | None = await hook.fn(call)
+            except CallError:
+                raise
+            except Exception as error:
+                # Never a 401: the client would blame its key.
+                raise self.failure(hook, error, Unavailable("Authentication is unavailable.")) from error
+            if caller is not None:
+                return caller
+        if call.credential is None:
+            raise Unauthenticated(
+                "You didn't provide an API key. Send it in an Authorization header: Authorization: Bearer YOUR_KEY."
+            )
+        raise Unauthenticated("Incorrect API key provided.", code="invalid_api_key")
+
+    async def answer(self, account: Account) -> Reply:
+        """Find the answer to an authenticated call."""
+        call = account.call
+        if call.operation.local is not None:
+            await self.admit(account)
+            return _local(call.operation.local(call, self.models))
+        await self.open(call)
+        await self.admit(account)
+        reply = await self.wrapped(account)
+        return self.shaped(account, await self.collected(account, reply))
+
+    async def open(self, call: Call) -> None:
+        """Read the body, validate it, resolve the model, and bound what the call can use."""
+        call.body = await _json_body(call)
+        dialect = dialects.named(call.operation.dialect or "")
+        dialect.validate(call.body)
+        name = call.asked_model = call.body["model"]
+        model = self.models.resolve(name)
+        if model is None or not call.known.may_use(name):
+            raise model_not_found(name)
+        call.model = model
+        call.targets = model.candidates
+        call.stream = call.operation.streams and call.body.get("stream") is True
+        call.wants_usage = bool(call.stream and (call.body.get("stream_options") or {}).get("include_usage"))
+        dialect.clamp(call.body, model.max_output_tokens, model.max_n)
+        hard, call.estimated_input = dialect.input_bound(call.body)
+        _, asked = dialect.output_bound(call.body)
+        most = asked if asked is not None else model.max_output_tokens
+        call.bounded = most is not None or not dialect.GENERATES
+        output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
+        call.bound = Usage(input=hard, output=output, meters=dialect.media(call.body), source="estimated")
+        call.bound_cost = self.bound_cost(call, model)
+
+    def bound_cost(self, call: Call, model: Model) -> Cost:
+        """The most the call can cost: the dearest over candidates and fallbacks, unpriced if one of them is."""
+        if not self.hooks.price:
+            return UNPRICED
+        dearest = FREE
+        for target in (*model.candidates, *self._fallback_targets(model)):
+            cost = self.cost(call, target, call.bound)
+            if cost.picos is None or not call.bounded:
+                return UNPRICED
+            if cost.picos >= (dearest.picos or 0):
+                dearest = cost
+        return dearest
+
+    def _fallback_targets(self, model: Model) -> Iterable[Target]:
+        names = {name for names in model.fallbacks.values() for name in names}
+        return (target for name in names if (found := self.models.resolve(name)) for target in found.candidates)
+
+    async def admit(self, account: Account) -> None:
+        """May it run: all plugins are asked, one after another; the first that raises ends it."""
+        call = account.call
+        for hook in self.hooks.admit:
+            if hook.bounded and not call.bounded and call.model is not None:
+                raise InvalidRequest(
+                    f"max_tokens is required: the model `{call.model.name}` has no max_output_tokens in this gateway's "
+                    f"configuration and {hook.plugin} must know how much a call can generate.",
+                    param="max_tokens",
+                    code="missing_required_parameter",
+                )
+            try:
+                hold = await hook.fn(call)
+            except CallError:
+                raise
+            except Exception as error:
+                raise self.failure(hook, error, Unavailable(f"{hook.plugin} cannot decide at the moment.")) from error
+            if hold is not None:
+                account.holds[hook.instance] = hold
+        account.admitted = True
+
+    async def wrapped(self, account: Account) -> Reply:
+        """Guards, coalescing, idempotency: an onion around the search for an answer, cached ones included."""
+
+        async def layer(depth: int) -> Reply:
+            if depth == len(self.hooks.wrap_call):
+                return await self.found(account)
+            hook = self.hooks.wrap_call[depth]
+            return await self._peel(hook, hook.fn(account.call, lambda: layer(depth + 1)))
+
+        reply = account.reply = await layer(0)
+        return reply
+
+    async def _peel(self, hook: Bound, layer: Awaitable[Reply]) -> Reply:
+        """One layer of an onion: what goes wrong deeper is a CallError already, so all else is this plugin's own."""
+        try:
+            reply = await layer
+            if not isinstance(reply, Reply):
+                raise TypeError(f"{hook.name} returned {type(reply).__name__}, not a Reply")
+        except CallError:
+            raise
+        except Exception as error:
+            raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
+        return reply
+
+    async def found(self, account: Account) -> Reply:
+        """The cache's answer, or else a provider's, which the caches may keep."""
+        known = await self.lookup(account.call)
+        if known is not None:
+            account.open(known)
+            return known
+        reply = await self.ask(account)
+        if reply.body is not None and reply.complete:
+            await self.store(account.call, reply)
+        return reply
+
+    async def lookup(self, call: Call) -> Reply | None:
+        """Is the answer known: the first reply wins and skips the rest; a broken cache is a miss."""
+        for hook in self.hooks.lookup:
+            try:
+                reply: Reply | None = await hook.fn(call)
+            except CallError:
+                raise
+            except Exception as error:
+                self.failure(hook, error)
+                continue
+            if reply is not None:
+                return reply
+        return None
+
+    # --- asking providers ----------------------------------------------------------------------
+
+    async def ask(self, account: Account) -> Reply:
+        """The one owner of retries and fallback; it never runs again once a good byte is in hand.
+
+        Each target of the model is asked in turn, then those of its fallbacks. Only when all were tried is one asked
+        again, if `retry` allows it, after the wait it says.
+        """
+        call = account.call
+        assert call.model is not None
+        waiting = await self.choose(call, call.model)
+        call.targets = tuple(waiting)
+        reached = {call.model.name}
+        asked_again: list[Target] = []
+        wait: float | None = None
+        error: CallError | None = None
+        while True:
+            if not waiting and error is not None:
+                waiting = await self.fall_back(call, error, reached)
+            if not waiting and asked_again and wait is not None:
+                await asyncio.sleep(wait)
+                waiting, asked_again, wait = asked_again, [], None
+            if not waiting:
+                raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
+            target, before = waiting.pop(0), len(call.attempts)
+            try:
+                return await self.send(account, target)
+            except CallError as raised:
+                if len(call.attempts) == before:  # refused before it was sent: no attempt
+                    error = error if call.attempts else _latest(error, raised)
+                    continue
+                error = _latest(error, raised)
+            if not error.elsewhere:
+                waiting, asked_again = [], []
+                if error.fallback is None:
+                    raise error
+            if error.again:
+                asked_again.append(target)
+            if self.hooks.retry:
+                wait = self.retry(call, call.attempts[-1])
+                if wait is None:
+                    raise error
+
+    async def choose(self, call: Call, model: Model) -> list[Target]:
+        """Order a model's targets: the first answer wins; without one it is YAML's order."""
+        for hook in self.hooks.choose:
+            try:
+                chosen = await hook.fn(call, model)
+                if chosen is not None:
+                    return list(chosen)
+            except CallError:
+                raise
+            except Exception as error:
+                raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
+        return list(model.candidates)
+
+    async def fall_back(self, call: Call, error: CallError, reached: set[str]) -> list[Target]:
+        """The targets of the next fallback for this kind of error that the caller may use; each is reached once."""
+        assert call.model is not None
+        fallbacks = call.model.fallbacks
+        names = fallbacks.get(error.fallback or "", ())
+        if error.elsewhere:
+            names = (*names, *fallbacks.get("any", ()))
+        for name in names:
+            model = self.models.resolve(name)
+            if name in reached or model is None or not call.known.may_use(name):
+                continue
+            reached.add(name)
+            return await self.choose(call, model)
+        return []
+
+    def retry(self, call: Call, attempt: Attempt) -> float | None:
+        """How long to wait before another attempt, or None: no more."""
+        for hook in self.hooks.retry:
+            try:
+                wait: float | None = hook.fn(call, attempt)
+            except Exception as error:
+                self.failure(hook, error)
+                continue
+            if wait is not None:
+                return wait
+        return None
+
+    async def send(self, account: Account, target: Target) -> Reply:
+        """Ask one target, inside the layers of `wrap_send`."""
+
+        async def layer(depth: int, target: Target) -> Reply:
+            if depth == len(self.hooks.wrap_send):
+                return await self.attempt(account, target)
+            hook = self.hooks.wrap_send[depth]
+            return await self._peel(hook, hook.fn(account.call, target, lambda other: layer(depth + 1, other)))
+
+        return await layer(0, target)
+
+    async def attempt(self, account: Account, target: Target) -> Reply:
+        """One attempt: from here to its end the account knows about it."""
+        call, provider = account.call, self.providers[target.provider]
+        outgoing = _outgoing(call, target, provider)
+        place = account.begin(target)
+        try:
+            reply: Reply = await provider.send.fn(call, target, outgoing)
+            reply.target = target
+            meter = self.metered(account, reply)
+        except CallError as error:
+            account.failed(place, error.code or error.type, error.status, error.retry_after)
+            raise
+        except Exception as error:
+            account.failed(place, "provider_failed")
+            raise self.failure(
+                provider.send, error, UpstreamError(f"The provider {target.provider} failed.")
+            ) from error
+        account.answered(place, reply, meter)
+        return reply
+
+    def metered(self, account: Account, reply: Reply) -> Meter | None:
+        """See to it that usage is known: read from a body at once, found in a stream as it passes."""
+        call = account.call
+        if reply.chunks is None:
+            if reply.usage is None or not reply.usage.total:
+                reply.usage = _usage_of(call, reply)
+            return None
+
+        async def keep(body: bytes) -> None:
+            kept = Reply(body=body, dialect=reply.dialect, target=reply.target, usage=meter.usage(), complete=True)
+            kept.finish = reply.finish
+            await self.store(call, kept)
+
+        target = reply.target
+        assert target is not None
+        meter = Meter(call, reply, lambda usage: self.cost(call, target, usage), keep)
+        reply.replace(chunks=meter.watch(reply.chunks))
+        return meter
+
+    async def store(self, call: Call, reply: Reply) -> None:
+        """Hand a complete answer to the caches; a slow one goes on alone."""
+        if not self.hooks.store or reply.status != 200:
+            return
+        storing = run_apart(self._store(call, reply))
+        if not storing.done():
+            self.settling.add(storing)
+            storing.add_done_callback(self.settling.discard)
+            await asyncio.wait({storing}, timeout=STORE_SECONDS)
+
+    async def _store(self, call: Call, reply: Reply) -> None:
+        for hook in self.hooks.store:
+            try:
+                await hook.fn(call, reply)
+            except Exception as error:
+                self.failure(hook, error)
+
+    # --- the way back --------------------------------------------------------------------------
+
+    async def collected(self, account: Account, reply: Reply) -> Reply:
+        """Make one body of a stream that the client did not ask for."""
+        if account.call.stream or reply.chunks is None:
+            return reply
+        payloads = []
+        async for event in reply.events():
+            data = sse.data(event)
+            if data and not data.startswith(b"[DONE]"):
+                payloads.append(orjson.loads(data))
+        reply.body, reply.chunks = orjson.dumps(dialects.named(reply.dialect).assemble(payloads)), None
+        return reply
+
+    def shaped(self, account: Account, reply: Reply) -> Reply:
+        """Make a stream of one body, when that is what the client asked for."""
+        if account.call.stream and reply.body is not None:
+            reply.replace(chunks=sse.chunks_of(exploded(account.call, reply, account.cost())))
+            reply.body = None
+        return reply
+
+    def cost(self, call: Call, target: Target, usage: Usage) -> Cost:
+        """What a usage costs at a target: the first plugin that knows; nobody knows means unpriced."""
+        for hook in self.hooks.price:
+            try:
+                cost: Cost | None = hook.fn(call, target, usage)
+            except Exception as error:
+                self.failure(hook, error)
+                continue
+            if cost is not None:
+                return cost
+        return UNPRICED
+
+    async def settle(self, account: Account, receipt: Receipt) -> None:
+        """Account for a finished call: every plugin, once, each with its own hold, even if others fail."""
+        self.metrics.settled(receipt)
+        for hook in self.hooks.settle:
+            try:
+                await hook.fn(account.call, receipt, account.holds.get(hook.instance))
+            except Exception as error:
+                self.failure(hook, error)
+
+    def failure(self, hook: Bound, error: Exception, answer: CallError | None = None) -> CallError:
+        """Count a hook that failed by itself, and give the error that the client sees for it."""
+        self.metrics.failures.labels(hook.plugin, hook.name).inc()
+        log.error("%s failed in %s: %s", hook.plugin, hook.name, type(error).__name__, exc_info=error)
+        return answer or PluginFailed(f"{hook.plugin} failed.")
+
+
+async def _json_body(call: Call) -> dialects.Body:
+    """The request's body as a JSON object."""
+    media = call.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json" and not media.endswith("+json"):
+        raise UnsupportedMedia(
+            "Unsupported content type. This API accepts 'application/json' only: set the header "
+            "'Content-Type: application/json'."
+        )
+    raw = await call.read()
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.") from None
+    if not isinstance(body, dict):
+        raise InvalidRequest("The JSON body of your request must be an object.")
+    return body
+
+
+def _outgoing(call: Call, target: Target, provider: Provider) -> Outgoing:
+    """What this target is sent: always serialised from the edited dict, a fresh copy for each attempt."""
+    dialect = call.operation.dialect or ""
+    if dialect not in provider.dialects(target):
+        raise InvalidRequest(
+            f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",
+            code="unsupported_operation",
+        )
+    body = {**orjson.loads(orjson.dumps(call.body)), **target.params, "model": target.model}
+    return Outgoing(call.operation, dialect, body, call.stream)
+
+
+def _usage_of(call: Call, reply: Reply) -> Usage:
+    """The usage a whole answer states, or else an estimate: never a silent zero."""
+    try:
+        body = orjson.loads(reply.body or b"")
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider's answer is not JSON.") from None
+    if not isinstance(body, dict):
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+    dialect = dialects.named(reply.dialect)
+    said = dialect.usage(body)
+    reply.finish = reply.finish or dialect.finish(body)
+    guess = estimated(call, reply.dialect, body)
+    return said if said is not None and (said.total or not guess.output) else guess
+
+
+def _local(body: dialects.Body) -> Reply:
+    return Reply(body=orjson.dumps(body), complete=True)
+
+
+def _latest(one: CallError | None, other: CallError) -> CallError:
+    """The later error; of two of the same kind, the one that lets the client come back sooner."""
+    if one is not None and one.status == other.status and (one.retry_after or 0) < (other.retry_after or 0):
+        return one
+    return other

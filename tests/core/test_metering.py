@@ -1,0 +1,204 @@
+"""Streams on their way: withheld events, usage, completeness, at every cut of the bytes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlens.call import Call, Cost, Reply
+from qlens.errors import CallError, UpstreamTruncated
+from qlens.metering import Meter
+from qlens.operations import OPERATIONS
+from qlens.usage import Usage
+
+HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+USAGE = {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}
+
+
+def _event(value: object, end: str = "\n\n") -> bytes:
+    return b"data: " + (value if isinstance(value, bytes) else orjson.dumps(value)) + end.encode()
+
+
+def _delta(text: str, finish: str | None = None, index: int = 0) -> dict[str, Any]:
+    return {**HEAD, "choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]}
+
+
+AZURE = {"id": "", "object": "", "created": 0, "model": "", "choices": [], "prompt_filter_results": [{"prompt_index": 0}]}
+PLAIN = [AZURE, _delta('say "choices":[] and "usage":{'), _delta("!"), _delta("", "stop"), {**HEAD, "choices": [], "usage": USAGE}]
+
+
+def _call(*, wants_usage: bool = False, keep: int = 0, n: int = 1) -> Call:
+    async def reader() -> bytes:
+        return b""
+
+    call = Call(
+        id="1", operation=OPERATIONS[0], path="", path_params={}, query={}, headers={}, peer=None, credential=None,
+        started=0, wall_ns=0, deadline=0, reader=reader, stream=True, wants_usage=wants_usage, keep=keep,
+    )  # fmt: skip
+    call.body = {"n": n}
+    call.estimated_input = 11
+    return call
+
+
+async def _run(
+    pieces: Iterator[bytes] | list[bytes], **options: Any
+) -> tuple[list[Any], Meter, list[bytes], CallError | None]:
+    kept: list[bytes] = []
+
+    async def ended(body: bytes) -> None:
+        kept.append(body)
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    reply = Reply(chunks=chunks())
+    meter = Meter(_call(**options), reply, lambda usage: Cost(usage.total), ended)
+    got, error = b"", None
+    try:
+        async for chunk in meter.watch(chunks()):
+            got += chunk
+    except CallError as raised:
+        error = raised
+    events = [line[6:] for line in got.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n") if line.startswith(b"data: ")]
+    return [data.decode() if data == b"[DONE]" else orjson.loads(data) for data in events], meter, kept, error
+
+
+@pytest.mark.parametrize("end", ["\n\n", "\r\n\r\n", "\r\r"])
+async def test_at_every_cut_no_client_sees_an_event_without_choices_unless_it_asked(end: str) -> None:
+    raw = b": comment" + end.encode() + b"".join(_event(event, end) for event in PLAIN) + _event(b"[DONE]", end)
+    whole, _, _, _ = await _run([raw])
+    for cut in range(1, len(raw)):
+        seen, meter, _, error = await _run([raw[:cut], raw[cut:]])
+        assert error is None
+        assert seen == whole
+        assert all(event == "[DONE]" or event["choices"] for event in seen)
+        assert meter.reply.complete
+        assert meter.reply.usage == Usage(input=5, output=2, source="provider")
+    assert [event if event == "[DONE]" else event["choices"][0]["delta"]["content"] for event in whole] == [
+        'say "choices":[] and "usage":{', "!", "", "[DONE]",
+    ]  # fmt: skip
+
+
+@given(st.lists(st.integers(1, 400), max_size=12))
+async def test_the_bytes_may_come_in_any_pieces(sizes: list[int]) -> None:
+    raw = b"".join(_event(event) for event in PLAIN) + _event(b"[DONE]")
+    pieces, rest = [], raw
+    for size in sizes:
+        pieces.append(rest[:size])
+        rest = rest[size:]
+    seen, meter, _, error = await _run([piece for piece in (*pieces, rest) if piece], wants_usage=True)
+    assert error is None
+    assert seen[-1] == "[DONE]"
+    assert seen[-2]["usage"] == {**USAGE, "cost_usd": "0.000000000007"}
+    assert [event for event in seen[:-2] if not event["choices"]] == []
+    assert meter.usage().total == 7
+
+
+async def test_a_stream_without_end_mark_but_with_a_finish_reason_is_complete_and_gets_its_mark() -> None:
+    seen, meter, _, error = await _run([_event(_delta("hi")), _event(_delta("", "stop"))])
+    assert error is None
+    assert seen[-1] == "[DONE]"
+    assert meter.reply.complete
+
+
+async def test_the_last_event_may_lack_its_blank_line() -> None:
+    seen, _, _, error = await _run([_event(_delta("hi")), _event(_delta("", "stop")) + b"data: [DONE]"])
+    assert error is None
+    assert seen[-1] == "[DONE]"
+    assert seen.count("[DONE]") == 1
+
+
+@pytest.mark.parametrize("tail", [b"", b'data: {"id":"chatcmpl-1","choices":[{"ind'], ids=["between events", "in one"])
+async def test_a_stream_cut_before_its_end_is_an_error_and_no_success(tail: bytes) -> None:
+    seen, meter, kept, error = await _run([_event(_delta("hi")), _event(_delta(" there")) + tail], keep=10_000)
+    assert isinstance(error, CallError)
+    assert error.status == 502
+    assert "[DONE]" not in seen
+    assert not meter.reply.complete
+    assert kept == []
+    assert meter.usage().source == "partial"
+
+
+async def test_with_several_choices_all_must_finish() -> None:
+    events = [_event(_delta("a", index=0)), _event(_delta("b", index=1)), _event(_delta("", "stop", 0))]
+    _, _, _, error = await _run(list(events), n=2)
+    assert isinstance(error, UpstreamTruncated)
+    _, _, _, error = await _run([*events, _event(_delta("", "stop", 1))], n=2)
+    assert error is None
+
+
+async def test_an_error_event_of_the_provider_is_mapped_not_forwarded() -> None:
+    secret = {"error": {"message": "sk-example-secret is rate limited", "type": "x", "code": "rate_limit_exceeded"}}
+    seen, _, _, error = await _run([_event(_delta("hi")), _event(secret)])
+    assert isinstance(error, CallError)
+    assert "sk-example-secret" not in error.message
+    assert len(seen) == 1
+
+
+async def test_an_error_field_that_is_null_is_no_error() -> None:
+    _, _, _, error = await _run([_event({**_delta("hi"), "error": None}), _event(_delta("", "stop"))])
+    assert error is None
+
+
+async def test_usage_is_taken_from_an_event_with_choices_and_its_text_is_kept() -> None:
+    with_usage = {**_delta("!", "stop"), "usage": USAGE}
+    seen, meter, _, _ = await _run([_event(_delta("hi")), _event(with_usage), _event(b"[DONE]")], wants_usage=True)
+    assert seen[1]["choices"][0]["delta"]["content"] == "!"
+    assert seen[-2]["choices"] == []
+    assert seen[-2]["usage"]["total_tokens"] == 7
+    assert meter.usage() == Usage(input=5, output=2, source="provider")
+
+
+async def test_running_totals_are_not_added_up() -> None:
+    totals = [{**HEAD, "choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": n}} for n in (1, 2, 3)]
+    events = [_event(_delta("a", "stop")), *map(_event, totals), _event(b"[DONE]")]
+    seen, meter, _, _ = await _run(events, wants_usage=True)
+    assert meter.usage().total == 8
+    assert len([event for event in seen if event != "[DONE]" and not event["choices"]]) == 1
+
+
+async def test_missing_or_empty_usage_is_estimated_never_zero() -> None:
+    zero = {**HEAD, "choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}
+    for extra in ([], [_event(zero)]):
+        events = [_event(_delta(word)) for word in ("a ", "b ", "c ")] + [_event(_delta("", "stop")), *extra, _event(b"[DONE]")]
+        seen, meter, _, _ = await _run(events, wants_usage=True)
+        assert meter.usage().source == "estimated"
+        assert meter.usage().input == 11
+        assert meter.usage().output >= 3
+        assert seen[-2]["usage"]["completion_tokens"] == meter.usage().output
+
+
+async def test_many_tokens_in_one_event_are_not_counted_as_one() -> None:
+    events = [_event(_delta("")), _event(_delta("word " * 400)), _event(_delta("", "stop")), _event(b"[DONE]")]
+    _, meter, _, _ = await _run(events)
+    assert meter.usage().output >= 400
+
+
+async def test_what_comes_after_the_end_mark_is_not_passed() -> None:
+    seen, _, _, error = await _run([_event(_delta("a", "stop")) + _event(b"[DONE]") + _event(_delta("late"))])
+    assert error is None
+    assert seen[-1] == "[DONE]"
+    assert len(seen) == 2
+
+
+async def test_a_kept_answer_is_handed_over_before_the_end_mark_and_not_when_it_is_too_big() -> None:
+    events = [_event(_delta("hi")), _event(_delta("", "stop")), _event({**HEAD, "choices": [], "usage": USAGE}), _event(b"[DONE]")]
+    _, _, kept, _ = await _run(list(events), keep=10_000)
+    (body,) = kept
+    assert orjson.loads(body)["choices"][0]["message"]["content"] == "hi"
+    assert orjson.loads(body)["usage"] == USAGE
+    _, _, kept, _ = await _run(list(events), keep=20)
+    assert kept == []
+
+
+@pytest.mark.parametrize("data", [b'[{"usage":{}}]', b'"choices":[]', b'{"choices":[],'])
+async def test_an_event_that_is_not_a_json_object_is_an_error(data: bytes) -> None:
+    _, _, _, error = await _run([_event(_delta("hi")), _event(data)])
+    assert isinstance(error, CallError)
+    assert error.status == 502
