@@ -36,6 +36,12 @@ class Generation:
     running: int = 0
     idle: asyncio.Event = field(factory=asyncio.Event)
 
+    async def settled(self) -> None:
+        """Wait until none of its calls runs and every receipt has settled."""
+        await self.idle.wait()
+        while self.pipeline.settling:
+            await asyncio.wait(set(self.pipeline.settling))
+
 
 @define(eq=False)
 class _Lifespan:
@@ -90,7 +96,6 @@ class Gateway:
     expired: bool = False
     """Whether draining took too long and running calls are being cut off."""
     calls: CallMetrics = field(init=False)
-    settling: set[asyncio.Task[None]] = field(factory=set, init=False)
     _current: Generation | None = field(default=None, init=False)
     _seen: Registration | None = field(default=None, init=False)
     _older: list[Generation] = field(factory=list, init=False)
@@ -224,7 +229,6 @@ class Gateway:
             hooks=registration.hooks,
             providers=registration.providers,
             metrics=self.calls,
-            settling=self.settling,
             stopping=lambda: self.expired,
         )
         client, admin = served(self, registration)
@@ -261,9 +265,7 @@ class Gateway:
         """Close what only an old configuration uses, once its last call has settled."""
 
         async def wait() -> None:
-            await generation.idle.wait()
-            while self.settling:
-                await asyncio.wait(set(self.settling))
+            await generation.settled()
             self._older.remove(generation)
             used = {id(i) for g in (*self._older, self.current) for i in g.registration.instances}
             unused = [lifespan for lifespan in self._lifespans if id(lifespan.instance) not in used]
@@ -317,9 +319,7 @@ class Gateway:
     async def settled(self) -> None:
         """Wait until no call runs and every receipt has settled."""
         for generation in (*self._older, *((self._current,) if self._current else ())):
-            await generation.idle.wait()
-        while self.settling:
-            await asyncio.wait(set(self.settling))
+            await generation.settled()
 
     async def stop(self) -> None:
         """Close everything, in reverse order, after the last settle."""

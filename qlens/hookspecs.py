@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar, overload
 
 import pluggy
 
 if TYPE_CHECKING:
-    from qlens.call import Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target, Usage
+    from qlens.call import Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
     from qlens.gateway import Gateway
     from qlens.registry import Command, Endpoint, Health
+    from qlens.usage import Usage
 
 __all__ = [
     "admit",
@@ -46,9 +47,15 @@ _spec = pluggy.HookspecMarker("qlens")
 _impl = pluggy.HookimplMarker("qlens")
 
 
-def hookspec(function: F | None = None, *, firstresult: bool = False) -> Any:
+@overload
+def hookspec(function: F) -> F: ...
+@overload
+def hookspec(*, firstresult: bool) -> Callable[[F], F]: ...
+def hookspec(function: F | None = None, *, firstresult: bool = False) -> F | Callable[[F], F]:
     """Mark a function of this module as a hook; `firstresult`: the first answer that is not None wins."""
-    return _spec(function, firstresult=firstresult)
+    if function is None:
+        return _spec(firstresult=firstresult)
+    return _spec(function)
 
 
 def hookimpl(function: F) -> F:
@@ -133,7 +140,7 @@ async def authenticate(call: Call) -> Caller | None:
 
 
 @hookspec
-async def admit(call: Call) -> object | None:  # type: ignore[empty-body]
+async def admit(call: Call) -> object | None:
     """Decide whether the call may run, and reserve what it may use.
 
     Runs after the body was read, validated and bounded; all plugins are asked one after another.
@@ -203,7 +210,7 @@ async def send(call: Call, target: Target, outgoing: Outgoing) -> Reply:  # type
 
 
 @hookspec
-async def connect(call: Call, target: Target) -> object:  # type: ignore[empty-body]
+async def connect(call: Call, target: Target) -> object:
     """Open a duplex session with a target; only the provider that the target names is asked.
 
     Reserved for realtime operations; nothing calls it yet.

@@ -26,7 +26,7 @@ class Operation:
     """A `{parameter}` stands for one segment; at the end of the path, for the rest, slashes included."""
     runs: Literal["full", "affinity", "local"]
     """full: all stages; affinity: bound to the target that made an object; local: answered by the gateway."""
-    dialect: str | None = None
+    dialect: str = ""
     body: Literal["json", "none"] = "none"
     streams: bool = False
     meters: tuple[str, ...] = ()

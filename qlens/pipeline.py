@@ -56,9 +56,10 @@ class Pipeline:
     hooks: Hooks
     providers: dict[str, Provider]
     metrics: CallMetrics
-    settling: set[asyncio.Task[None]]
-    """Calls that are still accounting; shutdown waits for them."""
-    stopping: Callable[[], bool] = field(default=lambda: False)
+    stopping: Callable[[], bool]
+    """Whether calls are being cut off because the gateway stops."""
+    settling: set[asyncio.Task[None]] = field(factory=set)
+    """What still accounts or stores on its own; shutdown and reload wait for it."""
 
     # --- the story -----------------------------------------------------------------------------
 
@@ -110,7 +111,7 @@ class Pipeline:
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
         call.body = await _json_body(call)
-        dialect = dialects.named(call.operation.dialect or "")
+        dialect = dialects.named(call.operation.dialect)
         dialect.validate(call.body)
         name = call.asked_model = call.body["model"]
         model = self.models.resolve(name)
@@ -435,7 +436,7 @@ async def _json_body(call: Call) -> dialects.Body:
 
 def _outgoing(call: Call, target: Target, provider: Provider) -> Outgoing:
     """What this target is sent: always serialised from the edited dict, a fresh copy for each attempt."""
-    dialect = call.operation.dialect or ""
+    dialect = call.operation.dialect
     if dialect not in provider.dialects(target):
         raise InvalidRequest(
             f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",

@@ -19,10 +19,9 @@ from aiohttp.http import HttpProcessingError, HttpVersion11
 from aiohttp.http_exceptions import ContentEncodingError
 from attrs import define, field
 
-from qlens import sse
+from qlens import config, sse
 from qlens.account import Account, ClientLeft
 from qlens.call import Call, Limit, Reply
-from qlens.config import Config
 from qlens.errors import (
     BodyTimedOut,
     BodyTooLarge,
@@ -86,13 +85,13 @@ def url_of(taken: socket.socket) -> str:
 
 
 @asynccontextmanager
-async def served(gateway: Gateway, config: Config) -> AsyncIterator[Server]:
+async def served(gateway: Gateway, configuration: config.Config) -> AsyncIterator[Server]:
     """Take the addresses and open a configuration; nothing listens yet. Leaving drains and closes it all."""
-    settings = config.server
+    settings = configuration.server
     try:
         server = Server.bound(gateway, settings.host, settings.port, settings.admin.host, settings.admin.port)
         try:
-            await gateway.start(config)
+            await gateway.start(configuration)
             yield server
         finally:
             await server.stop(settings.drain_seconds)
@@ -236,7 +235,8 @@ class Server:
             path = "/" + path.partition("://")[2].partition("/")[2]
         what, params = paths.find(request.method, path)
         operation = what if isinstance(what, Operation) else Operation(what.path, what.method, what.path, "local")
-        call = outlet.call = self._call(request, outlet.id, operation, path, params)
+        limits = generation.registration.config.server
+        call = outlet.call = _call(request, outlet.id, (operation, path, params), limits)
         if isinstance(what, Endpoint):
             await self._endpoint(what, call, generation, outlet)
         else:
@@ -249,27 +249,6 @@ class Server:
                 raise Forbidden(f"{call.path} needs the role {endpoint.role}.")
         reply = await endpoint.handler(call)
         await outlet.whole(reply.status, dict(reply.headers), reply.body or b"")
-
-    def _call(
-        self, request: web.BaseRequest, call_id: str, operation: Operation, path: str, params: Mapping[str, str]
-    ) -> Call:
-        server = self.gateway.config.server
-        started = time.monotonic()
-        peer = request.transport.get_extra_info("peername") if request.transport else None
-        return Call(
-            id=call_id,
-            operation=operation,
-            path=path,
-            path_params=params,
-            query=request.query,
-            headers=request.headers,
-            peer=peer[0] if peer else None,
-            credential=_credential(request.headers),
-            started=started,
-            wall_ns=time.time_ns(),
-            deadline=asyncio.get_running_loop().time() + server.call_seconds,
-            reader=lambda: _read(request, server.max_body_bytes),
-        )
 
     async def _fail(self, outlet: _Outlet, error: CallError) -> None:
         if outlet.call is None or outlet.call.caller is None:
@@ -354,6 +333,32 @@ class _Outlet:
             await self.response.write_eof()
         except OSError as error:
             raise ClientLeft from error
+
+
+def _call(
+    request: web.BaseRequest,
+    call_id: str,
+    what: tuple[Operation, str, Mapping[str, str]],
+    limits: config.Server,
+) -> Call:
+    """A call from the head of a request."""
+    operation, path, params = what
+    peer = request.transport.get_extra_info("peername") if request.transport else None
+    now = asyncio.get_running_loop().time()
+    return Call(
+        id=call_id,
+        operation=operation,
+        path=path,
+        path_params=params,
+        query=request.query,
+        headers=request.headers,
+        peer=peer[0] if peer else None,
+        credential=_credential(request.headers),
+        started=now,
+        wall_ns=time.time_ns(),
+        deadline=now + limits.call_seconds,
+        reader=lambda: _read(request, limits.max_body_bytes),
+    )
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:

@@ -49,7 +49,8 @@ async def rewrite_stream(
     """Send every text of a stream through `fn`, as if each were there as a whole.
 
     Nothing of a match passes before the whole match is known, provided that no match is longer than `hold_back`
-    characters. The log probabilities of a text that was held back or changed are removed, because they spell it.
+    characters; 0 means that `fn` looks at each character alone. `fn` is called many times with pieces of the same text,
+    so it must have no effects. Log probabilities are removed where text is held back or changed: they spell it.
     """
     stream = _Stream(dialects.named(dialect), fn, hold_back + _LOOKS if hold_back else 0)
     try:

@@ -33,7 +33,7 @@ class Scripted:
     body: bytes | dict[str, Any] | None = None
     """Bytes as they are, or JSON."""
     events: Iterable[Event] | None = None
-    """A stream of events, written one by one; `[DONE]` is not added."""
+    """A stream of events, written one by one; `[DONE]` is not added. Empty bytes are only a pause of `gap` seconds."""
     cut_at: int | None = None
     """Close the connection after this many bytes of the body."""
     reset: bool = False
@@ -263,7 +263,7 @@ def _pieces(scripted: Scripted) -> Iterator[bytes]:
     whole = (_event(event) for event in scripted.events) if scripted.events is not None else [_content(scripted)]
     for part in whole:
         size = scripted.split or len(part) or 1
-        yield from (part[start : start + size] for start in range(0, len(part), size))
+        yield from (part[start : start + size] for start in range(0, len(part) or 1, size))
 
 
 def _event(event: Event) -> bytes:

@@ -58,7 +58,7 @@ async def test_a_client_that_leaves_while_a_hook_waits_is_settled_once_as_abando
             assert answer.status == 200
             (receipt,) = await gateway.settled(1)
             assert receipt.outcome == "complete"
-            for task in tuple(gateway.gateway.settling):
+            for task in tuple(gateway.gateway.current.pipeline.settling):
                 task.cancel()
             return
         await _leave(gateway, body, waiter.hanging)
@@ -71,7 +71,7 @@ async def test_a_client_that_leaves_while_a_hook_waits_is_settled_once_as_abando
         await asyncio.wait_for(gateway.gateway.settled(), 5)
         assert gateway.plugin("rate_limit", "holder").holds == []
         assert len(gateway.receipts) == (0 if hook == "authenticate" else 1)
-        assert len(gateway.gateway.settling) == 0
+        assert len(gateway.gateway.current.pipeline.settling) == 0
 
 
 async def test_a_stream_left_in_its_middle_closes_the_upstream_and_charges_what_was_delivered() -> None:

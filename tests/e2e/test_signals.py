@@ -14,6 +14,7 @@ import openai
 import pytest
 from e2e.serving import Served, changed, receipts, serving
 from openai import OpenAI
+from openai.types.chat import ChatCompletionUserMessageParam
 
 WAIT_SECONDS = 15
 SIXTY = {
@@ -56,15 +57,16 @@ def ask(served: Served, model: str = "gpt-4o-mini") -> httpx2.Response:
 
 def test_sighup_takes_a_changed_file_without_a_failed_call(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
-        stop, failed, done = threading.Event(), [], []
+        stop = threading.Event()
+        failed: list[openai.OpenAIError] = []
+        done: list[int] = []
 
         def call_on_and_on() -> None:
             with sdk(served) as client:
                 while not stop.is_set():
+                    question: ChatCompletionUserMessageParam = {"role": "user", "content": str(len(done))}
                     try:
-                        client.chat.completions.create(
-                            model="gpt-4o-mini", messages=[{"role": "user", "content": str(len(done))}]
-                        )
+                        client.chat.completions.create(model="gpt-4o-mini", messages=[question])
                     except openai.OpenAIError as error:
                         failed.append(error)
                     done.append(1)

@@ -45,7 +45,9 @@ const cases = {
   },
 
   async stream_carries_usage_and_cost_when_asked() {
-    const options = { model, messages, stream: true, stream_options: { include_usage: true } };
+    // A question of its own: an answer from the cache costs nothing.
+    const asked = [{ role: "user", content: "What do you cost, node?" }];
+    const options = { model, messages: asked, stream: true, stream_options: { include_usage: true } };
     const last = (await collect(await client.chat.completions.create(options))).at(-1);
     assert.deepEqual(last.choices, []);
     assert.ok(last.usage.total_tokens > 0);

@@ -295,7 +295,8 @@ _READ: Mapping[str, Callable[[yaml.Node], object]] = {
 
 
 def add(path: Path, key: Key) -> None:
-    """Append a key; raises StartupError when its id is taken or the file cannot be appended to."""
+    """Append a key; raises StartupError when it is wrong, its id is taken, or the file cannot be appended to."""
+    parse(f"keys:\n{_item(key, 0)}", "new key")
 
     def edit(text: str, keys: tuple[Key, ...]) -> tuple[str, tuple[Key, ...]]:
         if any(known.id == key.id for known in keys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -62,23 +63,18 @@ class Ledger:
     Config = LedgerConfig
     shares = "store"
 
-    @property
-    def path(self) -> Path:
-        """The SQLite file."""
-        return Path(self.config.url.removeprefix(SCHEME))
-
     @hookimpl
     def adopt(self, old: Ledger) -> None:
-        """Go on with the old instance's writer: a second one would lose what waits in the first one's queue."""
-        if old.path == self.path:
-            self._writer = old._writer
+        """Go on with the old instance's writer: a second one could not know what waits in the first one's queue."""
+        self._writer = old._writer
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Write as long as anyone serves; what is left is written before the last instance ends."""
-        if self._writer is None or self._writer.closed:
-            self._writer = self._new_writer(gateway)
+        path = self._path(gateway)
+        if self._writer is None or self._writer.closed or self._writer.path != path:
+            self._writer = _new_writer(path, gateway)
         writer = self._writer
         writer.batch_size, writer.flush_seconds = self.config.batch_size, self.config.flush_seconds
         await writer.open()
@@ -87,14 +83,10 @@ class Ledger:
         finally:
             await writer.close(self.config.close_seconds)
 
-    def _new_writer(self, gateway: Gateway) -> Writer:
-        metrics = gateway.metrics
-        return Writer(
-            self.path,
-            metrics.counter("qlens_ledger_written_total", "Receipts written to the ledger.").inc,
-            metrics.counter("qlens_ledger_dropped_total", "Receipts lost because the ledger could not keep them.").inc,
-            metrics.gauge("qlens_ledger_queue", "Receipts that wait to be written to the ledger.").set,
-        )
+    def _path(self, gateway: Gateway) -> Path:
+        path = Path(self.config.url.removeprefix(SCHEME))
+        # The default is not in the YAML file, so nothing has put it in that file's folder yet.
+        return path if path.is_absolute() else gateway.config.folder / path
 
     @property
     def writer(self) -> Writer:
@@ -103,29 +95,28 @@ class Ledger:
         return self._writer
 
     @hookimpl
-    async def admit(self, call: Call) -> Writer | None:
+    async def admit(self, call: Call) -> Literal[True] | None:
         """Keep a place for the call's receipt: what is sent to a provider must be accounted for."""
         if not self.writer.full(self.config.queue_size):
             self.writer.promise()
-            return self.writer
+            return True
         if self.config.when_full == "drop":
             return None
         raise Unavailable(
-            "The ledger cannot be written at present, so no further call is accepted. Please try again later.",
+            "The ledger cannot take more receipts at present, so no further call is accepted. Please try again later.",
             code="ledger_unavailable",
             retry_after=RETRY_SECONDS,
         )
 
     @hookimpl
-    async def settle(self, call: Call, receipt: Receipt, hold: Writer | None) -> None:
+    async def settle(self, call: Call, receipt: Receipt, hold: Literal[True] | None) -> None:
         """Keep the receipt; refused calls are only counted, or a flood of them would fill the disk."""
-        # After a reload to another file, a receipt still goes where its place was kept.
-        writer = hold or self.writer
-        if hold is not None:
-            hold.redeem()
+        writer = self.writer
+        if hold:
+            writer.redeem()
         if receipt.outcome == "rejected":
             writer.count(receipt)
-        elif hold is not None or not writer.full(self.config.queue_size):
+        elif hold or not writer.full(self.config.queue_size):
             writer.keep(receipt)
         elif self.config.when_full == "drop":
             writer.dropped(1)
@@ -140,9 +131,25 @@ class Ledger:
         if self.writer.problem is None:
             return Health(True, waiting)
         seconds = time.monotonic() - self.writer.since
-        return Health(False, f"cannot write {self.path.name} since {seconds:.0f} s: {self.writer.problem}; {waiting}")
+        return Health(
+            False, f"cannot write {self.writer.path.name} since {seconds:.0f} s: {self.writer.problem}; {waiting}"
+        )
 
     @hookimpl
     def commands(self) -> Iterable[Command]:
         """`qlens usage`."""
-        yield Command("usage", usage.HELP, usage.add_arguments, lambda _, args: usage.run(self.path, args))
+
+        async def run(gateway: Gateway, args: Namespace) -> int:
+            return await usage.run(self._path(gateway), args)
+
+        yield Command("usage", usage.HELP, usage.add_arguments, run)
+
+
+def _new_writer(path: Path, gateway: Gateway) -> Writer:
+    metrics = gateway.metrics
+    return Writer(
+        path,
+        metrics.counter("qlens_ledger_written_total", "Receipts written to the ledger.").inc,
+        metrics.counter("qlens_ledger_dropped_total", "Receipts lost because the ledger could not keep them.").inc,
+        metrics.gauge("qlens_ledger_queue", "Receipts that wait to be written to the ledger.").set,
+    )

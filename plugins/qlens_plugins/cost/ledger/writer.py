@@ -65,6 +65,8 @@ class Writer:
     _receipts: deque[Receipt] = field(factory=deque, init=False)
     """Those not yet committed: a batch leaves the queue when it is written, not when it is taken."""
     _rejections: dict[rows.Rejection, int] = field(factory=dict, init=False)
+    _uncounted: int = field(default=0, init=False)
+    """How many refused calls are not yet counted in the file."""
     _promised: int = field(default=0, init=False)
     """Places kept for calls on their way."""
     _closing: float | None = field(default=None, init=False)
@@ -104,10 +106,10 @@ class Writer:
             self._closing = time.monotonic() + seconds
             self._wake.notify_all()
         done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=seconds + GRACE_SECONDS)
-        if not done or self.waiting:
+        if not done or self.waiting or self._uncounted:
             log.error(
-                "ledger %s: %d receipts could not be written within %g s and are lost: %s",
-                *(self.path, self.waiting, seconds, self.problem or "the disk does not answer"),
+                "ledger %s: %d receipts and %d counts of refused calls could not be written within %g s and are lost: %s",
+                *(self.path, self.waiting, self._uncounted, seconds, self.problem or "the disk does not answer"),
             )
 
     @property
@@ -139,6 +141,7 @@ class Writer:
         key = rows.rejection(receipt)
         with self._wake:
             self._rejections[key] = self._rejections.get(key, 0) + 1
+            self._uncounted += 1
             if len(self._rejections) == 1:
                 self._wake.notify()
 
@@ -203,6 +206,7 @@ class Writer:
         with self._wake:
             for _ in range(batch.taken):
                 self._receipts.popleft()
+            self._uncounted -= sum(batch.rejections.values())
         self.written(len(batch.receipts))
         self.waits(len(self._receipts))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -188,7 +189,7 @@ class Prices:
     def commands(self) -> Iterable[Command]:
         """`qlens prices`."""
 
-        async def run(gateway: Gateway, args: Any) -> int:
+        async def run(gateway: Gateway, args: Namespace) -> int:
             listing.show(self.book, gateway.models, as_json=args.json)
             return 0
 

@@ -1,0 +1,371 @@
+"""The client side against real sockets: deadlines, reuse, and everything a server can do wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+
+from qlens import (
+    Deadlines,
+    Secret,
+    Upstream,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamTimedOut,
+    UpstreamTruncated,
+    UpstreamUnreachable,
+    header_value,
+    http_url,
+)
+from qlens.testing import Scripted, upstream
+from qlens.testing.upstreams import FakeUpstream
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
+QUICK = Deadlines(connect_seconds=2, first_byte_seconds=0.2, idle_seconds=0.2)
+PATIENT = Deadlines()
+EVENTS = [{"n": n} for n in range(5)]
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[Upstream]:
+    http = Upstream()
+    yield http
+    await http.aclose()
+
+
+@pytest.fixture
+async def up() -> AsyncIterator[FakeUpstream]:
+    async with upstream() as up:
+        yield up
+
+
+async def fetch(http: Upstream, url: str, *, body: bytes | None = b"{}", deadlines: Deadlines = PATIENT) -> bytes:
+    answer = await http.open("POST", url, headers={}, body=body, deadlines=deadlines)
+    return await answer.read()
+
+
+# --- what servers get wrong --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        pytest.param(b"", UpstreamUnreachable, id="nothing"),
+        pytest.param(b"HTTP/1.1 20", UpstreamUnreachable, id="half a status line"),
+        pytest.param(OK + b"content-le", UpstreamUnreachable, id="half a head"),
+        pytest.param(b"hello\r\n\r\n", UpstreamInvalid, id="HTTP/0.9"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.6\r\n", UpstreamInvalid, id="not HTTP"),
+        pytest.param(OK + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello", UpstreamInvalid, id="two lengths"),
+        pytest.param(
+            OK + b"content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            UpstreamInvalid,
+            id="length and chunks",
+        ),
+        pytest.param(OK + b"a: b\r\n" * 200 + b"\r\n", UpstreamInvalid, id="200 headers"),
+        pytest.param(OK + b"a: " + b"b" * 9000 + b"\r\n\r\n", UpstreamInvalid, id="a header of 9 kB"),
+        pytest.param(b"HTTP/1.1 204 No Content\r\n\r\nbody", UpstreamInvalid, id="204 with a body"),
+        pytest.param(OK + b"content-length: 9\r\n\r\nhello", UpstreamTruncated, id="short body"),
+        pytest.param(CHUNKED + b"5\r\nhello\r\n", UpstreamTruncated, id="no last chunk"),
+        pytest.param(CHUNKED + b"9\r\nhello", UpstreamTruncated, id="half a chunk"),
+        pytest.param(CHUNKED + b"5\r\nhello\r\nZZ\r\nabc", UpstreamInvalid, id="no chunk size"),
+        pytest.param(
+            OK + b"content-encoding: gzip\r\ncontent-length: 5\r\n\r\nhello", UpstreamInvalid, id="not the gzip it says"
+        ),
+    ],
+)
+async def test_broken_answer_is_one_of_our_errors(
+    http: Upstream, up: FakeUpstream, raw: bytes, error: type[UpstreamError]
+) -> None:
+    up.script(Scripted(raw=raw))
+    with pytest.raises(error) as caught:
+        await fetch(http, up.url)
+    assert type(caught.value) is error
+    assert len(up.requests) == 1
+
+
+@pytest.mark.parametrize("cut_at", [0, 1, 10])
+async def test_reset_within_the_body_is_a_truncated_answer(http: Upstream, up: FakeUpstream, cut_at: int) -> None:
+    up.script(Scripted(body=b"x" * 100, cut_at=cut_at, reset=True, gap=0.02))
+    with pytest.raises(UpstreamTruncated):
+        await fetch(http, up.url)
+
+
+async def test_interim_answers_are_skipped(http: Upstream, up: FakeUpstream) -> None:
+    interim = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"
+    up.script(Scripted(raw=interim + OK + b"content-length: 2\r\n\r\nok"))
+    assert await fetch(http, up.url) == b"ok"
+
+
+async def test_body_without_a_length_ends_with_the_connection(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(raw=OK + b"\r\nall of it"))
+    assert await fetch(http, up.url) == b"all of it"
+
+
+async def test_body_over_the_limit_is_refused_and_the_connection_closed(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(events=[b"x" * 1000] * 5, hang=True))
+    answer = await http.open("GET", up.url, headers={}, body=None, deadlines=PATIENT)
+    with pytest.raises(UpstreamInvalid, match="more than 3000 bytes"):
+        await answer.read(limit=3000)
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_nobody_listening_is_unreachable(http: Upstream) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    with pytest.raises(UpstreamUnreachable, match="refused") as caught:
+        await fetch(http, f"http://127.0.0.1:{port}/v1?key=sk-example-canary")
+    assert "canary" not in str(caught.value)
+    assert str(port) not in str(caught.value)
+    assert caught.value.__notes__ == ["host: 127.0.0.1"]
+
+
+async def test_server_without_tls_fails_the_handshake_and_is_not_asked_again(http: Upstream) -> None:
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(plain, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UpstreamUnreachable, match="TLS") as caught:
+            await fetch(http, f"https://127.0.0.1:{port}/")
+    assert caught.value.code == "upstream_tls"
+    assert not caught.value.again
+
+
+# --- deadlines ---------------------------------------------------------------------------------
+
+
+async def test_silent_server_times_out_before_the_head(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(hang=True))
+    with pytest.raises(UpstreamTimedOut, match=r"did not answer within 0\.2 s"):
+        await fetch(http, up.url, deadlines=QUICK)
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_server_that_sends_only_a_head_times_out(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(events=[], hang=True))
+    with pytest.raises(UpstreamTimedOut):
+        await fetch(http, up.url, deadlines=QUICK)
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_pause_within_the_body_times_out(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(events=EVENTS, hang=True))
+    with pytest.raises(UpstreamTimedOut, match=r"in the middle of its answer for 0\.2 s"):
+        await fetch(http, up.url, deadlines=QUICK)
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_slow_handshake_times_out_as_a_connection(http: Upstream) -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(UpstreamTimedOut, match=r"no connection to the provider within 0\.2 s"):
+            await fetch(http, f"https://127.0.0.1:{port}/", deadlines=Deadlines(connect_seconds=0.2))
+
+
+async def test_steady_stream_may_last_longer_than_every_deadline(http: Upstream, up: FakeUpstream) -> None:
+    deadlines = Deadlines(connect_seconds=1, first_byte_seconds=0.5, idle_seconds=0.5)
+    up.script(Scripted(events=EVENTS, gap=0.15))
+    assert (await fetch(http, up.url, deadlines=deadlines)).count(b"data: ") == len(EVENTS)
+
+
+async def test_first_byte_of_the_body_may_take_longer_than_a_pause(http: Upstream, up: FakeUpstream) -> None:
+    deadlines = Deadlines(connect_seconds=1, first_byte_seconds=5, idle_seconds=0.05)
+    up.script(Scripted(events=[b"", b"slow thinker"], gap=0.3))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=deadlines)
+    assert await anext(answer.chunks()) == b"slow thinker"
+    await answer.close()
+
+
+# --- connections -------------------------------------------------------------------------------
+
+
+async def test_connection_is_used_again_after_a_whole_answer(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(body=b"one"), Scripted(events=EVENTS), Scripted(body=b"three"))
+    for _ in range(3):
+        await fetch(http, up.url)
+    assert [request.connection for request in up.requests] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(Scripted(body=b"x" * 50, cut_at=10), id="cut"),
+        pytest.param(Scripted(body=b"ok, and more", headers={"content-length": "2"}), id="bytes after the end"),
+        pytest.param(Scripted(events=EVENTS, hang=True), id="idle"),
+    ],
+)
+async def test_connection_is_not_used_again_after_a_broken_answer(
+    http: Upstream, up: FakeUpstream, broken: Scripted
+) -> None:
+    up.script(broken, Scripted(body=b"fine"))
+    with suppress(UpstreamError):
+        await fetch(http, up.url, deadlines=QUICK)
+    assert await fetch(http, up.url) == b"fine"
+    assert [request.connection for request in up.requests] == [1, 2]
+
+
+async def test_answer_closed_in_the_middle_closes_the_connection(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(events=EVENTS, hang=True))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    await anext(answer.chunks())
+    assert not up.requests[0].closed.is_set()
+    await answer.close()
+    await answer.close()
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_cancellation_while_waiting_for_the_head_closes_the_connection(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(hang=True))
+    waiting = asyncio.create_task(fetch(http, up.url))
+    await up.arrived(1)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_cancellation_while_reading_the_body_closes_the_connection(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(events=EVENTS, hang=True))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    reading = asyncio.create_task(answer.read())
+    await asyncio.sleep(0.05)
+    reading.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reading
+    await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_150_streams_are_open_at_once(http: Upstream, up: FakeUpstream) -> None:
+    up.script(*[Scripted(events=EVENTS, hang=True)] * 150)
+    answers = await asyncio.gather(
+        *(http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT) for _ in range(150))
+    )
+    assert up.open == 150
+    assert all([await anext(answer.chunks()) for answer in answers])
+    for answer in answers:
+        await answer.close()
+
+
+async def test_kept_connection_that_died_is_replaced_once(http: Upstream, up: FakeUpstream) -> None:
+    body = b"x" * 3_000_000
+    up.script(Scripted(body=b"first"), Scripted(raw=b""), Scripted(body=b"second"))
+    await fetch(http, up.url)
+    assert await fetch(http, up.url, body=body) == b"second"
+    assert [request.connection for request in up.requests] == [1, 1, 2]
+    assert up.requests[2].content == body
+
+
+async def test_second_death_is_not_hidden(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(body=b"first"), Scripted(raw=b""), Scripted(raw=b""), Scripted(body=b"never"))
+    await fetch(http, up.url)
+    with pytest.raises(UpstreamUnreachable):
+        await fetch(http, up.url)
+    assert len(up.requests) == 3
+
+
+async def test_new_connection_that_dies_is_not_tried_again(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(raw=b""))
+    with pytest.raises(UpstreamUnreachable):
+        await fetch(http, up.url)
+    assert len(up.requests) == 1
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+async def test_path_and_query_arrive_as_written(http: Upstream, up: FakeUpstream) -> None:
+    await fetch(http, up.root + "/a%2Fb%3Ac/d?api-version=2024-10-21")
+    assert up.requests[0].path == "/a%2Fb%3Ac/d"
+    assert up.requests[0].query == {"api-version": "2024-10-21"}
+
+
+async def test_request_names_the_gateway_and_asks_for_no_compression(http: Upstream, up: FakeUpstream) -> None:
+    await fetch(http, up.url)
+    assert up.requests[0].headers["user-agent"].startswith("qlens/")
+    assert up.requests[0].headers["accept-encoding"] == "identity"
+
+
+async def test_redirects_are_not_followed_and_cookies_not_kept(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(status=307, headers={"location": up.url, "set-cookie": "session=1; path=/"}))
+    answer = await http.open("POST", up.url, headers={"authorization": "Bearer x"}, body=b"{}", deadlines=PATIENT)
+    assert answer.status == 307
+    await answer.read()
+    await fetch(http, up.url)
+    assert len(up.requests) == 2
+    assert "cookie" not in up.requests[1].headers
+
+
+async def test_proxies_of_the_environment_are_ignored(
+    http: Upstream, up: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    up.script(Scripted(body=b"direct"))
+    assert await fetch(http, up.url) == b"direct"
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-injected: 1", "a\nb", "a\rb", "a\0b"])
+async def test_header_with_a_line_break_is_refused_without_showing_it(
+    http: Upstream, up: FakeUpstream, value: str
+) -> None:
+    with pytest.raises(ValueError, match="'x-key'") as caught:
+        await http.open("GET", up.url, headers={"x-key": value}, body=None, deadlines=PATIENT)
+    assert value not in str(caught.value)
+    assert not up.requests
+
+
+async def test_headers_of_an_answer_are_found_in_any_case(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(headers={"X-Request-ID": "abc"}))
+    answer = await http.open("GET", up.url, headers={}, body=None, deadlines=PATIENT)
+    assert answer.headers["x-request-id"] == "abc"
+    await answer.close()
+
+
+# --- validators --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("url", ["https://api.openai.com/v1", "http://127.0.0.1:8000", "https://x.example/v1/"])
+def test_url_to_which_a_path_can_be_added_is_fine(url: str) -> None:
+    http_url(None, None, url)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "api.openai.com/v1",
+        "ftp://x.example",
+        "https://",
+        "https://user:sk-example-key@x.example",
+        "https://x.example/v1?key=1",
+        "https://x.example/#a",
+        "https://x.example/a b",
+        "https://ä.example",
+    ],
+)
+def test_url_to_which_no_path_can_be_added_is_a_fault(url: str) -> None:
+    with pytest.raises(ValueError, match="must be a URL"):
+        http_url(None, None, url)
+
+
+@pytest.mark.parametrize("value", ["", "sk-example-key\n", " sk-example-key", "sk-exämple-key", "sk-example\0key"])
+def test_key_that_cannot_be_a_header_is_a_fault_that_does_not_show_it(value: str) -> None:
+    with pytest.raises(ValueError, match="printable ASCII") as caught:
+        header_value(None, None, Secret(value))
+    assert "sk-" not in str(caught.value)
+
+
+def test_missing_header_value_is_fine() -> None:
+    header_value(None, None, None)

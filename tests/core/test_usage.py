@@ -1,0 +1,151 @@
+"""Usage: disjoint buckets from what providers say, however wrong it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from attrs import asdict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlens import NO_USAGE, Usage
+from qlens.usage import BUCKETS, from_openai, larger, together
+
+COUNTS = st.integers(0, 10**7)
+NONSENSE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=True, allow_infinity=True)
+    | st.text(max_size=5)
+    | st.sampled_from([-1, 2**31, 2**63, 10**30, 1e400, "12", float("nan")]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    max_leaves=4,
+)
+PROMPT_PARTS = ("cached_tokens", "cache_write_tokens", "audio_tokens")
+COMPLETION_PARTS = ("reasoning_tokens", "audio_tokens")
+
+
+def details(*names: str) -> st.SearchStrategy[object]:
+    return st.fixed_dictionaries({}, optional=dict.fromkeys(names, COUNTS | NONSENSE)) | NONSENSE
+
+
+def buckets(usage: Usage) -> list[int]:
+    return [getattr(usage, name) for name in BUCKETS]
+
+
+@given(st.tuples(COUNTS, COUNTS, COUNTS, COUNTS), st.tuples(COUNTS, COUNTS, COUNTS))
+def test_buckets_are_disjoint_and_sum_to_the_total(prompt: tuple[int, ...], completion: tuple[int, ...]) -> None:
+    usage = from_openai(
+        {
+            "prompt_tokens": sum(prompt),
+            "completion_tokens": sum(completion),
+            "total_tokens": sum(prompt) + sum(completion),
+            "prompt_tokens_details": dict(zip(PROMPT_PARTS, prompt, strict=False)),
+            "completion_tokens_details": dict(zip(COMPLETION_PARTS, completion, strict=False)),
+        }
+    )
+    assert usage is not None
+    assert (usage.cached_input, usage.cache_write_5m, usage.audio_in, usage.input) == prompt
+    assert (usage.reasoning, usage.audio_out, usage.output) == completion
+    assert (usage.prompt, usage.completion, usage.total) == (
+        sum(prompt),
+        sum(completion),
+        sum(prompt) + sum(completion),
+    )
+
+
+@given(
+    st.fixed_dictionaries(
+        {"prompt_tokens": COUNTS | NONSENSE},
+        optional={
+            "completion_tokens": COUNTS | NONSENSE,
+            "total_tokens": NONSENSE,
+            "prompt_tokens_details": details(*PROMPT_PARTS),
+            "completion_tokens_details": details(*COMPLETION_PARTS),
+        },
+    )
+    | NONSENSE,
+    NONSENSE,
+)
+def test_whatever_a_provider_says_no_bucket_is_negative_or_absurd(raw: object, tier: object) -> None:
+    usage = from_openai(raw, tier)
+    if usage is None:
+        return
+    assert all(type(count) is int and 0 <= count < 2**31 for count in buckets(usage))
+    assert usage.source == "provider"
+    assert usage.tier is None or isinstance(usage.tier, str)
+    assert isinstance(raw, dict)
+    assert usage.prompt >= raw["prompt_tokens"]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None,
+        [],
+        "10",
+        {},
+        {"total_tokens": 5},
+        {"prompt_tokens": -1, "completion_tokens": 5},
+        {"prompt_tokens": "3", "completion_tokens": 5},
+        {"prompt_tokens": 3, "completion_tokens": -5},
+        {"prompt_tokens": 3, "completion_tokens": 10**30},
+        {"prompt_tokens": float("nan"), "completion_tokens": 5},
+        {"prompt_tokens": 1.5},
+        {"prompt_tokens": True, "completion_tokens": 1},
+    ],
+)
+def test_counts_that_make_no_sense_are_no_usage(raw: object) -> None:
+    assert from_openai(raw) is None
+
+
+def test_embeddings_have_no_completion() -> None:
+    usage = from_openai({"prompt_tokens": 7, "total_tokens": 7, "completion_tokens": None})
+    assert usage == Usage(input=7, source="provider")
+
+
+def test_a_part_larger_than_its_whole_is_taken_as_exclusive_of_it() -> None:
+    raw: dict[str, Any] = {
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 90},
+        "completion_tokens_details": {"reasoning_tokens": 5},
+    }
+    usage = from_openai(raw)
+    assert usage == Usage(input=10, cached_input=90, output=4, reasoning=5, source="provider")
+
+
+def test_whole_numbers_written_as_decimals_are_counts() -> None:
+    assert from_openai({"prompt_tokens": 3.0, "completion_tokens": 4.0}) == Usage(input=3, output=4, source="provider")
+
+
+def test_the_tier_is_kept_when_it_is_a_text() -> None:
+    tiers = [from_openai({"prompt_tokens": 1}, tier) for tier in ("flex", ["flex"], None)]
+    assert [usage and usage.tier for usage in tiers] == ["flex", None, None]
+
+
+USAGES = st.builds(Usage, **dict.fromkeys(BUCKETS, COUNTS), meters=st.dictionaries(st.sampled_from("ab"), COUNTS))
+
+
+@given(USAGES, USAGES)
+def test_running_totals_are_not_added_up(one: Usage, other: Usage) -> None:
+    both = larger(one, other)
+    assert buckets(both) == list(map(max, buckets(one), buckets(other)))
+    assert larger(None, other) == other
+
+
+def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() -> None:
+    one = Usage(**dict.fromkeys(BUCKETS, 1), meters={"images": 1}, source="provider")
+    other = Usage(**dict.fromkeys(BUCKETS, 2), meters={"images": 2, "seconds": 3}, source="partial", tier="flex")
+    both = together([one, other])
+    assert buckets(both) == [3] * len(BUCKETS)
+    assert (dict(both.meters), both.source, both.tier) == ({"images": 3, "seconds": 3}, "partial", "flex")
+    assert together([]) == NO_USAGE
+    assert together([one]) is one
+
+
+def test_buckets_are_all_the_token_fields() -> None:
+    assert set(asdict(NO_USAGE)) - {"meters", "source", "tier"} == set(BUCKETS)
+    assert Usage(**{name: 1 for name in BUCKETS}).total == len(BUCKETS)
