@@ -21,9 +21,11 @@ LABEL org.opencontainers.image.title="QLens" \
       org.opencontainers.image.licenses="Apache-2.0"
 ENV PATH=/opt/qlens/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    PYTHONDONTWRITEBYTECODE=1
+    PYTHONDONTWRITEBYTECODE=1 \
+    QLENS_ADMIN_HOST=0.0.0.0
 COPY --from=build /opt/qlens /opt/qlens
 COPY config/production.yaml /etc/qlens/qlens.yaml
+COPY config/prices.yaml /etc/qlens/prices.yaml
 # The one folder that is written to: the ledger. A number, so that a cluster can check that it is not root.
 RUN install -d -o 10001 -g 10001 /var/lib/qlens
 USER 10001:10001

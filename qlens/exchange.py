@@ -12,7 +12,7 @@ from attrs import frozen
 
 from qlens import dialects, sse
 from qlens.call import Body, Outgoing, Reply
-from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamTruncated
+from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
 
@@ -59,7 +59,7 @@ async def post_openai(
             "accept": "text/event-stream" if outgoing.stream else "application/json",
             **{name.lower(): value for name, value in headers.items()},
         },
-        body=orjson.dumps(outgoing.body),
+        body=_written(outgoing.body),
         deadlines=deadlines,
     )
     try:
@@ -87,6 +87,14 @@ def _set_stream_fields(outgoing: Outgoing, ask_usage: bool) -> None:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     else:
         body.pop("stream_options", None)
+
+
+def _written(body: Body) -> bytes:
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        # A reader accepts deeper nesting than a writer.
+        raise UpstreamRejected("the body is nested too deeply, or a number in it is too large") from None
 
 
 # --- the answer --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The configuration: YAML, `${NAME}`, one strict converter, faults with file, line and path."""
 
+from qlens.config.aside import read_yaml
 from qlens.config.entries import (
     FALLBACK_KINDS,
     STAGES,
@@ -12,7 +13,7 @@ from qlens.config.entries import (
     TargetEntry,
     matches,
 )
-from qlens.config.file import draft, parse, read, read_yaml
+from qlens.config.file import draft, parse, read
 from qlens.config.scalars import Secret, Url
 from qlens.config.strict import convert
 

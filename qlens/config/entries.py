@@ -11,7 +11,7 @@ from attrs import field, frozen
 from attrs.validators import and_, ge, gt, le, optional
 
 from qlens.config.environment import MissingText
-from qlens.config.strict import has_missing
+from qlens.config.faults import has_missing
 from qlens.errors import Fault
 
 STAGES: tuple[str, ...] = ("auth", "rate_limit", "guard", "cache", "route", "cost", "observe")

@@ -21,8 +21,9 @@ from qlens.config.entries import (
     matches,
 )
 from qlens.config.environment import MissingText
+from qlens.config.faults import suggestion, unknown_key
 from qlens.config.scalars import found, quoted
-from qlens.config.strict import Strict, convert, suggestion, unknown_key
+from qlens.config.strict import Strict
 from qlens.config.tree import Place, YamlDict
 from qlens.config.yaml import MAX_BYTES, Document, load
 from qlens.errors import ConfigError, Fault
@@ -70,24 +71,6 @@ def draft(
     document = load(text, source=source, env=os.environ if env is None else env, check_env=check_env)
     # Not resolve(): Kubernetes mounts files as links into a folder that is gone after the next update.
     return _Drafter(document, folder.absolute(), source).draft()
-
-
-def read_yaml(path: Path, cls: type[T]) -> T:
-    """Read a YAML file of a plugin's own into an attrs class, as strictly as the configuration.
-
-    Raises ConfigError with every fault; relative files in it are taken from its own folder.
-    """
-    document = load(text_of(path), source=str(path), env=os.environ)
-    faults = list(document.faults)
-    if not isinstance(document.root, YamlDict):
-        raise ConfigError([*faults, Fault(str(path), f"found {found(document.root)}, expected a mapping")])
-    try:
-        value = convert(document.root, cls, "", folder=path.parent)
-    except ConfigError as error:
-        raise ConfigError([*faults, *error.faults]) from None
-    if faults:
-        raise ConfigError(faults)
-    return value
 
 
 def text_of(path: Path) -> str:

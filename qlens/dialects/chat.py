@@ -264,7 +264,7 @@ def text_event(event: Body, strand: Strand, text: str) -> Body:
     delta = texts.only(event, ref, 3, text)
     return {
         **chunks.head(event, _CHUNK),
-        "choices": [{"index": strand[0], "delta": delta, "logprobs": None, "finish_reason": None}],
+        "choices": [{"index": strand[0], "delta": delta, "finish_reason": None}],
     }
 
 
@@ -292,7 +292,8 @@ def _parts(index: int, choice: chunks.Choice) -> Iterator[chunks.Choice]:
 
 def _deltas(message: dict[str, Any]) -> Iterator[dict[str, Any]]:
     spoken = {name: value for name, value in message.items() if type(value) is str and value and name != "role"}
-    tools = message.get("tool_calls") or []
+    tools = message.get("tool_calls")
+    tools = [tool for tool in tools if type(tool) is dict] if type(tools) is list else []
     later = {*spoken, "tool_calls"} if tools else spoken.keys()
     opening = {"content": ""} if "content" in spoken else {}
     yield {"role": "assistant", **opening, **{name: message[name] for name in message if name not in later}}

@@ -106,7 +106,7 @@ def event_texts(event: Body) -> list[tuple[Strand, Ref, str]]:
 
 def text_event(event: Body, strand: Strand, text: str) -> Body:
     """An event like `event` that carries only this text for this strand."""
-    choice = {"index": strand[0], "text": text, "logprobs": None, "finish_reason": None}
+    choice = {"index": strand[0], "text": text, "finish_reason": None}
     return {**chunks.head(event, _OBJECT), "choices": [choice]}
 
 

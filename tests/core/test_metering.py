@@ -28,8 +28,21 @@ def _delta(text: str, finish: str | None = None, index: int = 0) -> dict[str, An
     return {**HEAD, "choices": [{"index": index, "delta": {"content": text}, "finish_reason": finish}]}
 
 
-AZURE = {"id": "", "object": "", "created": 0, "model": "", "choices": [], "prompt_filter_results": [{"prompt_index": 0}]}
-PLAIN = [AZURE, _delta('say "choices":[] and "usage":{'), _delta("!"), _delta("", "stop"), {**HEAD, "choices": [], "usage": USAGE}]
+AZURE = {
+    "id": "",
+    "object": "",
+    "created": 0,
+    "model": "",
+    "choices": [],
+    "prompt_filter_results": [{"prompt_index": 0}],
+}
+PLAIN = [
+    AZURE,
+    _delta('say "choices":[] and "usage":{'),
+    _delta("!"),
+    _delta("", "stop"),
+    {**HEAD, "choices": [], "usage": USAGE},
+]
 
 
 def _call(*, wants_usage: bool = False, keep: int = 0, n: int = 1) -> Call:
@@ -65,7 +78,11 @@ async def _run(
             got += chunk
     except CallError as raised:
         error = raised
-    events = [line[6:] for line in got.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n") if line.startswith(b"data: ")]
+    events = [
+        line[6:]
+        for line in got.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        if line.startswith(b"data: ")
+    ]
     return [data.decode() if data == b"[DONE]" else orjson.loads(data) for data in events], meter, kept, error
 
 
@@ -166,7 +183,11 @@ async def test_running_totals_are_not_added_up() -> None:
 async def test_missing_or_empty_usage_is_estimated_never_zero() -> None:
     zero = {**HEAD, "choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}}
     for extra in ([], [_event(zero)]):
-        events = [_event(_delta(word)) for word in ("a ", "b ", "c ")] + [_event(_delta("", "stop")), *extra, _event(b"[DONE]")]
+        events = [_event(_delta(word)) for word in ("a ", "b ", "c ")] + [
+            _event(_delta("", "stop")),
+            *extra,
+            _event(b"[DONE]"),
+        ]
         seen, meter, _, _ = await _run(events, wants_usage=True)
         assert meter.usage().source == "estimated"
         assert meter.usage().input == 11
@@ -188,7 +209,12 @@ async def test_what_comes_after_the_end_mark_is_not_passed() -> None:
 
 
 async def test_a_kept_answer_is_handed_over_before_the_end_mark_and_not_when_it_is_too_big() -> None:
-    events = [_event(_delta("hi")), _event(_delta("", "stop")), _event({**HEAD, "choices": [], "usage": USAGE}), _event(b"[DONE]")]
+    events = [
+        _event(_delta("hi")),
+        _event(_delta("", "stop")),
+        _event({**HEAD, "choices": [], "usage": USAGE}),
+        _event(b"[DONE]"),
+    ]
     _, _, kept, _ = await _run(list(events), keep=10_000)
     (body,) = kept
     assert orjson.loads(body)["choices"][0]["message"]["content"] == "hi"

@@ -18,9 +18,7 @@ async def test_hooks_run_in_stage_order_and_then_in_the_order_of_the_file() -> N
     async with running(config(stages)) as gateway:
         assert (await gateway.post(CHAT, HELLO)).status == 200
         await gateway.settled(1)
-        order = [
-            hook.plugin for hook in gateway.gateway.current.pipeline.hooks.admit if hook.plugin != "recorder"
-        ]
+        order = [hook.plugin for hook in gateway.gateway.current.pipeline.hooks.admit if hook.plugin != "recorder"]
         assert order == ["first", "second", "third", "last"]
         seen = gateway.plugin("guard", "second").events
         assert seen == [

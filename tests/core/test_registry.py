@@ -40,7 +40,11 @@ async def test_an_unknown_name_lists_what_is_installed() -> None:
 
 
 async def test_every_fault_is_told_at_once() -> None:
-    stages = {"cache": [{"plugin": "exakt"}], "guard": [{"plugin": "no.such.module:Thing"}], "cost": [{"plugin": "plugs:None_"}]}
+    stages = {
+        "cache": [{"plugin": "exakt"}],
+        "guard": [{"plugin": "no.such.module:Thing"}],
+        "cost": [{"plugin": "plugs:None_"}],
+    }
     faults = await _faults(config(stages))
     assert len(faults) == 3
     assert "next to the YAML" in str(faults)

@@ -62,7 +62,13 @@ def _http(body: bytes = orjson.dumps(HELLO), path: str = CHAT, *headers: str, me
     ],
 )
 async def test_what_is_wrong_with_a_request_is_said_in_openais_words(
-    method: str, path: str, body: bytes | None, headers: dict[str, str], status: int, code: str | None, param: str | None
+    method: str,
+    path: str,
+    body: bytes | None,
+    headers: dict[str, str],
+    status: int,
+    code: str | None,
+    param: str | None,
 ) -> None:
     async with running(config()) as gateway:
         answer = await gateway.request(method, path, body=body, headers=headers)
@@ -117,7 +123,8 @@ async def test_unknown_and_not_allowed_models_get_the_same_answer() -> None:
     stages = {"auth": [{"plugin": "api_keys", "file": "keys.yaml"}]}
     async with running(config(stages), files={"keys.yaml": keys}) as gateway:
         answers = [
-            await gateway.post(CHAT, {**HELLO, "model": name}, key="sk-example-a") for name in ("gpt-4o-mini", "gpt-9x-mini")
+            await gateway.post(CHAT, {**HELLO, "model": name}, key="sk-example-a")
+            for name in ("gpt-4o-mini", "gpt-9x-mini")
         ]
         assert [answer.status for answer in answers] == [404, 404]
         first, second = (answer.text.replace("gpt-4o", "*").replace("gpt-9x", "*") for answer in answers)
@@ -213,7 +220,9 @@ async def test_what_is_served_never_depends_on_the_host_header(host: str) -> Non
             assert got.startswith(f"HTTP/1.1 {status} ".encode()), (host, path, got[:40])
 
 
-@pytest.mark.parametrize("path", ["//v1/models", "/v1/models/", "/v1/../v1/models", "/v1/models;x", "/V1/models", "/%761/models"])
+@pytest.mark.parametrize(
+    "path", ["//v1/models", "/v1/models/", "/v1/../v1/models", "/v1/models;x", "/V1/models", "/%761/models"]
+)
 async def test_only_the_exact_path_is_served(path: str) -> None:
     async with running(config()) as gateway:
         got = await _raw(gateway, f"GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".encode())

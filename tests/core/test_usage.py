@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from attrs import asdict
+from attrs import asdict, evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +33,10 @@ def details(*names: str) -> st.SearchStrategy[object]:
 
 def buckets(usage: Usage) -> list[int]:
     return [getattr(usage, name) for name in BUCKETS]
+
+
+def evenly(count: int) -> Usage:
+    return Usage(count, count, count, count, count, count, count, count)
 
 
 @given(st.tuples(COUNTS, COUNTS, COUNTS, COUNTS), st.tuples(COUNTS, COUNTS, COUNTS))
@@ -137,8 +141,8 @@ def test_running_totals_are_not_added_up(one: Usage, other: Usage) -> None:
 
 
 def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() -> None:
-    one = Usage(**dict.fromkeys(BUCKETS, 1), meters={"images": 1}, source="provider")
-    other = Usage(**dict.fromkeys(BUCKETS, 2), meters={"images": 2, "seconds": 3}, source="partial", tier="flex")
+    one = evolve(evenly(1), meters={"images": 1}, source="provider")
+    other = evolve(evenly(2), meters={"images": 2, "seconds": 3}, source="partial", tier="flex")
     both = together([one, other])
     assert buckets(both) == [3] * len(BUCKETS)
     assert (dict(both.meters), both.source, both.tier) == ({"images": 3, "seconds": 3}, "partial", "flex")
@@ -148,4 +152,4 @@ def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() 
 
 def test_buckets_are_all_the_token_fields() -> None:
     assert set(asdict(NO_USAGE)) - {"meters", "source", "tier"} == set(BUCKETS)
-    assert Usage(**{name: 1 for name in BUCKETS}).total == len(BUCKETS)
+    assert evenly(1).total == len(BUCKETS)

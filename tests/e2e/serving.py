@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -63,9 +62,9 @@ class Served:
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
-    def qlens(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def qlens(self, *arguments: str, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run a `qlens` command against its configuration."""
-        return run_qlens(*arguments, env={"QLENS_CONFIG": str(self.config)})
+        return run_qlens(*arguments, env={"QLENS_CONFIG": str(self.config)} | dict(env or {}))
 
 
 def clean_env() -> dict[str, str]:
@@ -121,17 +120,21 @@ class _Yaml12(yaml.SafeLoader):
 def serving(
     folder: Path, *, changes: Mapping[str, Any] | None = None, env: Mapping[str, str] | None = None
 ) -> Iterator[Served]:
-    """Start the gateway in a folder and stop it as an operator would; it must leave with 0 and without a traceback."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if changes is None:
-        shutil.copy(CONFIG, folder / "qlens.yaml")
-    else:
-        (folder / "qlens.yaml").write_text(changed(changes))
+    """Run `qlens serve` on config/qlens.yaml, as it is or with changes."""
+    config = folder / "qlens.yaml"
+    config.write_text(CONFIG.read_text() if changes is None else changed(changes))
+    with started([*QLENS, "serve", str(config)], folder, env or {}) as served:
+        yield served
+
+
+@contextmanager
+def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterator[Served]:
+    """Start a gateway and stop it as an operator would; it must leave with 0 and without a traceback."""
     port, admin_port = free_port(), free_port()
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(
-            [*QLENS, "serve", str(folder / "qlens.yaml")],
-            env=clean_env() | {"QLENS_PORT": str(port), "QLENS_ADMIN_PORT": str(admin_port)} | dict(env or {}),
+            command,
+            env=clean_env() | {"QLENS_PORT": str(port), "QLENS_ADMIN_PORT": str(admin_port)} | dict(env),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -146,9 +149,19 @@ def serving(
         assert process.wait(STOP_SECONDS) == 0, served.output
         assert "Traceback" not in served.output, served.output
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process that a failed test left running; SIGTERM first, so that it can stop what it started."""
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(served: Served) -> None:
@@ -165,9 +178,9 @@ def _wait_until_ready(served: Served) -> None:
     raise AssertionError(f"the gateway was not ready after {READY_SECONDS} s:\n{served.output}")
 
 
-def receipts(served: Served, *arguments: str) -> list[dict[str, Any]]:
+def receipts(served: Served, *arguments: str, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     """The rows that `qlens usage` prints."""
-    result = served.qlens("usage", "--json", *arguments)
+    result = served.qlens("usage", "--json", *arguments, env=env)
     assert result.returncode == 0, result.stderr
     rows: list[dict[str, Any]] = json.loads(result.stdout)["rows"]
     return rows

@@ -48,7 +48,7 @@ def test_check_finds_the_shipped_configurations_good(name: str) -> None:
 def test_check_names_the_variables_that_are_not_set() -> None:
     result = run_qlens("check", "config/production.yaml")
     assert result.returncode == 2
-    assert "AZURE_OPENAI_API_KEY" in result.stderr
+    assert "AZURE_OPENAI_API_KEY_EU" in result.stderr
 
 
 def test_check_lists_all_faults_at_once_and_leaves_with_2(tmp_path: Path) -> None:

@@ -272,8 +272,8 @@ class TokenBucket:
         )
 
     def _now(self) -> int:
-        # Through whole nanoseconds, which is as fine as the clock is.
-        return round(self._gateway.clock.monotonic() * 10**9) * (_SECOND // 10**9)
+        # Through whole microseconds, which is as fine as seconds in a float are.
+        return round(self._gateway.clock.monotonic() * 10**6) * (_SECOND // 10**6)
 
     def _wanted(self, call: Call) -> _Hold:
         """What the call takes where; a bucket it takes nothing from cannot refuse it, however deep in debt."""

@@ -102,7 +102,7 @@ async def test_only_the_whole_key_is_the_key(wrong: str) -> None:
         error = answer.json()["error"]
         assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
         assert error["message"].startswith("Incorrect API key provided: ")
-        assert wrong not in error["message"].replace("example", "")
+        assert wrong not in error["message"]
 
 
 async def test_of_a_wrong_key_seven_characters_are_shown_and_of_a_short_one_none() -> None:

@@ -13,9 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from qlens import Command, Gateway, StartupError
-
-from .demo import new_key
-from .key_file import Key, add, hash_text, instant, read, revoke, written
+from qlens_plugins.auth.api_keys.demo import new_key
+from qlens_plugins.auth.api_keys.key_file import Key, add, hash_text, instant, read, revoke, written
 
 _EXAMPLES = """\
 examples:

@@ -115,7 +115,10 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _prepare(database: sqlite3.Connection, path: Path) -> None:
+    # In a transaction, or another gateway that makes the tables at this moment would look like another program.
+    database.execute("BEGIN")
     _check(database, path)
+    database.execute("COMMIT")
     database.execute("PRAGMA journal_mode = WAL")
     # FULL: what is written survives a power cut. It costs one fsync a batch, on the writer's own thread.
     database.execute("PRAGMA synchronous = FULL")

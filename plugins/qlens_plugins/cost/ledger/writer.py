@@ -94,7 +94,7 @@ class Writer:
         try:
             await asyncio.wrap_future(opened)
         except BaseException:
-            self._closing = time.monotonic()
+            self._end(0)
             raise
 
     async def close(self, seconds: float) -> None:
@@ -102,15 +102,18 @@ class Writer:
         self._users -= 1
         if self._users:
             return
-        with self._wake:
-            self._closing = time.monotonic() + seconds
-            self._wake.notify_all()
+        self._end(seconds)
         done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=seconds + GRACE_SECONDS)
         if not done or self.waiting or self._uncounted:
             log.error(
-                "ledger %s: %d receipts and %d counts of refused calls could not be written within %g s and are lost: %s",
-                *(self.path, self.waiting, self._uncounted, seconds, self.problem or "the disk does not answer"),
+                "ledger %s: %d receipts and %d refused calls could not be written within %g s and are lost: %s",
+                *(self.path, self.waiting, self._uncounted, seconds, self.problem or "the writer did not finish"),
             )
+
+    def _end(self, seconds: float) -> None:
+        with self._wake:
+            self._closing = time.monotonic() + seconds
+            self._wake.notify_all()
 
     @property
     def waiting(self) -> int:
@@ -154,6 +157,9 @@ class Writer:
             while batch := self._next():
                 if not self._persist(batch):
                     break
+        except Exception as error:
+            log.exception("ledger %s: the writer has stopped", self.path)
+            self._failed(error)
         finally:
             self._disconnect()
             self._ended.set_result(None)

@@ -124,9 +124,10 @@ class Prices:
             return
         try:
             self._read()
-        except StartupError as error:
+        except Exception as error:
             self._problem = str(error)
-            log.error("%s: the price table stays as it is: %s", self.name, error)
+            trace = None if isinstance(error, StartupError) else error
+            log.error("%s: the price table stays as it is: %s", self.name, error, exc_info=trace)
         else:
             self._problem = None
             log.info("%s: read %d rows from %s", self.name, len(self.book.rows), file)

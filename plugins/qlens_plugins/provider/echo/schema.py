@@ -41,7 +41,7 @@ def sample(schema: Any, text: str) -> Any:
     try:
         return _Sampler(schema, text[:MAX_TEXT]).value(schema, ())
     except _Endless:
-        raise UpstreamRejected("the echo cannot answer in a schema that requires itself without end") from None
+        raise UpstreamRejected("the echo cannot answer in a schema that nests deeply or without end") from None
 
 
 def sample_object(schema: Any, text: str) -> dict[str, Any]:

@@ -1,0 +1,198 @@
+"""Authentication by API keys, which the gateway knows by their hashes alone."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from attrs import define, field, frozen
+from attrs.validators import ge
+
+from qlens import Call, Caller, Command, Fault, Gateway, Health, StartupError, Unauthenticated, hookimpl
+from qlens_plugins.auth.api_keys.commands import keys_command
+from qlens_plugins.auth.api_keys.demo import demo_key
+from qlens_plugins.auth.api_keys.key_file import Key, Signature, digest, hash_text, read, signature
+
+log = logging.getLogger(__name__)
+
+_JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
+_MASKABLE = re.compile(r"[A-Za-z0-9_-]{20,}")
+_DEMO_ID = "demo"
+
+
+@frozen
+class ApiKeysConfig:
+    """Knows callers by their API keys, of which a file holds the hashes."""
+
+    file: Path
+    """The file of hashed keys, changed by `qlens keys` or by hand; a running gateway follows it without a restart."""
+    demo_key_file: Path | None = None
+    """Keeps one plain key for trying things out, made at the first start. Only for a gateway on a loopback address."""
+    reload_seconds: float = field(default=1.0, validator=ge(0.01))
+    """How often the file is looked at for changes, which is how long a revoked key may still be accepted."""
+
+
+@define(eq=False)
+class ApiKeys:
+    """Finds the caller by the SHA-256 of the whole key."""
+
+    config: ApiKeysConfig
+    name: str
+    demo_key: str | None = field(default=None, init=False, repr=False)
+    """The demo key, once the gateway serves."""
+    _gateway: Gateway = field(init=False, repr=False)
+    _keys: Mapping[bytes, Key] = field(factory=dict, init=False, repr=False)
+    _seen: Signature | None = field(default=None, init=False, repr=False)
+    """The state of the file that was read last, good or bad; None when it could not be read."""
+    _loaded: bool = field(default=False, init=False, repr=False)
+    _trouble: str = field(default="", init=False, repr=False)
+
+    Config = ApiKeysConfig
+
+    @property
+    def loopback_only(self) -> bool:
+        """A plain key on disk is for this machine alone."""
+        return self.config.demo_key_file is not None
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Read the keys, and follow their file while calls are served."""
+        self._gateway = gateway
+        if not gateway.url:  # a command runs, which looks at the file itself; it may be the one that makes it
+            yield
+            return
+        await asyncio.to_thread(self._start)
+        watching = asyncio.create_task(self._watch(), name=f"{self.name}: watch {self.config.file}")
+        try:
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    @hookimpl
+    def commands(self) -> Iterable[Command]:
+        """Make, list and revoke keys."""
+        return [keys_command(self.config.file)]
+
+    @hookimpl
+    def banner(self) -> Iterable[str]:
+        """Show the demo key to whoever started the gateway."""
+        return [f"demo key: {self.demo_key}"] if self.demo_key else []
+
+    @hookimpl
+    def health(self) -> Health:
+        """Say how many keys are known, and why the file's newest state is not in use."""
+        count = f"{len(self._keys)} keys"
+        return Health(False, f"{self._trouble}; still using {count}") if self._trouble else Health(True, count)
+
+    @hookimpl
+    async def authenticate(self, call: Call) -> Caller | None:
+        """Take every credential that is not shaped like a JWT for a key; one that is passes on unless it is known."""
+        credential = call.credential
+        if credential is None:
+            return None
+        # Looked up by hash: how long that takes says nothing about the keys.
+        wanted = digest(credential)
+        key = self._keys.get(wanted)
+        if key is None or not hmac.compare_digest(key.digest, wanted):
+            if _JWT.fullmatch(credential):
+                return None
+            raise _refused(
+                f"Incorrect API key provided: {_masked(credential)}. Ask the operator of this gateway for a key."
+            )
+        if key.revoked is not None:
+            raise _refused(f"This API key ({key.id}) was revoked. Ask the operator of this gateway for a new one.")
+        if key.expires_at is not None and key.expires_at.timestamp() <= self._gateway.clock.time():
+            raise _refused(f"This API key ({key.id}) has expired. Ask the operator of this gateway for a new one.")
+        return self._caller(key)
+
+    def _caller(self, key: Key) -> Caller:
+        return Caller(
+            tenant=key.tenant,
+            subject=key.id,
+            by=self.name,
+            project=key.project,
+            key_id=key.id,
+            roles=frozenset(key.roles),
+            models=key.models,
+            tags=key.tags,
+            expires_at=key.expires_at.timestamp() if key.expires_at else None,
+        )
+
+    # --- the file ------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Read the files for the first time; raises StartupError when nobody could be let in."""
+        if self.config.demo_key_file is not None:
+            self.demo_key = demo_key(self.config.demo_key_file)
+        try:
+            self._load()
+        except FileNotFoundError:
+            if self.demo_key is None:
+                hint = "does not exist; make the first key with: qlens keys create --tenant NAME"
+                raise StartupError([Fault(str(self.config.file), hint)]) from None
+            self._keys = self._with_demo(())
+        except OSError as error:
+            raise StartupError([Fault(str(self.config.file), f"cannot be read: {error.strerror}")]) from error
+
+    def _load(self) -> None:
+        """Take the file's keys; raises StartupError or OSError and keeps what is known."""
+        keys, self._seen = read(self.config.file)
+        self._keys = self._with_demo(keys)
+        self._loaded = True
+
+    def _with_demo(self, keys: Iterable[Key]) -> Mapping[bytes, Key]:
+        known = {key.digest: key for key in keys}
+        if self.demo_key is None:
+            return known
+        if any(key.id == _DEMO_ID for key in known.values()):
+            raise StartupError(
+                [Fault(str(self.config.file), f"the id {_DEMO_ID!r} belongs to the demo key; give the key another one")]
+            )
+        demo = Key(id=_DEMO_ID, hash=hash_text(self.demo_key), tenant=_DEMO_ID)
+        return {**known, demo.digest: demo}
+
+    async def _watch(self) -> None:
+        """Follow the file until the lifespan ends."""
+        while True:
+            await asyncio.sleep(self.config.reload_seconds)
+            await asyncio.to_thread(self._follow)
+
+    def _follow(self) -> None:
+        """Read the file again if it changed. A bad one is refused once, and the keys stay as they are."""
+        try:
+            now = signature(self.config.file.stat())
+            if now == self._seen:
+                return
+            self._seen = now
+            self._load()
+        except StartupError as error:
+            self._complain(str(error.faults[0]))
+            return
+        except OSError as error:
+            self._seen = None
+            if self._loaded:  # otherwise there was none at the start: the demo key is enough
+                self._complain(f"{self.config.file}: {error.strerror}")
+            return
+        self._trouble = ""
+        log.info("%s: read %d keys from %s", self.name, len(self._keys), self.config.file)
+
+    def _complain(self, trouble: str) -> None:
+        if trouble != self._trouble:
+            log.error("%s: the keys stay as they are: %s", self.name, trouble)
+        self._trouble = trouble
+
+
+def _refused(message: str) -> Unauthenticated:
+    return Unauthenticated(message, code="invalid_api_key")
+
+
+def _masked(credential: str) -> str:
+    """Enough of a wrong key to tell which one was sent, and never enough to use it."""
+    return f"{credential[:3]}...{credential[-4:]}" if _MASKABLE.fullmatch(credential) else "***"

@@ -1,0 +1,91 @@
+"""No path skips the chain: operation x stream x dialect, and role x endpoint, generated from the tables."""
+
+from __future__ import annotations
+
+import pytest
+from plugs import Probe
+from yamls import config, probe
+
+from qlens.operations import OPERATIONS, Operation
+from qlens.paths import ROLES, has_role, own_endpoints
+from qlens.testing import running
+
+BODIES = {
+    "chat": {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]},
+    "completions": {"model": "gpt-4o-mini", "prompt": "hello"},
+    "embeddings": {"model": "gpt-4o-mini", "input": "hello"},
+}
+CASES = [
+    (operation, stream) for operation in OPERATIONS for stream in ((False, True) if operation.streams else (False,))
+]
+ECHO = {"echo": {"plugin": "echo"}}
+MODELS = {"gpt-4o-mini": {"max_output_tokens": 100, "targets": [{"provider": "echo", "model": "gpt-4o-mini"}]}}
+
+
+def _name(case: object) -> str:
+    return case.name if isinstance(case, Operation) else "stream" if case else "whole"
+
+
+@pytest.mark.parametrize(("operation", "stream"), CASES, ids=_name)
+async def test_every_operation_authenticates_admits_and_settles(operation: Operation, stream: bool) -> None:
+    stages = {"auth": [probe("who", answer=["authenticate"])], "rate_limit": [probe("may", hold="h")]}
+    path = operation.path.replace("{id}", "gpt-4o-mini")
+    async with running(config(stages, ECHO, MODELS)) as gateway:
+        if operation.method == "POST":
+            answer = await gateway.post(path, {**BODIES[operation.dialect], **({"stream": True} if stream else {})})
+        else:
+            answer = await gateway.get(path)
+        assert answer.status == 200
+        assert ("text/event-stream" in answer.headers["content-type"]) is stream
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.operation, receipt.outcome, receipt.streamed) == (operation.name, "complete", stream)
+        assert (receipt.usage.total > 0) is (operation.runs == "full")
+        who: Probe = gateway.plugin("auth", "who")
+        may: Probe = gateway.plugin("rate_limit", "may")
+        assert "authenticate" in who.events
+        assert "admit" in may.events
+        assert may.events[-1] == "settle complete"
+        assert may.holds == []
+
+
+@pytest.mark.parametrize(("operation", "stream"), CASES, ids=_name)
+async def test_no_operation_answers_a_stranger_or_one_who_is_refused(operation: Operation, stream: bool) -> None:
+    path = operation.path.replace("{id}", "gpt-4o-mini")
+    body = {**BODIES[operation.dialect], **({"stream": True} if stream else {})} if operation.dialect else None
+    for stages, status in (({"auth": [probe("nobody")]}, 401), ({"rate_limit": [probe("no", refuse=["admit"])]}, 429)):
+        async with running(config(stages, ECHO, MODELS)) as gateway:
+            answer = await (gateway.post(path, body) if operation.method == "POST" else gateway.get(path))
+            assert answer.status == status
+
+
+@pytest.mark.parametrize("role", [None, *ROLES])
+async def test_every_endpoint_asks_exactly_its_role(role: str | None) -> None:
+    auth = [probe("nobody")] if role is None else [{"plugin": "anonymous", "roles": [role]}]
+    async with running(config({"auth": auth})) as gateway:
+        for endpoint in own_endpoints(gateway.gateway):
+            answer = await gateway.request(endpoint.method, endpoint.path)
+            if endpoint.role is None:
+                expected = 200
+            elif role is None:
+                expected = 401
+            else:
+                expected = 200 if has_role([role], endpoint.role) else 403
+            assert answer.status == expected, f"{endpoint.method} {endpoint.path} as {role}"
+
+
+async def test_what_is_not_in_a_table_is_not_served() -> None:
+    async with running(config()) as gateway:
+        for path in (
+            "/",
+            "/v1",
+            "/metrics/",
+            "/admin",
+            "/docs",
+            "/v1/chat",
+            "/v1/files",
+            "/openai/deployments/x/chat/completions",
+        ):
+            for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE"):
+                assert (await gateway.request(method, path)).status == 404
+        assert (await gateway.session.get(gateway.url + "/metrics")).status == 404
+        assert (await gateway.session.get(gateway.url + "/admin/health")).status == 404

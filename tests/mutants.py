@@ -1,0 +1,312 @@
+"""Seeded faults, each of which must turn the suite red: `python tests/mutants.py [NAME ...]`.
+
+A copy of the tree gets one fault at a time, and the tests that should notice run against it. A mutant that survives means
+that a promise is not tested.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from attrs import frozen
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("qlens", "plugins", "config", "tests", "pyproject.toml", "README.md", "CHANGELOG.md")
+SECONDS = 240
+UNNOTICED = "no test noticed"
+
+
+@frozen
+class Mutant:
+    """One fault: in `path`, `old` becomes `new`; `tests` are expected to notice."""
+
+    name: str
+    path: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+PIPELINE = ("tests/core/test_pipeline.py", "tests/core/test_account.py", "tests/contract/test_matrix.py")
+
+MUTANTS = (
+    Mutant(
+        "settle dropped when the client leaves",
+        "qlens/account.py",
+        "        finishing = run_apart(self._finish(error))\n",
+        "        if isinstance(error, asyncio.CancelledError):\n            return\n"
+        "        finishing = run_apart(self._finish(error))\n",
+        ("tests/core/test_account.py",),
+    ),
+    Mutant(
+        "settled twice",
+        "qlens/pipeline.py",
+        "        for hook in self.hooks.settle:\n",
+        "        for hook in (*self.hooks.settle, *self.hooks.settle):\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a hold is not given back",
+        "qlens/pipeline.py",
+        "account.holds.get(hook.instance)",
+        "None",
+        PIPELINE,
+    ),
+    Mutant(
+        "another plugin's hold is given back",
+        "qlens/pipeline.py",
+        "account.holds[hook.instance] = hold",
+        "account.holds = {bound.instance: hold for bound in self.hooks.admit}",
+        PIPELINE,
+    ),
+    Mutant(
+        "the upstream is not closed",
+        "qlens/account.py",
+        "                    await reply.aclose()\n",
+        "                    pass\n",
+        ("tests/core/test_account.py",),
+    ),
+    Mutant(
+        "settle is not shielded",
+        "qlens/account.py",
+        "        await asyncio.shield(finishing)\n",
+        "        finishing.cancel()\n        await asyncio.shield(finishing)\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a settle that fails stops the others",
+        "qlens/pipeline.py",
+        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except Exception as error:\n",
+        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except KeyError as error:\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a broken auth plugin is a 401",
+        "qlens/pipeline.py",
+        'Unavailable("Authentication is unavailable.")',
+        'Unauthenticated("Authentication is unavailable.")',
+        PIPELINE,
+    ),
+    Mutant(
+        "the usage event is not withheld",
+        "qlens/metering.py",
+        '        if not self.call.wants_usage:\n            return b""\n',
+        "",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "an event without choices is passed on",
+        "qlens/metering.py",
+        '            if usage:\n                self._usage_event = payload\n            return b""\n',
+        "            if usage:\n                self._usage_event = payload\n            return event\n",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "a cut stream counts as complete",
+        "qlens/metering.py",
+        '            raise UpstreamTruncated("The provider\'s answer stopped before its end.")\n',
+        "            pass\n",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "missing usage is zero",
+        "qlens/metering.py",
+        "            output=max(self.events - 1, text // _BYTES_PER_TOKEN, 0),\n",
+        "            output=0,\n",
+        ("tests/core/test_metering.py", "tests/core/test_account.py"),
+    ),
+    Mutant(
+        "a provider's error event is forwarded",
+        "qlens/metering.py",
+        "            raise error_from(payload, None)\n",
+        "            return event\n",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "an abandoned stream is free",
+        "qlens/account.py",
+        "            if attempt.billed and self.meter is not None:\n",
+        "            if attempt.billed and self.meter is not None and error is None:\n",
+        ("tests/core/test_account.py",),
+    ),
+    Mutant(
+        "an attempt that failed is billed",
+        "qlens/account.py",
+        "ended=time.monotonic(), error=error, status=status, retry_after=retry_after)",
+        "ended=time.monotonic(), error=error, status=status, retry_after=retry_after, billed=True)",
+        PIPELINE,
+    ),
+    Mutant(
+        "a target is asked twice without a retry plugin",
+        "qlens/pipeline.py",
+        "                asked_again.append(target)\n            if self.hooks.retry:\n",
+        "                asked_again.append(target)\n                wait = 0.0 if len(call.attempts) < 4 else None\n"
+        "            if self.hooks.retry:\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a fallback the caller may not use is asked",
+        "qlens/pipeline.py",
+        "            if name in reached or model is None or not call.known.may_use(name):\n",
+        "            if name in reached or model is None:\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a model that is not allowed is told apart from an unknown one",
+        "qlens/pipeline.py",
+        "        if model is None or not call.known.may_use(name):\n            raise model_not_found(name)\n",
+        "        if model is None:\n            raise model_not_found(name)\n        if not call.known.may_use(name):\n"
+        '            raise InvalidRequest("not allowed")\n',
+        ("tests/core/test_server.py",),
+    ),
+    Mutant(
+        "max tokens are not clamped",
+        "qlens/pipeline.py",
+        "        dialect.clamp(call.body, model.max_output_tokens, model.max_n)\n",
+        "",
+        PIPELINE,
+    ),
+    Mutant(
+        "attempts share one body",
+        "qlens/pipeline.py",
+        "{**orjson.loads(orjson.dumps(call.body)), **target.params",
+        "{**call.body, **target.params",
+        PIPELINE,
+    ),
+    Mutant(
+        "the body is read before authentication",
+        "qlens/pipeline.py",
+        "                call.caller = await self.authenticate(call)\n",
+        "                await call.read()\n                call.caller = await self.authenticate(call)\n",
+        ("tests/core/test_server.py",),
+    ),
+    Mutant(
+        "a cached answer is stored again",
+        "qlens/pipeline.py",
+        "            account.open(known)\n            return known\n",
+        "            account.open(known)\n            await self.store(account.call, known)\n            return known\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "an incomplete answer is stored",
+        "qlens/metering.py",
+        "        if self.call.keep and self._kept_bytes <= self.call.keep:\n            await self.ended(self._assembled())\n",
+        "        if self.call.keep:\n            await self.ended(self._assembled())\n",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "a local operation is not admitted",
+        "qlens/pipeline.py",
+        "        if call.operation.local is not None:\n            await self.admit(account)\n",
+        "        if call.operation.local is not None:\n",
+        PIPELINE,
+    ),
+    Mutant(
+        "a reload that fails leaves the new configuration half in place",
+        "qlens/gateway.py",
+        "            self._seen = old\n            await self._close(opened)\n            raise\n",
+        "            await self._close(opened)\n            raise\n",
+        ("tests/core/test_gateway.py",),
+    ),
+    Mutant(
+        "an old configuration is closed under its running calls",
+        "qlens/gateway.py",
+        "            await generation.settled()\n            self._older.remove",
+        "            self._older.remove",
+        ("tests/core/test_gateway.py",),
+    ),
+    Mutant(
+        "an unchanged plugin loses its state on reload",
+        "qlens/registry.py",
+        "    if old is not None and instance.same(old):\n",
+        "    if old is None and instance.same(old):\n",
+        ("tests/core/test_gateway.py",),
+    ),
+    Mutant(
+        "YAML order is turned round",
+        "qlens/registry.py",
+        "    for instance in instances:\n        manager.register",
+        "    for instance in reversed(list(instances)):\n        manager.register",
+        PIPELINE,
+    ),
+    Mutant(
+        "a role is not asked",
+        "qlens/server.py",
+        "            if not has_role(call.caller.roles, endpoint.role):\n",
+        "            if not call.caller.roles:\n",
+        ("tests/contract/test_matrix.py",),
+    ),
+    Mutant(
+        "the client's leaving goes unnoticed",
+        "qlens/server.py",
+        "handler_cancellation=True",
+        "handler_cancellation=False",
+        ("tests/core/test_account.py",),
+    ),
+    Mutant(
+        "a failed stream ends as if it were complete",
+        "qlens/server.py",
+        "                await self._write(sse.write(error.body()))\n",
+        "                await self._write(sse.write(error.body()) + sse.DONE)\n",
+        ("tests/core/test_account.py",),
+    ),
+)
+
+
+def survives(mutant: Mutant) -> str | None:
+    """Run the tests against the mutant; returns why it survives, or None when they turned red."""
+    with tempfile.TemporaryDirectory(prefix="qlens-mutant-") as name:
+        copy = Path(name)
+        for part in COPIED:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(
+                    source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules", "*.db*")
+                )
+            elif source.exists():
+                shutil.copy(source, copy / part)
+        target = copy / mutant.path
+        text = target.read_text()
+        if text.count(mutant.old) != 1:
+            return f"{mutant.path} has the text {text.count(mutant.old)} times: mend the mutant"
+        target.write_text(text.replace(mutant.old, mutant.new))
+        env = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'plugins'}", "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=30", *mutant.tests]
+        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
+        if done.returncode == 1:
+            return None
+        return (
+            "no test noticed" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"
+        )
+
+
+def _all_tests(mutants: list[Mutant]) -> tuple[str, ...]:
+    return tuple(sorted({test for mutant in mutants for test in mutant.tests}))
+
+
+def main(names: list[str]) -> int:
+    """Try the mutants; returns 1 when one survives."""
+    chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        verdicts = list(pool.map(survives, chosen))
+    for mutant, verdict in zip(chosen, verdicts, strict=True):
+        print(
+            f"{'killed  ' if verdict is None else 'SURVIVED'}  {mutant.name}{'' if verdict is None else ': ' + verdict}"
+        )
+    sound = Mutant("nothing at all", "qlens/pipeline.py", "import asyncio\n", "import asyncio\n", _all_tests(chosen))
+    if survives(sound) != UNNOTICED:
+        print("the tests are red without any fault: no verdict holds")
+        return 1
+    alive = sum(verdict is not None for verdict in verdicts)
+    print(f"{len(chosen) - alive} of {len(chosen)} mutants killed")
+    return 1 if alive else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
