@@ -94,7 +94,7 @@ def _written(body: Body) -> bytes:
         return orjson.dumps(body)
     except orjson.JSONEncodeError:
         # A reader accepts deeper nesting than a writer.
-        raise UpstreamRejected("the body is nested too deeply, or a number in it is too large") from None
+        raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
 
 
 # --- the answer --------------------------------------------------------------------------------
@@ -107,13 +107,13 @@ async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
     if not outgoing.stream or media_type == "application/json":
         return _full(await answer.read(), outgoing)
     if media_type != "text/event-stream":
-        raise UpstreamInvalid("the provider answered a stream request with something that is not a stream")
+        raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
     return await _stream(answer, outgoing, mend)
 
 
 async def _refusal(answer: Answer) -> CallError:
     if answer.status < 400:
-        return UpstreamInvalid(f"the provider answered with status {answer.status}, which is no answer to a call")
+        return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
     try:
         payload = orjson.loads(await answer.read(_ERROR_BODY_BYTES))
     except (UpstreamError, orjson.JSONDecodeError):
@@ -125,15 +125,15 @@ def _full(body: bytes, outgoing: Outgoing) -> Reply:
     try:
         parsed = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise UpstreamInvalid("the provider's answer is not valid JSON") from None
+        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
     if not isinstance(parsed, dict):
-        raise UpstreamInvalid("the provider's answer is not a JSON object")
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
     key = _ITEMS.get(outgoing.dialect)
     items = parsed.get(key) if key else None
     if parsed.get("error") and not items:
         raise error_from(parsed)
     if key and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
-        raise UpstreamInvalid(f"the provider's answer has no list of {key}")
+        raise UpstreamInvalid(f"The provider's answer has no list of {key}.")
     dialect = dialects.named(outgoing.dialect)
     return Reply(
         body=body,
@@ -157,16 +157,16 @@ async def _stream(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Repl
 async def _to_first_event(chunks: AsyncIterator[bytes]) -> bytes:
     """Read until the first good event is whole; everything that was read."""
     splitter = sse.Splitter()
-    begun = b""
+    begun = bytearray()
     async for chunk in chunks:
         begun += chunk
         if any(_is_good(event) for event in splitter.feed(chunk)):
-            return begun
+            return bytes(begun)
         if len(begun) > sse.MAX_EVENT_BYTES:
-            raise UpstreamInvalid("the provider's stream has no event at its beginning")
+            raise UpstreamInvalid("The provider's stream has no event at its beginning.")
     if any(_is_good(event) for event in splitter.flush()):
-        return begun
-    raise UpstreamTruncated("the provider ended its stream before the first event")
+        return bytes(begun)
+    raise UpstreamTruncated("The provider ended its stream before the first event.")
 
 
 def _is_good(event: bytes) -> bool:
@@ -179,9 +179,9 @@ def _is_good(event: bytes) -> bool:
     try:
         payload = orjson.loads(data)
     except orjson.JSONDecodeError:
-        raise UpstreamInvalid("the provider's stream begins with an event that is not valid JSON") from None
+        raise UpstreamInvalid("The provider's stream begins with an event that is not valid JSON.") from None
     if not isinstance(payload, dict):
-        raise UpstreamInvalid("the provider's stream begins with an event that is not a JSON object")
+        raise UpstreamInvalid("The provider's stream begins with an event that is not a JSON object.")
     if payload.get("error") or event.startswith(b"event: error"):
         raise error_from(payload)
     return True

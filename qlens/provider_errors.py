@@ -81,17 +81,17 @@ def error_from(payload: Mapping[str, Any], status: int | None = None, retry_afte
     error = _Error.of(payload)
     status = status or error.status()
     if error.names & _MISSING_MODEL or status == 404:
-        return UpstreamModelMissing("the provider does not know the model that is configured for this name")
+        return UpstreamModelMissing("The provider does not know the model that is configured for this name.")
     if status in {401, 403}:
-        return UpstreamAuth("the provider refused the gateway's credential")
+        return UpstreamAuth("The provider refused the gateway's credential.")
     if status in {402, 429}:
         return _limited(error, status, retry_after)
     if status in {408, 504}:
-        return UpstreamTimedOut("the provider gave up waiting for its model")
+        return UpstreamTimedOut("The provider gave up waiting for its model.")
     if status in {503, 529}:
-        return UpstreamUnavailable("the provider is overloaded or down", retry_after=retry_after)
+        return UpstreamUnavailable("The provider is overloaded or down.", retry_after=retry_after)
     if status == 424 or not 400 <= status < 500:
-        return UpstreamError("the provider failed", retry_after=retry_after)
+        return UpstreamError("The provider failed.", retry_after=retry_after)
     return _rejected(error, status)
 
 
@@ -132,16 +132,16 @@ class _Error:
 def _limited(error: _Error, status: int, retry_after: float | None) -> UpstreamLimited:
     spent = next(iter(error.names & _SPENT_QUOTA), "insufficient_quota" if status == 402 else None)
     if spent is None:
-        return UpstreamLimited("the provider's rate limit is reached", retry_after=retry_after)
+        return UpstreamLimited("The provider's rate limit is reached.", retry_after=retry_after)
     limited = UpstreamLimited(
-        "the gateway's quota at the provider is spent", code=spent, headers={"x-should-retry": "false"}
+        "The gateway's quota at the provider is spent.", code=spent, headers={"x-should-retry": "false"}
     )
     limited.type, limited.again = "insufficient_quota", False
     return limited
 
 
 def _rejected(error: _Error, status: int) -> UpstreamRejected:
-    plain = f"the provider refused the request with status {status}"
+    plain = f"The provider refused the request with status {status}."
     message = (_masked(error.message) or plain) if status in {400, 413, 422} else plain
     if error.names & _FILTERED:
         code = "content_policy_violation" if "content_policy_violation" in error.names else "content_filter"

@@ -16,6 +16,7 @@ import attrs
 from attrs import frozen
 
 from qlens import hookspecs
+from qlens.config.entries import ModelSettings, Server
 from qlens.config.schema import schema
 from qlens.config.shapes import default_of, docstrings, fields_of, in_words, is_mapping, is_tuple, is_union, kinds_of
 
@@ -46,9 +47,13 @@ def table(cls: type) -> str:
     rows = fields(cls)
     if not rows:
         return NO_SETTINGS
-    cells = [(f"`{row.name}`", row.type, row.default, row.text) for row in rows]
-    lines = [("Setting", "Type", "Default", "Meaning"), ("---",) * 4, *cells]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+    lines = [("Setting", "Type", "Default", "Meaning"), ("---",) * 4]
+    lines += [(f"`{row.name}`", row.type, row.default, row.text) for row in rows]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _rows(cls: type, prefix: str, outer: tuple[type, ...]) -> Iterator[Row]:
@@ -155,8 +160,8 @@ def generate(root: Path, plugins: Mapping[str, Mapping[str, type]]) -> dict[Path
     problems = []
     for path, name, block in _blocks(root, plugins):
         try:
-            files[path] = rewrite(files.get(path) or path.read_text(encoding="utf-8"), name, block)
-        except (OSError, ValueError) as error:
+            files[path] = rewrite(files[path] if path in files else _read(path), name, block)
+        except ValueError as error:
             problems.append(f"{path.relative_to(root)}: {error}")
     if problems:
         raise ValueError("\n".join(problems))
@@ -164,13 +169,21 @@ def generate(root: Path, plugins: Mapping[str, Mapping[str, type]]) -> dict[Path
 
 
 def _blocks(root: Path, plugins: Mapping[str, Mapping[str, type]]) -> Iterator[tuple[Path, str, str]]:
-    """Every generated block: its file, its name, its text."""
+    """Every generated block: its file, its name, its text. The README shows the core's settings where it likes."""
+    readme = root / "README.md"
+    for name, settings in (("fields server", Server), ("fields models", ModelSettings)):
+        if _START.format(name) in _read(readme):
+            yield readme, name, table(settings)
     yield root / "plugins" / "README.md", "hooks", hooks()
     for stage, classes in plugins.items():
         readme = root / "plugins" / "qlens_plugins" / stage / "README.md"
         for name, cls in classes.items():
             config = getattr(cls, "Config", None)
             yield readme, f"fields {name}", table(config) if config else NO_SETTINGS
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
@@ -183,7 +196,7 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except ValueError as error:
         sys.stderr.write(f"{error}\n")
         return 1
-    stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    stale = [path for path, text in files.items() if _read(path) != text]
     for path in stale:
         if not check:
             path.write_text(files[path], encoding="utf-8")

@@ -119,6 +119,7 @@ class _Protocol(web.RequestHandler):
             error = unsupported_encoding()
         response = web.Response(status=error.status, body=orjson.dumps(error.body()), content_type="application/json")
         response.headers["x-request-id"] = new_id()
+        response.headers["server"] = "qlens"
         response.force_close()
         return response
 
@@ -313,6 +314,7 @@ class _Outlet:
     async def _begin(self, response: web.StreamResponse) -> None:
         self.response = response
         response.headers["x-request-id"] = self.id
+        response.headers["server"] = "qlens"  # not which Python and aiohttp, as aiohttp would say
         if self.closing:
             response.force_close()
         try:

@@ -46,7 +46,7 @@ class Deadlines:
 def http_url(_config: object, _attribute: object, value: str) -> None:
     """Check, as an attrs validator, that a setting is an http or https URL to which a path can be added."""
     parts = urlsplit(value)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.port == 0:
         raise ValueError("must be a URL that begins with https:// or http:// and a host")
     if parts.username is not None or parts.query or parts.fragment:
         raise ValueError("must be a URL without user, query and fragment")
@@ -78,7 +78,7 @@ class Upstream:
     ) -> Answer:
         """Send a request and wait for the head of its answer, of whatever status; whoever gets an Answer closes it.
 
-        Raises UpstreamUnreachable, UpstreamTimedOut, UpstreamInvalid or UpstreamTruncated.
+        Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
         _refuse_line_breaks(headers)
         request = _Request(method, url, headers, body, deadlines)
@@ -115,6 +115,7 @@ class Answer:
     _response: aiohttp.ClientResponse = field(repr=False)
     _deadlines: Deadlines = field(repr=False)
     _first_byte_at: float = field(repr=False)
+    _begun: bool = field(init=False, default=False, repr=False)
     _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
 
     async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
@@ -125,7 +126,7 @@ class Answer:
             async for chunk in self.chunks():
                 size += len(chunk)
                 if size > limit:
-                    raise UpstreamInvalid(f"the provider sent a body of more than {limit} bytes")
+                    raise UpstreamInvalid(f"The provider sent a body of more than {limit} bytes.")
                 parts.append(chunk)
         finally:
             await self.close()
@@ -144,19 +145,18 @@ class Answer:
         content = self._response.content
         try:
             # Most pieces are there already: only waiting needs a timer.
-            if chunk := content.read_nowait():
-                return chunk
-            async with asyncio.timeout_at(max(self._first_byte_at, self._loop.time() + self._deadlines.idle_seconds)):
-                chunk = await content.readany()
-        except TimeoutError:
+            chunk = content.read_nowait()
+            if not chunk:
+                idle_at = self._loop.time() + self._deadlines.idle_seconds
+                async with asyncio.timeout_at(max(self._first_byte_at, idle_at)):
+                    chunk = await content.readany()
+        except TimeoutError as error:
             await self.close()
-            raise UpstreamTimedOut(
-                f"the provider stopped in the middle of its answer for {self._deadlines.idle_seconds:g} s"
-            ) from None
+            raise (_paused(self._deadlines) if self._begun else _timed_out(error, self._deadlines)) from None
         except (aiohttp.ClientError, http_exceptions.HttpProcessingError) as error:
             await self.close()
             raise _cut(error) from None
-        self._first_byte_at = 0.0
+        self._first_byte_at, self._begun = 0.0, True
         return chunk
 
 
@@ -249,29 +249,33 @@ def _located(error: UpstreamError, url: str) -> UpstreamError:
 
 def _timed_out(error: TimeoutError, deadlines: Deadlines) -> UpstreamTimedOut:
     if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return UpstreamTimedOut(f"no connection to the provider within {deadlines.connect_seconds:g} s")
-    return UpstreamTimedOut(f"the provider did not answer within {deadlines.first_byte_seconds:g} s")
+        return UpstreamTimedOut(f"No connection to the provider within {deadlines.connect_seconds:g} s.")
+    return UpstreamTimedOut(f"The provider did not answer within {deadlines.first_byte_seconds:g} s.")
+
+
+def _paused(deadlines: Deadlines) -> UpstreamTimedOut:
+    return UpstreamTimedOut(f"The provider paused for {deadlines.idle_seconds:g} s in the middle of its answer.")
 
 
 def _not_answered(error: Exception) -> UpstreamError:
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable("no connection to the provider: its host name has no address")
+        return UpstreamUnreachable("No connection to the provider: its host name has no address.")
     if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
         return _no_tls(error)
     if isinstance(error, aiohttp.ClientConnectorError):
         reason = f": {os.strerror(error.errno).lower()}" if error.errno else ""
-        return UpstreamUnreachable(f"no connection to the provider{reason}")
+        return UpstreamUnreachable(f"No connection to the provider{reason}.")
     if isinstance(error, aiohttp.InvalidURL):
-        return UpstreamUnreachable("no connection to the provider: its configured URL is not valid")
+        return UpstreamUnreachable("No connection to the provider: its configured URL is not valid.")
     if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
-        return UpstreamUnreachable("the provider closed the connection before it answered")
-    return UpstreamInvalid("the provider's answer is not valid HTTP")
+        return UpstreamUnreachable("The provider closed the connection before it answered.")
+    return UpstreamInvalid("The provider's answer is not valid HTTP.")
 
 
 def _no_tls(error: Exception) -> UpstreamUnreachable:
     untrusted = isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch))
     reason = "its certificate is not trusted" if untrusted else "the TLS handshake failed"
-    refused = UpstreamUnreachable(f"no connection to the provider: {reason}", code="upstream_tls")
+    refused = UpstreamUnreachable(f"No connection to the provider: {reason}.", code="upstream_tls")
     refused.again = False
     return refused
 
@@ -280,9 +284,9 @@ def _cut(error: Exception) -> UpstreamError:
     # aiohttp wraps whatever is wrong with a body into one class; only the cause tells a cut body from a broken one.
     cause = error.__cause__ or error
     if isinstance(cause, http_exceptions.ContentEncodingError):
-        return UpstreamInvalid("the provider's answer is compressed in a way that cannot be read")
+        return UpstreamInvalid("The provider's answer is compressed in a way that cannot be read.")
     if isinstance(cause, http_exceptions.BadHttpMessage) and not isinstance(
         cause, (http_exceptions.ContentLengthError, http_exceptions.TransferEncodingError)
     ):
-        return UpstreamInvalid("the framing of the provider's answer is broken")
-    return UpstreamTruncated("the provider closed the connection in the middle of its answer")
+        return UpstreamInvalid("The framing of the provider's answer is broken.")
+    return UpstreamTruncated("The provider closed the connection in the middle of its answer.")

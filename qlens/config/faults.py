@@ -27,10 +27,11 @@ def faults_of(error: Exception, place: Place) -> list[Fault]:
     if isinstance(error, ForbiddenExtraKeysError):
         known = [str(field.alias) for field in fields_of(error.cl)]
         return [unknown_key(place.step(key), key, known) for key in place.value if key in error.extra_fields]
+    if isinstance(error, Mismatch):
+        return [Fault(str(place), str(error))]
     if not isinstance(error, BaseValidationError):
-        unsure = not isinstance(error, Mismatch) and has_missing(place.value)
-        message = "cannot be checked while variables are not set" if unsure else masked(str(error), place.value)
-        return [Fault(str(place), message)]
+        unsure = "cannot be checked while variables are not set"
+        return [Fault(str(place), unsure if has_missing(place.value) else masked(str(error), place.value))]
     faults: list[Fault] = []
     for inner in error.exceptions:
         step = _step(inner, error)

@@ -67,14 +67,13 @@ class Url(str):
 
 
 def _typed(value: Any) -> Any:
-    """What a text of the environment means where no text is wanted; never null."""
+    """What a text of the environment means where no text is wanted; other values are left alone."""
     if not isinstance(value, EnvText) or isinstance(value, MissingText):
         return value
     try:
-        typed = scalar(value)
+        return scalar(value)
     except ValueError:
         return value
-    return value if typed is None else typed
 
 
 def _is_number(value: Any) -> bool:
@@ -109,12 +108,13 @@ def _decimal(value: Any) -> Any:
     typed = _typed(value)
     if isinstance(typed, MissingText):
         return typed
-    if _is_number(typed) and abs(typed) < 1e18:
-        text = typed.text if isinstance(typed, YamlFloat) else repr(typed)
-        # Bounded, so that exact arithmetic stays cheap: 1e-999999 is a decimal number too.
-        if len(text) <= 40 and abs(Decimal(text).adjusted()) <= 30:
-            return Decimal(text)
-    raise Mismatch(f"found {found(value)}, expected a decimal number below 1e18")
+    if not _is_number(typed):
+        raise Mismatch(f"found {found(value)}, expected a decimal number")
+    # Bounded, so that exact arithmetic stays cheap: 1e-999999 is a decimal number too.
+    written = typed.text if isinstance(typed, YamlFloat) else repr(typed)
+    if abs(typed) < 1e18 and len(written) <= 40 and abs(Decimal(written).adjusted()) <= 30:
+        return Decimal(written)
+    raise Mismatch(f"found {found(value)}, expected a decimal number between 1e-30 and 1e18")
 
 
 def text(value: Any) -> str:

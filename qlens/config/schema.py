@@ -62,22 +62,21 @@ def schema(plugins: Mapping[str, Mapping[str, type]]) -> dict[str, Any]:
 
 
 def _entry_schema(stage: str, plugins: Mapping[str, type]) -> dict[str, Any]:
+    by_path = [{"type": "string", "pattern": ":"}, _ENV]
+    plugin = {
+        "description": "A plugin's name, or the import path of a class: package.module:Class.",
+        "anyOf": [{"enum": sorted(plugins)}, *by_path] if plugins else by_path,
+    }
+    entry: dict[str, Any] = {"type": "object", "properties": {"plugin": plugin}, "required": ["plugin"]}
+    if plugins:
+        entry["allOf"] = [_settings_of(stage, name) for name in sorted(plugins)]
+    return entry
+
+
+def _settings_of(stage: str, name: str) -> dict[str, Any]:
     return {
-        "type": "object",
-        "properties": {
-            "plugin": {
-                "description": "A plugin's name, or the import path of a class: package.module:Class.",
-                "anyOf": [{"enum": sorted(plugins)}, {"type": "string", "pattern": ":"}, _ENV],
-            },
-        },
-        "required": ["plugin"],
-        "allOf": [
-            {
-                "if": {"properties": {"plugin": {"const": name}}, "required": ["plugin"]},
-                "then": {"$ref": f"#/$defs/{stage}.{name}"},
-            }
-            for name in sorted(plugins)
-        ],
+        "if": {"properties": {"plugin": {"const": name}}, "required": ["plugin"]},
+        "then": {"$ref": f"#/$defs/{stage}.{name}"},
     }
 
 

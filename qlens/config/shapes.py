@@ -155,6 +155,7 @@ def _plain(value: Any) -> Any:
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else value
+    if isinstance(value, float | Decimal):
+        number = float(value)
+        return int(number) if number.is_integer() else number
     return value if isinstance(value, bool | int | str | NoneType) else str(value)

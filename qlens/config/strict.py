@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 import attrs
 from cattrs import Converter
@@ -115,12 +115,21 @@ class Strict:
         def structure(value: Any, type_: Any) -> Any:
             result = self._converter.structure(value, type_)
             if isinstance(result, MissingText):
-                return _default(field, result)
+                return self._default(field, result)
             if field.validator is not None and not has_missing(value):
                 _validate(field, value, result)
             return result
 
         return structure
+
+    def _default(self, field: attrs.Attribute[Any], written: MissingText) -> Any:
+        """What stands for a text of which nothing is known."""
+        default: Any = field.default
+        if default is attrs.NOTHING:
+            return written
+        if isinstance(default, Path | Url):
+            return self._converter.structure(str(default), cast(Any, field.type))
+        return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
 
     # --- collections and unions ---
 
@@ -198,13 +207,6 @@ class Strict:
             return Path(os.path.normpath(self._folder / Path(written).expanduser()))
         except RuntimeError:
             raise Mismatch(f"found {found(value)}, but that home directory is not known") from None
-
-
-def _default(field: attrs.Attribute[Any], written: MissingText) -> Any:
-    default: Any = field.default
-    if default is attrs.NOTHING:
-        return written
-    return default.factory() if isinstance(default, attrs.Factory) else default  # type: ignore[arg-type]
 
 
 def _validate(field: attrs.Attribute[Any], value: Any, result: Any) -> None:

@@ -59,11 +59,12 @@ class Place:
 
     @classmethod
     def of(cls, value: Any, path: str) -> Place:
-        """The place of a value whose line is its own; `path` may bring file and line along."""
+        """The place of a value; `path` may bring file and line along, or else they are the value's own."""
         if not isinstance(value, YamlDict | YamlList):
             return cls(value, path)
-        line = f"{value.source}:{value.line}"
-        return cls(value, path.removeprefix(line).lstrip(), line)
+        if given := re.match(rf"{re.escape(value.source)}:\d+(?: |$)", path):
+            return cls(value, path[given.end() :], given.group().rstrip())
+        return cls(value, path, f"{value.source}:{value.line}")
 
     def step(self, step: str | int) -> Place:
         """One step down; the value there is None where there is none."""

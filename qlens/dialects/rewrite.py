@@ -142,6 +142,8 @@ class _Stream:
     def _cut(self, held: _Held) -> tuple[int, str]:
         """How much of a held text can pass, and as what: a match that starts before the edge is there to its end."""
         text, edge = held.text, len(held.text) - self.hold_back
+        if not self.hold_back:
+            return len(text), self.fn(text)
         if edge <= 0 or len(text) < held.retry_at:
             return 0, ""
         whole = self._try(text)

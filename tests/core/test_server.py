@@ -270,6 +270,22 @@ async def test_the_api_key_header_of_azure_clients_is_a_credential_too() -> None
         assert (await gateway.post(CHAT, HELLO, headers={"authorization": "Bearer "})).status == 401
 
 
+async def test_a_body_that_drips_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.server.BODY_GRACE_SECONDS", 0.2)
+    async with running(config()) as gateway:
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
+        got = await _raw(gateway, head.encode() + b'{"model')
+        assert got.startswith(b"HTTP/1.1 408 ")
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.outcome, receipt.status) == ("rejected", 408)
+
+
+async def test_answers_do_not_tell_what_they_run_on() -> None:
+    async with running(config()) as gateway:
+        for answer in (await gateway.get("/healthz"), await gateway.post(CHAT, STREAM), await gateway.get("/x")):
+            assert answer.headers["server"] == "qlens"
+
+
 async def test_two_calls_on_one_connection_and_pipelined_ones_are_all_answered() -> None:
     one = _http().replace(b"connection: close\r\n", b"")
     async with running(config()) as gateway:

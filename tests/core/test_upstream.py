@@ -152,16 +152,23 @@ async def test_silent_server_times_out_before_the_head(http: Upstream, up: FakeU
 
 async def test_server_that_sends_only_a_head_times_out(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(events=[], hang=True))
-    with pytest.raises(UpstreamTimedOut):
+    with pytest.raises(UpstreamTimedOut, match="did not answer"):
         await fetch(http, up.url, deadlines=QUICK)
     await asyncio.wait_for(up.requests[0].closed.wait(), 5)
 
 
 async def test_pause_within_the_body_times_out(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(events=EVENTS, hang=True))
-    with pytest.raises(UpstreamTimedOut, match=r"in the middle of its answer for 0\.2 s"):
+    with pytest.raises(UpstreamTimedOut, match=r"paused for 0\.2 s in the middle"):
         await fetch(http, up.url, deadlines=QUICK)
     await asyncio.wait_for(up.requests[0].closed.wait(), 5)
+
+
+async def test_pause_is_not_granted_the_time_for_the_first_byte(http: Upstream, up: FakeUpstream) -> None:
+    deadlines = Deadlines(connect_seconds=2, first_byte_seconds=60, idle_seconds=0.2)
+    up.script(Scripted(events=EVENTS, hang=True))
+    with pytest.raises(UpstreamTimedOut):
+        await asyncio.wait_for(fetch(http, up.url, deadlines=deadlines), 20)
 
 
 async def test_slow_handshake_times_out_as_a_connection(http: Upstream) -> None:
@@ -171,13 +178,13 @@ async def test_slow_handshake_times_out_as_a_connection(http: Upstream) -> None:
 
     async with await asyncio.start_server(mute, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(UpstreamTimedOut, match=r"no connection to the provider within 0\.2 s"):
+        with pytest.raises(UpstreamTimedOut, match=r"No connection to the provider within 0\.2 s"):
             await fetch(http, f"https://127.0.0.1:{port}/", deadlines=Deadlines(connect_seconds=0.2))
 
 
 async def test_steady_stream_may_last_longer_than_every_deadline(http: Upstream, up: FakeUpstream) -> None:
-    deadlines = Deadlines(connect_seconds=1, first_byte_seconds=0.5, idle_seconds=0.5)
-    up.script(Scripted(events=EVENTS, gap=0.15))
+    deadlines = Deadlines(connect_seconds=1, first_byte_seconds=1, idle_seconds=1)
+    up.script(Scripted(events=EVENTS, gap=0.3))
     assert (await fetch(http, up.url, deadlines=deadlines)).count(b"data: ") == len(EVENTS)
 
 
@@ -299,11 +306,12 @@ async def test_request_names_the_gateway_and_asks_for_no_compression(http: Upstr
 
 
 async def test_redirects_are_not_followed_and_cookies_not_kept(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(status=307, headers={"location": up.url, "set-cookie": "session=1; path=/"}))
-    answer = await http.open("POST", up.url, headers={"authorization": "Bearer x"}, body=b"{}", deadlines=PATIENT)
+    url = up.url.replace("127.0.0.1", "localhost")  # a cookie jar takes nothing from an address
+    up.script(Scripted(status=307, headers={"location": url, "set-cookie": "session=1; path=/"}))
+    answer = await http.open("POST", url, headers={"authorization": "Bearer x"}, body=b"{}", deadlines=PATIENT)
     assert answer.status == 307
     await answer.read()
-    await fetch(http, up.url)
+    await fetch(http, url)
     assert len(up.requests) == 2
     assert "cookie" not in up.requests[1].headers
 
@@ -351,6 +359,7 @@ def test_url_to_which_a_path_can_be_added_is_fine(url: str) -> None:
         "https://user:sk-example-key@x.example",
         "https://x.example/v1?key=1",
         "https://x.example/#a",
+        "https://x.example:0/",
         "https://x.example/a b",
         "https://ä.example",
     ],

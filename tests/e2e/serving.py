@@ -34,6 +34,7 @@ class Served:
     url: str
     admin_url: str
     key: str = ""
+    told_to_stop: bool = False
 
     @property
     def config(self) -> Path:
@@ -52,6 +53,7 @@ class Served:
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
+        self.told_to_stop |= number in {signal.SIGTERM, signal.SIGINT}
         self.process.send_signal(number)
 
     def get(self, path: str) -> tuple[int, str]:
@@ -144,7 +146,7 @@ def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterato
         _wait_until_ready(served)
         served.key = (folder / "demo.key").read_text().strip()
         yield served
-        if process.poll() is None:
+        if not served.told_to_stop:
             process.terminate()
         assert process.wait(STOP_SECONDS) == 0, served.output
         assert "Traceback" not in served.output, served.output

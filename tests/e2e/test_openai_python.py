@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -245,13 +246,27 @@ def test_key_for_some_models_gets_the_same_not_found_for_the_others(served: Serv
     made = served.qlens("keys", "create", "--tenant", "small", "--model", MODEL)
     assert made.returncode == 0, made.stderr
     key = made.stdout.strip()
-    with OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=5) as small:
+    with OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) as small:
+        wait_until_known(small)
         assert small.chat.completions.create(model=MODEL, messages=HELLO).choices
         with pytest.raises(openai.NotFoundError) as refused:
             small.chat.completions.create(model="gpt-4o", messages=HELLO)
         with pytest.raises(openai.NotFoundError) as unknown:
             small.chat.completions.create(model="gpt-none", messages=HELLO)
     assert refused.value.message.replace("gpt-4o", "X") == unknown.value.message.replace("gpt-none", "X")
+
+
+def wait_until_known(client: OpenAI) -> None:
+    """Wait until the gateway has read the new key: it looks at the file once a second."""
+    ends = time.monotonic() + 10
+    while True:
+        try:
+            client.models.list()
+        except openai.AuthenticationError:
+            assert time.monotonic() < ends, "the key is still unknown"
+            time.sleep(0.1)
+        else:
+            return
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ def main(weights: str, name: str) -> None:
     params.port = 0
     params.n_ctx = 4096
     params.n_parallel = 2
+    params.n_predict = 128  # where the client sets no limit: small models do not know when to stop
+    # One thread: llama.cpp's threads wait for each other by spinning, which is slow where the cores are shared.
+    params.cpuparams.n_threads = 1
+    params.cpuparams_batch.n_threads = 1
     params.verbosity = -1
     params.api_keys = [os.environ["QLENS_LLM_KEY"]]
     server = xllamacpp.Server(params)

@@ -125,6 +125,7 @@ def _rename_max_tokens(body: dict[str, Any]) -> None:
 
 def _add_deltas(event: dict[str, Any]) -> None:
     """Results of the asynchronous content filter come as choices without the delta that clients read."""
-    for choice in event.get("choices") or []:
+    choices = event.get("choices")
+    for choice in choices if isinstance(choices, list) else []:
         if isinstance(choice, dict):
             choice.setdefault("delta", {})

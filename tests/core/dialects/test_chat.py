@@ -473,7 +473,7 @@ MESSAGES = st.fixed_dictionaries(
         "reasoning_content": TEXTS,
         "field_of_tomorrow": TEXTS,
         "annotations": st.lists(
-            st.fixed_dictionaries({"type": st.just("url_citation"), "n": st.integers()}), max_size=2
+            st.fixed_dictionaries({"type": st.just("url_citation"), "n": st.integers(0, 9)}), max_size=2
         ),
         "tool_calls": st.none() | st.lists(CALLS, max_size=3),
         "function_call": st.none() | st.fixed_dictionaries({"name": WORDS, "arguments": WORDS}),

@@ -145,7 +145,7 @@ def test_media_have_no_place() -> None:
 
 
 LOGPROBS = st.none() | st.fixed_dictionaries(
-    {"tokens": st.lists(st.text(max_size=3), max_size=3), "text_offset": st.lists(st.integers(), max_size=3)}
+    {"tokens": st.lists(st.text(max_size=3), max_size=3), "text_offset": st.lists(st.integers(0, 99), max_size=3)}
 )
 CHOICES = st.fixed_dictionaries(
     {"text": st.text(max_size=20), "finish_reason": st.none() | st.sampled_from(["stop", "length"])},

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import orjson
 import pytest
 from attrs import frozen
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlens import Blocked, UpstreamInvalid, UpstreamTruncated, sse
@@ -17,6 +17,7 @@ from qlens.dialects.rewrite import rewrite_body, rewrite_stream
 
 Body = dict[str, Any]
 Deltas = list[tuple[int, str]]
+Payload = Body | bytes
 
 
 @frozen
@@ -74,18 +75,18 @@ def cut(text: str, sizes: list[int]) -> list[str]:
     return [*pieces, text]
 
 
-def delta(choice: int = 0, finish: str | None = None, **fields: Any) -> Body:
+def delta(choice: int = 0, finish: str | None = None, /, **fields: Any) -> Body:
     choices = [{"index": choice, "delta": fields, "finish_reason": finish}]
     return {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": choices}
 
 
-async def stream(payloads: Iterable[Body | bytes]) -> AsyncIterator[bytes]:
+async def stream(payloads: Sequence[Payload]) -> AsyncIterator[bytes]:
     for payload in payloads:
         yield payload if isinstance(payload, bytes) else sse.write(payload)
 
 
 async def rewritten(
-    payloads: Iterable[Body | bytes], fn: Callable[[str], str], hold_back: int, dialect: str = "chat"
+    payloads: Sequence[Payload], fn: Callable[[str], str], hold_back: int, dialect: str = "chat"
 ) -> list[bytes]:
     return [event async for event in rewrite_stream(dialect, stream(payloads), fn, hold_back)]
 
@@ -98,7 +99,7 @@ def text_of(events: Iterable[bytes], field: str = "content") -> str:
     return "".join(event["choices"][0]["delta"].get(field) or "" for event in parsed(events) if event["choices"])
 
 
-def chunks_of(deltas: Deltas) -> tuple[dict[int, str], list[Body | bytes]]:
+def chunks_of(deltas: Deltas) -> tuple[dict[int, str], list[Payload]]:
     wholes: dict[int, str] = {}
     for choice, text in deltas:
         wholes[choice] = wholes.get(choice, "") + text
@@ -110,6 +111,7 @@ def chunks_of(deltas: Deltas) -> tuple[dict[int, str], list[Body | bytes]]:
 
 
 @given(DELTAS | CUT_DELTAS, st.sampled_from(REDACTIONS))
+@settings(max_examples=300)
 @example([(0, "secretsec"), (0, "ret")], REDACTIONS[0])
 @example([(0, "x"), (0, "123 ")], REDACTIONS[2])
 @example([(0, "b" * 7), (0, "b")], REDACTIONS[8])
@@ -126,6 +128,7 @@ async def test_a_stream_comes_out_as_its_whole_text_would_and_never_runs_ahead(
 
 
 @given(DELTAS | CUT_DELTAS, st.sampled_from(REDACTIONS))
+@settings(max_examples=300)
 @example([(0, "ab"), (0, "aba")], REDACTIONS[4])
 async def test_a_stream_is_refused_when_its_whole_text_would_be_and_shows_nothing_of_it(
     deltas: Deltas, redact: Redaction
@@ -167,7 +170,11 @@ async def test_every_text_of_a_delta_is_rewritten(field: str) -> None:
 
 
 async def test_the_strands_of_a_choice_do_not_mix() -> None:
-    payloads = [delta(content="sec", reasoning_content="ret"), delta(content="ret", reasoning_content="sec"), sse.DONE]
+    payloads: list[Payload] = [
+        delta(content="sec", reasoning_content="ret"),
+        delta(content="ret", reasoning_content="sec"),
+        sse.DONE,
+    ]
     events = await rewritten(payloads, REDACTIONS[0], 6)
     assert (text_of(events), text_of(events, "reasoning_content")) == ("", "retsec")
 
@@ -176,14 +183,14 @@ async def test_tool_arguments_are_rewritten_in_their_own_call() -> None:
     def call(index: int, arguments: str, **more: Any) -> Body:
         return delta(tool_calls=[{"index": index, **more, "function": {"arguments": arguments}}])
 
-    payloads = [
+    payloads: list[Payload] = [
         delta(tool_calls=[{"index": 0, "id": "a", "type": "function", "function": {"name": "f", "arguments": ""}}]),
         call(0, '{"q":"sec'),
         call(1, '{"q":"', id="b", type="function"),
         call(0, 'ret"}'),
         call(1, "secret"),
         call(1, '"}'),
-        delta(finish="tool_calls"),
+        delta(0, "tool_calls"),
         sse.DONE,
     ]
     events = await rewritten(payloads, REDACTIONS[1], 6)
@@ -197,7 +204,13 @@ async def test_tool_arguments_are_rewritten_in_their_own_call() -> None:
 
 
 async def test_what_is_held_back_passes_before_the_finish_of_its_choice() -> None:
-    payloads = [delta(0, content="abc"), delta(1, content="def"), delta(0, "stop"), delta(1, "stop"), sse.DONE]
+    payloads: list[Payload] = [
+        delta(0, content="abc"),
+        delta(1, content="def"),
+        delta(0, "stop"),
+        delta(1, "stop"),
+        sse.DONE,
+    ]
     shown = [
         (choice["index"], choice["delta"].get("content"), choice["finish_reason"])
         for event in parsed(await rewritten(payloads, str.upper, 10))
@@ -207,7 +220,7 @@ async def test_what_is_held_back_passes_before_the_finish_of_its_choice() -> Non
 
 
 async def test_a_finish_that_carries_text_itself_takes_what_was_held_back() -> None:
-    payloads = [delta(content="my sec"), delta(content="ret word", finish="stop"), sse.DONE]
+    payloads: list[Payload] = [delta(content="my sec"), delta(0, "stop", content="ret word"), sse.DONE]
     events = await rewritten(payloads, REDACTIONS[1], 6)
     assert len(events) == 2
     last = parsed(events)[0]["choices"][0]
@@ -222,7 +235,7 @@ async def test_what_is_held_back_passes_before_the_end_of_the_stream(tail: list[
 
 
 async def test_events_without_text_pass_byte_for_byte() -> None:
-    odd: list[Body | bytes] = [
+    odd: list[Payload] = [
         b": keep-alive\n\n",
         b"event: ping\r\n\r\n",
         b'data: { "id" : "",  "choices":[] , "prompt_filter_results":[{}]}\r\n\r\n',
@@ -260,7 +273,7 @@ async def test_other_fields_of_a_rewritten_event_stay() -> None:
 
 
 async def test_log_probabilities_never_spell_what_is_held_back_or_changed() -> None:
-    spelled = [delta(content=text) for text in ("my ", "sec", "ret", " " * 30)] + [delta(), delta(finish="stop")]
+    spelled = [delta(content=text) for text in ("my ", "sec", "ret", " " * 30)] + [delta(), delta(0, "stop")]
     for event in spelled:
         event["choices"][0] |= {"logprobs": {"content": [{"token": "secret"}]}, "token_ids": [1]}
     for hold_back in (6, 0):
@@ -283,7 +296,7 @@ async def test_an_event_that_cannot_be_looked_into_does_not_pass(event: bytes) -
 
 async def test_a_text_without_a_good_place_to_cut_is_bounded() -> None:
     # Refuses every cut: what becomes of a text depends on its length.
-    payloads = (delta(content="x" * 100_000) for _ in range(20))
+    payloads = [delta(content="x" * 100_000)] * 20
     with pytest.raises(UpstreamInvalid, match="holds back too much"):
         await rewritten(payloads, lambda text: f"{len(text)}", 2)
 
@@ -310,11 +323,10 @@ async def test_an_error_of_the_provider_goes_through() -> None:
         yield sse.write(delta(content="a" * 100))
         raise UpstreamTruncated("cut")
 
-    seen = []
+    events = rewrite_stream("chat", broken(), str.upper, 10)
+    assert set(text_of([await anext(events)])) == {"A"}
     with pytest.raises(UpstreamTruncated):
-        async for event in rewrite_stream("chat", broken(), str.upper, 10):
-            seen.append(event)
-    assert set(text_of(seen)) == {"A"}
+        await anext(events)
 
 
 async def test_the_source_is_closed_with_the_rewritten_stream() -> None:

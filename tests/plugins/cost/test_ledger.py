@@ -158,7 +158,7 @@ async def test_an_unpriced_call_has_no_cost_which_is_not_0() -> None:
     assert (row["cost_picos"], row["cost_state"]) == (None, "unpriced")
 
 
-async def test_what_waits_is_written_when_the_gateway_stops(tmp_path: Path) -> None:
+async def test_what_waits_is_written_when_the_gateway_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async with running(config("flush_seconds: 600, batch_size: 10", url=f"sqlite:///{tmp_path}/x.db")) as gateway:
         for _ in range(5):
             assert await call(gateway) == 200
@@ -168,6 +168,7 @@ async def test_what_waits_is_written_when_the_gateway_stops(tmp_path: Path) -> N
     assert sum(rejections(tmp_path / "x.db").values()) == 1
     assert writer_threads() == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.db"]
+    assert not [record for record in caplog.records if record.name == "qlens.ledger"]
 
 
 async def test_a_full_batch_does_not_wait() -> None:

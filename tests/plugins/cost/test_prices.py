@@ -384,6 +384,16 @@ async def test_a_strict_table_refuses_what_it_cannot_price() -> None:
         assert [receipt.outcome for receipt in await gateway.settled(4)][2:] == ["rejected", "rejected"]
 
 
+async def test_a_strict_table_takes_what_has_a_row_though_its_bound_is_unknown() -> None:
+    """The client's words bound the tokens of a text, never those of an image."""
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, image]}]
+    async with running(ECHO % f"strict: true, table: [{MINI}]") as gateway:
+        answer = await gateway.post("/v1/chat/completions", chat("deployment", messages=messages))
+        assert answer.status == 200, answer.text
+        assert answer.headers["x-qlens-cost-usd"] != "0"
+
+
 async def test_a_second_table_prices_what_a_strict_one_does_not_know() -> None:
     more = "{plugin: prices, name: more, table: [{model: unknown, input: 1, output: 1}]"
     text = ECHO % f"strict: true, table: [{MINI}]}}, {more}"

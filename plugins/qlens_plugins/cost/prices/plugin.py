@@ -145,9 +145,7 @@ class Prices:
         """Refuse what could not be priced, when the table is strict."""
         if not self.config.strict or call.model is None or call.bound_cost.picos is not None:
             return
-        if all(
-            self.book.find(target.provider, target.base_model or target.model) for target in self._targets(call.model)
-        ):
+        if all(self._sheet(target) for target in self._targets(call.model)):
             return
         raise InvalidRequest(
             f"The model `{call.model.name}` has no price, and this gateway refuses calls that it cannot price. "

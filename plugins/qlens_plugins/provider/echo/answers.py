@@ -166,7 +166,7 @@ def _named(tools: Mapping[str, Any], choice: Body) -> tuple[str, Any]:
     name = str((choice.get("function") or {}).get("name"))
     if name not in tools:
         raise UpstreamRejected(
-            f"tool_choice names the function {name[:64]!r}, which is not among tools", param="tool_choice"
+            f"tool_choice names the function {name[:64]!r}, which is not among tools.", param="tool_choice"
         )
     return name, tools[name]
 

@@ -26,7 +26,7 @@ from qlens_plugins.provider.echo.answers import (
     count_messages,
     prompts,
 )
-from qlens_plugins.provider.echo.behaviour import PARAMS, Behaviour, faults
+from qlens_plugins.provider.echo.behaviour import Behaviour, faults
 from qlens_plugins.provider.echo.wire import ChatWire, CompletionsWire, Event, embeddings_body, vector
 
 MAX_DIMENSIONS = 8192
@@ -62,15 +62,14 @@ class Echo:
     async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
         """Answer, after the time and with the failures that the target's params ask for."""
         behaviour = Behaviour.of(target.params)
-        for param in PARAMS:
-            outgoing.body.pop(param, None)
         await asyncio.sleep(behaviour.first_byte_ms / 1000)
         self._fail(behaviour, target)
         if outgoing.dialect == "embeddings":
             return await self._embed(target, outgoing, behaviour)
         wire, choices, usage = _answer(target, outgoing, _limit(call, outgoing))
         if outgoing.stream:
-            return Reply(chunks=_stream(wire.events(choices, usage), behaviour), dialect=outgoing.dialect)
+            chunks = _stream(wire.events(choices, usage), behaviour)
+            return Reply(chunks=chunks, dialect=outgoing.dialect, upstream_id=wire.id)
         await asyncio.sleep(max((len(said.tokens) for said in choices), default=0) * behaviour.token_ms / 1000)
         _break_off(behaviour)
         return Reply(
@@ -88,13 +87,13 @@ class Echo:
             return
         self._failures[key] += 1
         status = behaviour.fail_status or 503
-        said = {"message": f"the echo was told to fail with status {status}", "code": behaviour.fail_code}
+        said = {"message": f"The echo was told to fail with status {status}.", "code": behaviour.fail_code}
         raise error_from({"error": said}, status, behaviour.retry_after)
 
     async def _embed(self, target: Target, outgoing: Outgoing, behaviour: Behaviour) -> Reply:
         dimensions = outgoing.body.get("dimensions") or self.config.dimensions
         if dimensions > MAX_DIMENSIONS:
-            raise UpstreamRejected(f"dimensions must be at most {MAX_DIMENSIONS}", param="dimensions")
+            raise UpstreamRejected(f"dimensions must be at most {MAX_DIMENSIONS}.", param="dimensions")
         inputs = prompts(outgoing.body)
         vectors = []
         for text, _ in inputs:
@@ -143,4 +142,4 @@ async def _stream(events: Iterator[Event], behaviour: Behaviour) -> AsyncIterato
 
 def _break_off(behaviour: Behaviour) -> None:
     if behaviour.break_after_tokens is not None:
-        raise UpstreamTruncated(f"the echo was told to break off after {behaviour.break_after_tokens} tokens")
+        raise UpstreamTruncated(f"The echo was told to break off after {behaviour.break_after_tokens} tokens.")

@@ -41,7 +41,7 @@ def sample(schema: Any, text: str) -> Any:
     try:
         return _Sampler(schema, text[:MAX_TEXT]).value(schema, ())
     except _Endless:
-        raise UpstreamRejected("the echo cannot answer in a schema that nests deeply or without end") from None
+        raise UpstreamRejected("The echo cannot answer in a schema that nests deeply or without end.") from None
 
 
 def sample_object(schema: Any, text: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class _Sampler:
         """`inside` holds the references that were followed to come here, one "" for each other level."""
         self._left -= 1
         if self._left < 0:
-            raise UpstreamRejected(f"the echo does not answer in a schema that needs more than {MAX_VALUES} values")
+            raise UpstreamRejected(f"The echo does not answer in a schema that needs more than {MAX_VALUES} values.")
         if len(inside) > MAX_DEPTH:
             raise _Endless
         if not isinstance(schema, Mapping):
