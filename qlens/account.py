@@ -95,9 +95,20 @@ class Account:
             self.call.attempts_left -= 1
         return len(attempts) - 1
 
-    def failed(self, place: int, error: str, status: int | None = None, retry_after: float | None = None) -> None:
+    def failed(self, place: int, error: CallError | str) -> None:
         """Note that an attempt ended without an answer; it is not billed."""
-        self._note(place, ended=time.monotonic(), error=error, status=status, retry_after=retry_after)
+        now = time.monotonic()
+        if isinstance(error, str):
+            self._note(place, ended=now, error=error)
+            return
+        self._note(
+            place,
+            ended=now,
+            error=error.code or error.type,
+            status=error.status,
+            retry_after=error.retry_after,
+            upstream_id=error.upstream_id,
+        )
 
     def answered(self, place: int, reply: Reply, meter: Meter | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""

@@ -23,6 +23,8 @@ class CallError(Exception):
     """Whether the same target may succeed when asked again later."""
     fallback: str | None = None
     """The kind of fallback this error may take: any, context_length, content_filter or rate_limit."""
+    upstream_id: str | None = None
+    """The provider's own id of the request that failed; for the receipt, not for the client."""
 
     def __init__(
         self,

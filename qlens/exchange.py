@@ -62,13 +62,16 @@ async def post_openai(
         body=_written(outgoing.body),
         deadlines=deadlines,
     )
+    upstream_id = _plain(answer.headers.get("x-request-id")) or _plain(answer.headers.get("apim-request-id"))
     try:
         reply = await _read(answer, outgoing, mend)
-    except BaseException:
+    except BaseException as error:
         await answer.close()
+        if isinstance(error, CallError):
+            error.upstream_id = upstream_id
         raise
     reply.headers = {name: value for name in forward if (value := _plain(answer.headers.get(name)))}
-    reply.upstream_id = _plain(answer.headers.get("x-request-id")) or _plain(answer.headers.get("apim-request-id"))
+    reply.upstream_id = upstream_id
     return reply
 
 

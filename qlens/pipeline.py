@@ -321,7 +321,7 @@ class Pipeline:
             reply.target = target
             meter = self.metered(account, reply)
         except CallError as error:
-            account.failed(place, error.code or error.type, error.status, error.retry_after)
+            account.failed(place, error)
             raise
         except Exception as error:
             account.failed(place, "provider_failed")

@@ -62,7 +62,7 @@ class Splitter:
         else:
             del self._pending[:start]
         if max(map(len, events), default=0) > self._max or len(self._pending) > self._max:
-            raise UpstreamInvalid(f"the provider sent an event of more than {self._max} bytes")
+            raise UpstreamInvalid(f"The provider sent an event of more than {self._max} bytes.")
         return events
 
     def take(self, data: bytes) -> bytes:

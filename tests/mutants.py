@@ -1,7 +1,7 @@
 """Seeded faults, each of which must turn the suite red: `python tests/mutants.py [NAME ...]`.
 
-A copy of the tree gets one fault at a time, and the tests that should notice run against it. A mutant that survives means
-that a promise is not tested.
+A copy of the tree gets one fault at a time, and the tests that should notice run against it. A mutant that survives
+means that a promise is not tested.
 """
 
 from __future__ import annotations

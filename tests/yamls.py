@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -16,9 +16,9 @@ CHAT = "/v1/chat/completions"
 
 
 def config(
-    pipeline: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-    providers: Mapping[str, Mapping[str, Any]] | None = None,
-    models: Mapping[str, Mapping[str, Any]] | None = None,
+    pipeline: Mapping[str, Any] | None = None,
+    providers: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
     **server: Any,
 ) -> str:
     """A configuration as text; without arguments: anonymous callers, one model, one talker behind it."""

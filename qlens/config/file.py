@@ -69,7 +69,7 @@ def draft(
     Entries with a fault of their own are left out. Raises ConfigError only where nothing can be read.
     """
     document = load(text, source=source, env=os.environ if env is None else env, check_env=check_env)
-    # Not resolve(): Kubernetes mounts files as links into a folder that is gone after the next update.
+    # Not resolve(): what a link to a folder points at may be gone after the next deployment.
     return _Drafter(document, folder.absolute(), source).draft()
 
 

@@ -23,7 +23,7 @@ _NEEDED = {
 
 
 def check_plugin(stage: str, cls: type) -> None:
-    """Assert that a plugin class fits its stage; AssertionError or ConfigError says what does not and how to mend it."""
+    """Assert that a plugin class fits its stage; what does not is said by AssertionError or ConfigError."""
     assert stage in STAGES, f"no stage called {stage!r}; stages: {', '.join(STAGES)}"
     check(cls, PluginEntry(stage, cls.__name__, cls.__name__, {}, cls.__qualname__))
     implemented = {name for name, function in inspect.getmembers(cls) if hasattr(function, "qlens_impl")}
@@ -31,7 +31,7 @@ def check_plugin(stage: str, cls: type) -> None:
     if stage == "cache":
         missing = set(needed) - implemented
         assert not missing, f"{cls.__name__} is a cache and does not implement {', '.join(sorted(missing))}"
-    assert implemented & set(needed), f"{cls.__name__} is a {stage} plugin and implements none of {', '.join(needed)}"
+    assert implemented & set(needed), f"{cls.__name__} is a {stage} plugin, but has no {' or '.join(needed)}"
     parameters = list(inspect.signature(cls).parameters)
     assert len(parameters) >= 2, f"{cls.__name__} must be constructed as {cls.__name__}(config, name)"
     assert "__eq__" not in vars(cls), f"{cls.__name__} compares by value: use @define(eq=False)"

@@ -10,7 +10,7 @@ from qlens.operations import OPERATIONS, Operation
 from qlens.paths import ROLES, has_role, own_endpoints
 from qlens.testing import running
 
-BODIES = {
+BODIES: dict[str, dict[str, object]] = {
     "chat": {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]},
     "completions": {"model": "gpt-4o-mini", "prompt": "hello"},
     "embeddings": {"model": "gpt-4o-mini", "input": "hello"},

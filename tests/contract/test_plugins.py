@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from importlib import import_module
+import subprocess
+import sys
 from importlib.metadata import EntryPoint, distribution
 from pathlib import Path
 from typing import Any
@@ -101,13 +102,22 @@ def test_an_unknown_key_and_a_wrong_type_are_refused_with_their_path(point: Entr
         convert({"no_such_key": 1}, config, "pipeline.x[0]", folder=ROOT)
     assert any("no_such_key" in str(fault) and "pipeline.x[0]" in fault.path for fault in caught.value.faults)
     for field in attrs.fields(attrs.resolve_types(config)):
-        wrong = {"a": {"deeply": ["wrong"]}} if field.type is not dict else 1
-        if "Mapping" in str(field.type):
-            wrong = 1  # type: ignore[assignment]
+        wrong: object = 1 if "Mapping" in str(field.type) else {"a": {"deeply": ["wrong"]}}
         with pytest.raises(ConfigError) as caught:
             convert({field.name: wrong}, config, "pipeline.x[0]", folder=ROOT)
         assert any(field.name in fault.path for fault in caught.value.faults), f"{field.name} takes {wrong!r}"
 
 
 def test_only_named_plugins_are_imported() -> None:
-    assert import_module("qlens_plugins").__all__ == [] if hasattr(import_module("qlens_plugins"), "__all__") else True
+    named = "pipeline: {auth: [{plugin: anonymous}]}\nproviders: {echo: {plugin: echo}}\n"
+    named += "models: {m: {targets: [{provider: echo, model: m}]}}\n"
+    program = f"""
+import sys, pathlib
+from qlens.config import parse
+from qlens.registry import register
+register(parse({named!r}, folder=pathlib.Path(".")))
+print(sorted({{".".join(name.split(".")[:3]) for name in sys.modules if name.startswith("qlens_plugins.")}}))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    stages = [f"qlens_plugins.{stage}" for stage in ("auth", "auth.anonymous", "provider", "provider.echo")]
+    assert done.stdout.strip() == str(stages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 from plugs import Probe
 from yamls import CHAT, HELLO, STREAM, config, probe, targets
@@ -193,9 +195,8 @@ async def test_a_fallback_is_asked_when_all_targets_failed_and_only_if_the_calle
         "private": {"targets": targets("good")},
         "spare": {"targets": targets("good")},
     }
-    keys = "keys:\n- {id: k, hash: 'sha256:%s', tenant: acme, models: [gpt-4o-mini, spare]}\n" % (
-        __import__("hashlib").sha256(b"sk-example-a").hexdigest()
-    )
+    digest = hashlib.sha256(b"sk-example-a").hexdigest()
+    keys = f"keys:\n- {{id: k, hash: 'sha256:{digest}', tenant: acme, models: [gpt-4o-mini, spare]}}\n"
     stages = {"auth": [{"plugin": "api_keys", "file": "keys.yaml"}]}
     async with running(config(stages, providers, models), files={"keys.yaml": keys}) as gateway:
         answer = await gateway.post(CHAT, HELLO, key="sk-example-a")

@@ -181,7 +181,7 @@ async def test_an_endpoint_of_a_plugin_is_served_with_its_parameters_and_its_rol
         assert (await gateway.post("/admin/hello/x", b"!")).status == 403
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::"])  # noqa: S104
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 async def test_the_admin_listener_needs_real_auth_off_loopback(host: str) -> None:
     (fault,) = await _faults(config(admin={"host": host}))
     assert fault.path == "server.admin.host"
@@ -190,7 +190,7 @@ async def test_the_admin_listener_needs_real_auth_off_loopback(host: str) -> Non
 
 async def test_a_demo_key_is_refused_where_other_machines_can_use_it() -> None:
     stages = {"auth": [{"plugin": "api_keys", "file": "keys.yaml", "demo_key_file": "demo.key"}]}
-    (fault,) = await _faults(config(stages, host="0.0.0.0"))  # noqa: S104
+    (fault,) = await _faults(config(stages, host="0.0.0.0"))
     assert "bind to 127.0.0.1" in fault.message
 
 

@@ -30,7 +30,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 def readme_program() -> str:
     """The README's SDK program."""
-    blocks: list[str] = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    blocks: list[str] = re.findall(
+        r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+    )
     (program,) = (block for block in blocks if "OpenAI()" in block)
     return program
 

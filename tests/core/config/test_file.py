@@ -125,7 +125,9 @@ def test_a_link_keeps_the_folder_it_stands_in(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "qlens.yaml").write_text("models: {}")
     (tmp_path / "qlens.yaml").symlink_to(tmp_path / "data" / "qlens.yaml")
+    (tmp_path / "current").symlink_to(tmp_path / "data")
     assert read(tmp_path / "qlens.yaml").folder == tmp_path
+    assert read(tmp_path / "current" / "qlens.yaml").folder == tmp_path / "current"
 
 
 def test_a_relative_file_has_an_absolute_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,6 +459,7 @@ def test_the_version_changes_with_the_content_and_the_environment() -> None:
 
 def test_the_version_stays_when_only_the_writing_changes() -> None:
     assert config("models: {}  # none\n").version == config("'models':\n  {}\n").version
+    assert config("models: {}\nserver: {port: 1}").version == config("server: {port: 1}\nmodels: {}").version
 
 
 # --- drafts ---

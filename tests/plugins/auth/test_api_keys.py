@@ -274,6 +274,8 @@ async def test_a_bad_new_file_keeps_the_old_keys_and_is_told_once(caplog: pytest
 
         await eventually(mended)
         assert await status(gateway, OTHER) == 200
+        await asyncio.sleep(0.1)
+        assert len([record for record in caplog.records if "read 1 keys" in record.message]) == 1
 
 
 async def test_a_file_that_vanishes_and_returns_unchanged_is_in_use_again() -> None:
@@ -307,10 +309,17 @@ async def test_a_demo_key_is_made_for_its_owner_alone_and_shown_in_the_banner() 
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
         assert demo.startswith("sk-qlens-")
         assert len(demo) > 50
-        assert gateway.gateway.banner() == [f"demo key: {demo}"]
+        banner = "\n".join(gateway.gateway.banner())
+        assert f"base URL  {gateway.url}/v1\n" in banner
+        assert f"API key   {demo}\n" in banner
+        curl = banner[banner.index("curl ") : banner.index("from openai")]
+        done = await asyncio.create_subprocess_shell(f"{curl.strip()} -s", stdout=asyncio.subprocess.PIPE)
+        assert b'"chat.completion"' in (await done.communicate())[0]
+        answer = await gateway.get("/admin/health", key=demo)
+        assert answer.status == 200
         assert gateway.plugin("auth", "api_keys").demo_key == demo
         assert (await gateway.post("/v1/chat/completions", CALL, key=demo)).status == 200
-        (receipt,) = await gateway.settled(1)
+        receipt, *_ = await gateway.settled(1)
         assert (receipt.caller.tenant, receipt.caller.key_id) == ("demo", "demo")
         assert [name.name for name in file.parent.iterdir()] == ["key"]
 
@@ -434,6 +443,7 @@ def test_creating_and_revoking_leave_the_rest_of_the_file_as_it_is(
     assert main(["keys", "list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [(key["id"], key["state"]) for key in listed] == [("old", "revoked"), ("new", "active")]
+    assert not any("hash" in key for key in listed)
     after = file.read_bytes().decode()
     assert all(line in after for line in text.replace("HASH", hashed(KEY)).splitlines() if "{" not in line)
     assert "# mine" in after

@@ -352,6 +352,13 @@ def test_everything_about_a_target_that_shapes_answers_is_in_the_key(change: dic
     assert cache_key("acme", call) != cache_key("acme", other)
 
 
+def test_the_name_asked_for_is_in_the_key_even_where_the_body_does_not_have_it() -> None:
+    call, other, third = made_call(), made_call(), made_call()
+    other.asked_model = "large"
+    third.model = Model("large", (TARGET,))
+    assert len({cache_key("acme", which) for which in (call, other, third)}) == 3
+
+
 def test_weights_and_stream_fields_are_not_in_the_key() -> None:
     call = made_call()
     other = made_call(stream=True, stream_options={"include_usage": True})

@@ -446,7 +446,7 @@ def test_the_command_shows_which_targets_have_no_price(tmp_path: Path, capsys: p
     assert main(["prices", "-c", str(tmp_path / "qlens.yaml")]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["*", "gpt-4o-mini", "0.15", "0.075", "-", "-", "0.60", "-", "-", "-", "2026-11-24"] in lines
-    assert ["deployment", "echo/gpt-4o-mini", "*/gpt-4o-mini@2026-11-24"] in lines
+    assert ["deployment", "echo/prod-eu", "(gpt-4o-mini)", "*/gpt-4o-mini@2026-11-24"] in lines
     assert ["unknown", "echo/unknown", "UNPRICED"] in lines
 
 
@@ -458,7 +458,9 @@ def test_the_command_gives_prices_as_text_in_json(tmp_path: Path, capsys: pytest
     assert found["rows"][0]["input"] == "0.15"
     assert found["rows"][1]["tiers"] == {"flex": "0.5"}
     assert found["rows"][1]["above_prompt_tokens"] == 9
-    assert {"model": "unknown", "provider": "echo", "target": "unknown", "rows": None} in found["targets"]
+    rows = {target["model"]: (target["target"], target["base_model"], target["rows"]) for target in found["targets"]}
+    assert rows["unknown"] == ("unknown", None, None)
+    assert rows["deployment"] == ("prod-eu", "gpt-4o-mini", ["*/gpt-4o-mini@2026-11-24"])
 
 
 def test_explain_says_which_row_and_how_the_bound_comes_about(

@@ -114,16 +114,16 @@ async def test_rules_apply_in_order_each_to_what_the_one_before_left() -> None:
 
 
 async def test_a_rule_for_answers_leaves_prompts_alone_and_the_other_way_round() -> None:
-    rules = "[{name: in, words: [falcon], on: [request]}, {name: out, words: [Hello], action: redact, on: [reply]}]"
+    rules = "[{name: in, words: [upstream], on: [request]}, {name: out, words: [Hello], action: redact, on: [reply]}]"
     async with upstream() as up, running(config(rules, url=up.url)) as gateway:
         assert said(await say(gateway, "Hello")) == "[redacted] from upstream."
         assert up.requests[0].body["messages"][0]["content"] == "Hello"
 
 
-async def test_an_expression_that_only_looks_ahead_finds_nothing() -> None:
-    rules = "[{name: ahead, regex: '(?=.)'}, {name: redact, regex: '(?=.)', action: redact}]"
+async def test_what_an_expression_only_looks_at_is_no_match() -> None:
+    rules = "[{name: ahead, regex: '(?=.)'}, {name: both, regex: '(?=h)|falcon', action: redact}]"
     async with running(config(rules)) as gateway:
-        assert said(await say(gateway, "hello")) == "hello"
+        assert said(await say(gateway, "hello falcon")) == "hello [redacted]"
 
 
 # --- answers -----------------------------------------------------------------------------------

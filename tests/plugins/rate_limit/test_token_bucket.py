@@ -40,7 +40,7 @@ CALL = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
 KEYS = {
     "sk-example-a1": ("a1", "acme", "search"),
     "sk-example-a2": ("a2", "acme", None),
-    "sk-example-b": ("b", "bolt", None),
+    "sk-example-b": ("b", "bolt", "search"),
 }
 
 

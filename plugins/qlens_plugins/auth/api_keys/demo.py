@@ -28,6 +28,27 @@ def demo_key(path: Path) -> str:
         raise StartupError([Fault(str(path), f"the demo key cannot be kept here: {error.strerror}")]) from error
 
 
+def introduction(url: str, key: str, model: str) -> list[str]:
+    """What to paste to see the gateway answer: the base URL, the key, a curl line and a program for OpenAI's SDK."""
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    return [
+        "",
+        f"base URL  {url}/v1",
+        f"API key   {key}",
+        "",
+        f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\",
+        f"  -H 'Content-Type: application/json' -d '{body}'",
+        "",
+        "from openai import OpenAI",
+        "",
+        f'client = OpenAI(base_url="{url}/v1", api_key="{key}")',
+        'messages = [{"role": "user", "content": "Hello!"}]',
+        f'for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):',
+        '    print(chunk.choices[0].delta.content or "", end="", flush=True)',
+        "",
+    ]
+
+
 def _make(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")

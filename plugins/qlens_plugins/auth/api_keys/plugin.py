@@ -15,7 +15,7 @@ from attrs.validators import ge
 
 from qlens import Call, Caller, Command, Fault, Gateway, Health, StartupError, Unauthenticated, hookimpl
 from qlens_plugins.auth.api_keys.commands import keys_command
-from qlens_plugins.auth.api_keys.demo import demo_key
+from qlens_plugins.auth.api_keys.demo import demo_key, introduction
 from qlens_plugins.auth.api_keys.key_file import Key, Signature, digest, hash_text, read, signature
 
 log = logging.getLogger(__name__)
@@ -82,8 +82,11 @@ class ApiKeys:
 
     @hookimpl
     def banner(self) -> Iterable[str]:
-        """Show the demo key to whoever started the gateway."""
-        return [f"demo key: {self.demo_key}"] if self.demo_key else []
+        """Show whoever started the gateway how to use it with the demo key."""
+        if self.demo_key is None:
+            return []
+        models = self._gateway.models.listed()
+        return introduction(self._gateway.url, self.demo_key, models[0].name if models else "MODEL")
 
     @hookimpl
     def health(self) -> Health:
@@ -155,7 +158,8 @@ class ApiKeys:
             raise StartupError(
                 [Fault(str(self.config.file), f"the id {_DEMO_ID!r} belongs to the demo key; give the key another one")]
             )
-        demo = Key(id=_DEMO_ID, hash=hash_text(self.demo_key), tenant=_DEMO_ID)
+        # Whoever can read the file owns the gateway, which nobody else reaches: the key opens the operators' paths too.
+        demo = Key(id=_DEMO_ID, hash=hash_text(self.demo_key), tenant=_DEMO_ID, roles=("member", "admin"))
         return {**known, demo.digest: demo}
 
     async def _watch(self) -> None:

@@ -34,7 +34,7 @@ def show(book: Book, models: Mapping[str, Model], *, as_json: bool) -> None:
     heads = ("PROVIDER", "MODEL", *(bucket.upper() for bucket in BUCKETS), "OTHER", "DATE")
     sys.stdout.write(aligned([heads, *(_cells(row) for row in book.rows)]))
     sys.stdout.write("\nConfigured targets\n")
-    lines = [(found["model"], f"{found['provider']}/{found['target']}", _named(found["rows"])) for found in targets]
+    lines = [(found["model"], _shown(found), _named(found["rows"])) for found in targets]
     sys.stdout.write(aligned([("MODEL", "TARGET", "ROW"), *lines]))
 
 
@@ -45,7 +45,18 @@ def _target(book: Book, target: Target) -> dict[str, Any]:
     rows = None if sheet is None else [entry.standard.id for entry in sheet.entries]
     if rows is None and name.endswith("*"):
         rows = ["by the name asked for"]
-    return {"model": target.public, "provider": target.provider, "target": name, "rows": rows}
+    return {
+        "model": target.public,
+        "provider": target.provider,
+        "target": target.model,
+        "base_model": target.base_model,
+        "rows": rows,
+    }
+
+
+def _shown(found: Mapping[str, Any]) -> str:
+    base = f" ({found['base_model']})" if found["base_model"] else ""
+    return f"{found['provider']}/{found['target']}{base}"
 
 
 def _named(rows: Iterable[str] | None) -> str:
