@@ -15,13 +15,12 @@ from typing import Any
 
 import qlens
 from qlens.call import Caller, Target
-from qlens.config import read
 from qlens.errors import CallError, StartupError
 from qlens.gateway import Gateway
 from qlens.money import usd
 from qlens.operations import OPERATIONS, Operation
 from qlens.paths import own_endpoints, plugin_endpoints
-from qlens.registry import STAGES, Bound, Command, Hooks, Registration, installed, register
+from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
 from qlens.server import served
 
 log = logging.getLogger("qlens")
@@ -131,14 +130,14 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _serving(path: Path) -> int:
-    config = read(path)
+    found = drafted(path)
     gateway = Gateway()
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, reload.set)
-    async with served(gateway, config) as server:
+    async with served(gateway, found) as server:
         print(f"qlens {qlens.__version__}: {gateway.url} for clients, {server.admin_url} for operators")
         for line in gateway.banner():
             print(line)
@@ -156,7 +155,7 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
         await asked.wait()
         asked.clear()
         try:
-            await gateway.reload(await asyncio.to_thread(read, path))
+            await gateway.reload(await asyncio.to_thread(drafted, path))
         except StartupError as error:
             for fault in error.faults:
                 log.error("the configuration stays as it is: %s", fault)
@@ -170,9 +169,8 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
 
 
 def _check(args: argparse.Namespace) -> int:
-    config = read(args.config, check_env=not args.no_env)
-    registration = register(config)
-    print(f"{args.config}: good: {len(registration.instances)} plugins, {len(config.models)} models")
+    registration = register(drafted(args.config, check_env=not args.no_env))
+    print(f"{args.config}: good: {len(registration.instances)} plugins, {len(registration.models)} models")
     return 0
 
 
@@ -194,7 +192,7 @@ def _plugins(args: argparse.Namespace) -> int:
 
 
 def _routes(args: argparse.Namespace) -> int:
-    registration = register(read(args.config))
+    registration = register(drafted(args.config))
     _show(args.json, asyncio.run(_route_rows(registration)))
     return 0
 
@@ -242,7 +240,7 @@ def _story(operation: Operation, hooks: Hooks) -> str:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    registration = register(read(args.config))
+    registration = register(drafted(args.config))
     raw = sys.stdin.buffer.read() if str(args.body) == "-" else _file(args.body)
     return asyncio.run(_explaining(registration, raw, args))
 
@@ -303,7 +301,7 @@ def _target(target: Target) -> str:
 
 def _plugin_command(words: list[str]) -> int:
     path, rest = _config_path(words)
-    registration = register(read(path))
+    registration = register(drafted(path))
     commands: dict[str, tuple[str, Command]] = {}
     for hook in registration.hooks.commands:
         for command in hook.fn():

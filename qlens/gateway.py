@@ -12,7 +12,7 @@ from attrs import define, field
 
 from qlens.call import Call, Caller
 from qlens.clock import Clock
-from qlens.config import Config
+from qlens.config import Config, Draft
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.metrics import CallMetrics, Metrics
 from qlens.models import Models
@@ -176,18 +176,19 @@ class Gateway:
 
     # --- configurations ------------------------------------------------------------------------
 
-    async def start(self, config: Config) -> None:
+    async def start(self, registration: Registration) -> None:
         """Open a first configuration; raises StartupError with every fault, and leaves nothing open then."""
         async with self._changing:
-            await self._change(register(config))
+            await self._change(registration)
         self.calls.loads.labels("loaded").inc()
 
-    async def reload(self, config: Config) -> None:
+    async def reload(self, found: Draft) -> None:
         """Change to another configuration; raises StartupError and keeps the present one when that fails."""
         async with self._changing:
             try:
-                self._refuse_moves(config)
-                await self._change(register(config, self._registration))
+                registration = register(found, self._registration)
+                self._refuse_moves(found.config)
+                await self._change(registration)
             except StartupError:
                 self.calls.loads.labels("refused").inc()
                 raise

@@ -8,13 +8,14 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pluggy
 from attrs import define, field, fields, frozen
 
 from qlens import hookspecs
-from qlens.config import Config, PluginEntry, convert
+from qlens.config import Config, Draft, PluginEntry, convert, draft, text_of
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.models import Models, models_of
 
@@ -165,15 +166,17 @@ def _distribution(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "?"
 
 
-def register(config: Config, previous: Registration | None = None) -> Registration:
+def register(found: Draft, previous: Registration | None = None) -> Registration:
     """Find, check and construct every plugin of a configuration.
 
-    Instances whose class and config did not change are taken over from `previous`. Raises StartupError with all faults.
+    Instances whose class and config did not change are taken over from `previous`. Raises ConfigError with all faults,
+    the file's own and those of its plugins.
     """
+    config = found.config
     folder = str(config.folder)
     if folder not in sys.path:
         sys.path.insert(0, folder)  # a plugin in a file next to the YAML is importable
-    faults: list[Fault] = []
+    faults = list(found.faults)
     before = {instance.key: instance for instance in previous.instances} if previous else {}
     instances, new = [], []
     for entry in _entries(config):
@@ -194,6 +197,11 @@ def register(config: Config, previous: Registration | None = None) -> Registrati
     if faults:
         raise ConfigError(faults)
     return Registration(config, tuple(instances), hooks, providers, models, tuple(new))
+
+
+def drafted(path: Path, *, check_env: bool = True) -> Draft:
+    """A configuration file with whatever is wrong with it, for `register`."""
+    return draft(text_of(path), folder=path.parent, check_env=check_env, source=str(path))
 
 
 def _entries(config: Config) -> Iterable[PluginEntry]:

@@ -36,7 +36,7 @@ from qlens.gateway import Gateway, Generation
 from qlens.metering import cost_text
 from qlens.operations import Operation, Paths
 from qlens.paths import Served, has_role
-from qlens.registry import Endpoint
+from qlens.registry import Endpoint, register
 
 log = logging.getLogger("qlens")
 
@@ -85,13 +85,14 @@ def url_of(taken: socket.socket) -> str:
 
 
 @asynccontextmanager
-async def served(gateway: Gateway, configuration: config.Config) -> AsyncIterator[Server]:
+async def served(gateway: Gateway, found: config.Draft) -> AsyncIterator[Server]:
     """Take the addresses and open a configuration; nothing listens yet. Leaving drains and closes it all."""
-    settings = configuration.server
     try:
+        registration = register(found)
+        settings = registration.config.server
         server = Server.bound(gateway, settings.host, settings.port, settings.admin.host, settings.admin.port)
         try:
-            await gateway.start(configuration)
+            await gateway.start(registration)
             yield server
         finally:
             await server.stop(settings.drain_seconds)

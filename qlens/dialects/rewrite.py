@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import orjson
@@ -10,12 +10,9 @@ from attrs import define, field
 
 from qlens import dialects, sse
 from qlens.dialects import Body, Dialect, Strand
-from qlens.errors import CallError, UpstreamInvalid
+from qlens.dialects.growing import Growing, Rewrite
+from qlens.errors import UpstreamInvalid
 
-Rewrite = Callable[[str], str]
-
-_LOOKS = 2
-"""How far a pattern may look around its match: `\\b` looks at one character on either side."""
 _MAX_HELD = 1024 * 1024
 _MAX_STRANDS = 4096
 _SPELLED = ("logprobs", "token_ids")
@@ -26,7 +23,6 @@ _DELTA_FRAME = frozenset({"index", "type"})
 
 def rewrite_body(dialect: str, body: bytes, fn: Rewrite) -> bytes:
     """Send every text of a complete answer through `fn`; a body in which nothing changes stays as it is."""
-    kind = dialects.named(dialect)
     try:
         answer = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -34,7 +30,7 @@ def rewrite_body(dialect: str, body: bytes, fn: Rewrite) -> bytes:
     if type(answer) is not dict:
         return body
     changed = False
-    for ref, text in kind.reply_texts(answer):
+    for ref, text in dialects.named(dialect).reply_texts(answer):
         new = fn(text)
         if new != text:
             changed = True
@@ -52,7 +48,7 @@ async def rewrite_stream(
     characters; 0 means that `fn` looks at each character alone. `fn` is called many times with pieces of the same text,
     so it must have no effects. Log probabilities are removed where text is held back or changed: they spell it.
     """
-    stream = _Stream(dialects.named(dialect), fn, hold_back + _LOOKS if hold_back else 0)
+    stream = _Stream(dialects.named(dialect), fn, hold_back)
     try:
         async for event in events:
             for out in stream.feed(event):
@@ -65,24 +61,15 @@ async def rewrite_stream(
 
 
 @define(eq=False)
-class _Held:
-    """The end of a strand that has not passed yet."""
-
-    event: Body
-    """The event that began it."""
-    text: str = ""
-    retry_at: int = 0
-    """How long the text must be before it is worth looking for a place to cut again."""
-
-
-@define(eq=False)
 class _Stream:
     dialect: Dialect
     fn: Rewrite
     hold_back: int
-    held: dict[Strand, _Held] = field(factory=dict)
+    strands: dict[Strand, tuple[Growing, Body]] = field(factory=dict)
+    """The text of each strand that has not passed yet, and the event that began it."""
 
     def feed(self, event: bytes) -> Iterator[bytes]:
+        """Take an event; hand out what can pass now."""
         payload = sse.data(event)
         if payload is None:
             yield event
@@ -98,22 +85,22 @@ class _Stream:
 
     def flush(self) -> Iterator[bytes]:
         """Let go all that is held."""
-        for strand in list(self.held):
+        for strand in list(self.strands):
             yield from self._let_go(strand)
 
     def _let_go(self, strand: Strand) -> Iterator[bytes]:
-        held = self.held.pop(strand)
-        if text := held.text and self.fn(held.text):
-            yield sse.write(self.dialect.text_event(held.event, strand, text))
+        growing, event = self.strands.pop(strand)
+        if text := growing.end():
+            yield sse.write(self.dialect.text_event(event, strand, text))
 
     def _rewritten(self, event: bytes, body: Body) -> Iterator[bytes]:
         places = self.dialect.event_texts(body)
         passing = {ref: self._take(body, strand, text) for strand, ref, text in places}
         last = {strand: ref for strand, ref, _ in places}
         ends = set(self.dialect.event_ends(body))
-        for strand in [strand for strand in self.held if strand[0] in ends]:
+        for strand in [strand for strand in self.strands if strand[0] in ends]:
             if strand in last:
-                passing[last[strand]] += self.fn(self.held.pop(strand).text)
+                passing[last[strand]] += self.strands.pop(strand)[0].end()
             else:
                 yield from self._let_go(strand)
         changed = False
@@ -129,68 +116,14 @@ class _Stream:
             yield sse.replace(event, body)
 
     def _take(self, event: Body, strand: Strand, text: str) -> str:
-        """Hold a text; return what can pass of the strand."""
-        held = self.held.setdefault(strand, _Held(event))
-        held.text += text
-        cut, passing = self._cut(held)
-        held.text = held.text[cut:]
-        if len(held.text) > _MAX_HELD or len(self.held) > _MAX_STRANDS:
-            raise UpstreamInvalid("the provider's answer cannot be looked through: it holds back too much text")
+        """Hold a text; return what can pass of its strand."""
+        if strand not in self.strands:
+            self.strands[strand] = Growing(self.fn, self.hold_back), event
+        growing, _ = self.strands[strand]
+        passing = growing.grow(text)
+        if len(growing.held) > _MAX_HELD or len(self.strands) > _MAX_STRANDS:
+            raise UpstreamInvalid("the provider's answer cannot be looked through: too much of it must be held back")
         return passing
-
-    def _cut(self, held: _Held) -> tuple[int, str]:
-        """How much of a held text can pass, and as what: a match that starts before the edge is there to its end."""
-        text, edge = held.text, len(held.text) - self.hold_back
-        if not self.hold_back:
-            return len(text), self.fn(text)
-        if edge <= 0 or len(text) < held.retry_at:
-            return 0, ""
-        whole = self._try(text)
-        if whole is None:
-            # What is refused at the end of a text may be harmless once it goes on ("bomb", "bombastic"): wait for
-            # more, unless the end alone is harmless, so that it was something before.
-            if self._try(text[edge:]) is not None:
-                self.fn(text)
-            return 0, ""
-        changed = whole != text
-        # Two wrong pieces can make up the right text by chance, but hardly at every length.
-        lengths = range(len(text), edge, -1) if changed else (len(text),)
-        wholes = {length: rewritten for length in lengths if (rewritten := self._try(text[:length])) is not None}
-        lowest = max(0, edge - 2 * self.hold_back)
-        for cut in range(edge, lowest, -1):
-            passing = self._try(text[:cut])
-            if passing is None or (changed and not self._stands_alone(text, cut, passing)):
-                continue
-            if self._is_good(text, cut, passing, wholes):
-                held.retry_at = 0
-                return cut, passing
-        if lowest:
-            # A text without a good place is rare: looking again after every delta would take quadratic time.
-            held.retry_at = 2 * len(text)
-        return 0, ""
-
-    def _stands_alone(self, text: str, cut: int, passing: str) -> bool:
-        """Tell whether the character before a cut is rewritten by itself.
-
-        If it is, no match goes through the cut. Otherwise a cut in a row of matches that leave nothing behind would
-        look good, and the matches after it would be other ones.
-        """
-        before, alone = self._try(text[: cut - 1]), self._try(text[cut - 1 : cut])
-        return before is not None and bool(alone) and passing == f"{before}{alone}"
-
-    def _is_good(self, text: str, cut: int, passing: str, wholes: Mapping[int, str]) -> bool:
-        """Tell whether two pieces become what the whole becomes: the cut goes through no match, and makes none."""
-        for length, whole in wholes.items():
-            rest = self._try(text[cut:length])
-            if rest is None or passing + rest != whole:
-                return False
-        return True
-
-    def _try(self, text: str) -> str | None:
-        try:
-            return self.fn(text)
-        except CallError:
-            return None
 
 
 def _parsed(payload: bytes) -> Body:

@@ -20,7 +20,7 @@ from attrs import define, evolve, field, frozen
 from qlens import sse
 from qlens.call import Receipt
 from qlens.clock import Clock, ManualClock
-from qlens.config import Config, PluginEntry, parse
+from qlens.config import Config, Draft, PluginEntry, draft
 from qlens.gateway import Gateway
 from qlens.server import Server, served
 from qlens.testing.contract import check_plugin
@@ -101,8 +101,8 @@ class Running:
     async def reload(self, text: str) -> None:
         """Change to another configuration, as SIGHUP does."""
         (self.folder / "qlens.yaml").write_text(text)
-        config = parse(text, folder=self.folder, env=self.env)
-        await self.gateway.reload(_for_tests(config, self.gateway.config))
+        found = draft(text, folder=self.folder, env=self.env)
+        await self.gateway.reload(_for_tests(found, self.gateway.config))
 
     async def post(
         self, path: str, payload: Any = None, *, key: str | None = None, headers: Mapping[str, str] | None = None
@@ -133,8 +133,9 @@ class Running:
             return Response(answer.status, answer.headers, await answer.read())
 
 
-def _for_tests(config: Config, like: Config | None = None) -> Config:
+def _for_tests(found: Draft, like: Config | None = None) -> Draft:
     """The configuration on free ports, with a recorder at its end."""
+    config = found.config
     recorder = PluginEntry("observe", "recorder", "qlens.testing.recorder:Recorder", {}, "pipeline.observe")
     pipeline = {**config.pipeline, "observe": (*config.pipeline.get("observe", ()), recorder)}
     server = config.server
@@ -142,7 +143,7 @@ def _for_tests(config: Config, like: Config | None = None) -> Config:
     server = evolve(server, port=0, admin=admin)
     if like is not None:
         server = evolve(server, host=like.server.host, admin=like.server.admin)
-    return evolve(config, pipeline=pipeline, server=server)
+    return evolve(found, config=evolve(config, pipeline=pipeline, server=server))
 
 
 @asynccontextmanager
@@ -164,10 +165,10 @@ async def running(
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(content)
         (folder / "qlens.yaml").write_text(text)
-        config = _for_tests(parse(text, folder=folder, env=seen))
+        found = _for_tests(draft(text, folder=folder, env=seen))
         gateway = Gateway(clock=clock or Clock())
         async with (
-            served(gateway, config) as server,
+            served(gateway, found) as server,
             aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as web,
         ):
             await server.start()

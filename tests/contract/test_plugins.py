@@ -113,9 +113,9 @@ def test_only_named_plugins_are_imported() -> None:
     named += "models: {m: {targets: [{provider: echo, model: m}]}}\n"
     program = f"""
 import sys, pathlib
-from qlens.config import parse
+from qlens.config import draft
 from qlens.registry import register
-register(parse({named!r}, folder=pathlib.Path(".")))
+register(draft({named!r}, folder=pathlib.Path(".")))
 print(sorted({{".".join(name.split(".")[:3]) for name in sys.modules if name.startswith("qlens_plugins.")}}))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

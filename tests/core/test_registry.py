@@ -50,6 +50,16 @@ async def test_every_fault_is_told_at_once() -> None:
     assert "next to the YAML" in str(faults)
 
 
+async def test_faults_of_the_file_and_of_its_plugins_come_together() -> None:
+    stages = {"cache": [{"plugin": "exact", "ttl_secs": 5}], "gaurd": []}
+    faults = await _faults(config(stages, port=99999))
+    told = "\n".join(map(str, faults))
+    assert len(faults) == 3
+    assert "ttl_secs" in told
+    assert "gaurd" in told
+    assert "server.port" in told
+
+
 async def test_a_plugin_without_settings_refuses_them(authored: Any) -> None:
     class Plain:
         """Does nothing."""

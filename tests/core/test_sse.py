@@ -154,6 +154,13 @@ def test_an_event_above_the_cap_is_refused_however_it_arrives(size: int, end: by
         b"".join(map(refusing.take, in_pieces(b"xx" + event, size)))
 
 
+def test_an_event_that_never_ends_is_refused() -> None:
+    splitter = sse.Splitter(max_bytes=100)
+    splitter.feed(b"x" * 100)
+    with pytest.raises(UpstreamInvalid, match="more than 100 bytes"):
+        splitter.feed(b"x")
+
+
 def test_many_small_events_may_be_larger_than_the_cap_together() -> None:
     splitter = sse.Splitter(max_bytes=20)
     assert len(splitter.feed(b"data: 12345\n\n" * 10)) == 10

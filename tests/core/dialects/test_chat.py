@@ -267,12 +267,14 @@ def test_a_long_wrong_value_is_not_echoed_whole() -> None:
 )
 def test_what_could_not_be_written_again_is_refused(place: Callable[[Any], Body]) -> None:
     deep: Any = []
-    for _ in range(120):
+    for _ in range(100):
         deep = [deep]
     chat.validate(request(**place(deep)))
-    assert orjson.dumps(request(**place(deep)))
-    for _ in range(1000):
+    for _ in range(900):
         deep = [deep]
+        # Room for what a dialect puts around it when it is translated.
+        if code_of(request(**place(deep))) is None:
+            orjson.dumps([[[[[[[[request(**place(deep))]]]]]]]])
     assert refusal(request(**place(deep)))[2] == "invalid_value"
 
 
@@ -442,6 +444,7 @@ def test_without_a_limit_of_the_model_tokens_stay_as_asked() -> None:
 
 
 def test_choices_are_n() -> None:
+    assert chat.GENERATES
     assert [chat.choices(request(n=n)) for n in (None, 1, 3)] == [1, 1, 3]
     assert chat.choices(request()) == 1
 
@@ -522,6 +525,9 @@ def test_the_events_of_an_answer_are_openais(answer: Body) -> None:
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
     shared = ("id", "created", "model", "system_fingerprint", "service_tier")
     assert all(event.get(name) == answer.get(name) for event in events for name in shared)
+    assert [event["prompt_filter_results"] for event in events if "prompt_filter_results" in event] == (
+        [answer["prompt_filter_results"]] if "prompt_filter_results" in answer else []
+    )
     if answer.get("usage"):
         assert (events[-1]["choices"], events[-1]["usage"]) == ([], answer["usage"])
     parts = [event["choices"][0] for event in events if event["choices"]]
@@ -606,8 +612,8 @@ def test_azures_extras_do_not_disturb() -> None:
     events: list[Body] = [
         {"id": "", "object": "", "created": 0, "model": "", "choices": [], "prompt_filter_results": prompt},
         {**head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}}]},
-        {"id": "", "choices": [late]},
         {**head, "choices": [last]},
+        {"id": "", "object": "", "created": 0, "model": "", "choices": [late]},
         {**head, "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
     ]
     answer = chat.assemble(events)
@@ -618,10 +624,15 @@ def test_azures_extras_do_not_disturb() -> None:
             "index": 0,
             "finish_reason": "stop",
             "content_filter_offsets": {"check_offset": 1},
-            "content_filter_results": {"hate": {}, "violence": {}},
+            "content_filter_results": {"violence": {}, "hate": {}},
             "message": {"role": "assistant", "content": "a"},
         }
     ]
+
+
+def test_a_stream_without_a_role_is_the_assistants() -> None:
+    message = chat.assemble([chunk(content="a"), chunk(finish="stop")])["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": "a"}
 
 
 def test_usage_is_taken_from_any_event_and_the_largest_counts() -> None:
