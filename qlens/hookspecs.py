@@ -184,7 +184,8 @@ def retry(call: Call, attempt: Attempt) -> float | None:
     """Say whether the call may make another attempt.
 
     Asked after every failed attempt that another one might mend.
-    Return the seconds to wait before a target is asked again (an untried one is asked at once), or None: no more.
+    Return the seconds before this target may be asked again (an untried one is asked at once); `math.inf`: not this
+    one again, though untried ones may; None: no more attempts at all.
     Raising counts as None.
     """
 
@@ -253,7 +254,7 @@ async def settle(call: Call, receipt: Receipt, hold: object | None) -> None:
 def explain(call: Call) -> Iterable[str]:  # type: ignore[empty-body]
     """Say what this plugin would do with a call, for `qlens explain`.
 
-    Asked for a call that is open but does not run.
+    Asked for a call that is open but does not run; no lifespan is open then.
     Return lines of text.
     Do no I/O.
     """

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterable
+from operator import itemgetter
 from typing import Protocol
 
 import orjson
@@ -230,15 +233,16 @@ class Pipeline:
         waiting = await self.choose(call, call.model)
         call.targets = tuple(waiting)
         reached = {call.model.name}
-        asked_again: list[Target] = []
-        wait: float | None = None
+        resting: list[tuple[float, Target]] = []  # what failed, with the time from which it may be asked again
         error: CallError | None = None
         while True:
             if not waiting and error is not None:
                 waiting = await self.fall_back(call, error, reached)
-            if not waiting and asked_again and wait is not None:
-                await asyncio.sleep(wait)
-                waiting, asked_again, wait = asked_again, [], None
+            if not waiting and resting:
+                rested = min(resting, key=itemgetter(0))
+                resting.remove(rested)
+                await asyncio.sleep(rested[0] - time.monotonic())
+                waiting = [rested[1]]
             if not waiting:
                 raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
             target, before = waiting.pop(0), len(call.attempts)
@@ -250,15 +254,15 @@ class Pipeline:
                     continue
                 error = _latest(error, raised)
             if not error.elsewhere:
-                waiting, asked_again = [], []
+                waiting, resting = [], []
                 if error.fallback is None:
                     raise error
-            if error.again:
-                asked_again.append(target)
             if self.hooks.retry:
                 wait = self.retry(call, call.attempts[-1])
                 if wait is None:
                     raise error
+                if error.again and math.isfinite(wait):
+                    resting.append((time.monotonic() + wait, target))
 
     async def choose(self, call: Call, model: Model) -> list[Target]:
         """Order a model's targets: the first answer wins; without one it is YAML's order."""

@@ -145,9 +145,9 @@ MUTANTS = (
     Mutant(
         "a target is asked twice without a retry plugin",
         "qlens/pipeline.py",
-        "                asked_again.append(target)\n            if self.hooks.retry:\n",
-        "                asked_again.append(target)\n                wait = 0.0 if len(call.attempts) < 4 else None\n"
-        "            if self.hooks.retry:\n",
+        "            if self.hooks.retry:\n                wait",
+        "            if len(call.attempts) < 3:\n                resting.append((0.0, target))\n"
+        "            if self.hooks.retry:\n                wait",
         PIPELINE,
     ),
     Mutant(

@@ -8,7 +8,7 @@ import pytest
 from plugs import Probe
 from yamls import CHAT, HELLO, STREAM, config, probe, targets
 
-from qlens.testing import running
+from qlens.testing import Scripted, running, upstream
 
 
 async def test_hooks_run_in_stage_order_and_then_in_the_order_of_the_file() -> None:
@@ -186,6 +186,30 @@ async def test_a_target_is_asked_again_only_when_all_were_tried() -> None:
         assert (await gateway.post(CHAT, HELLO)).status == 502
         (receipt,) = await gateway.settled(1)
         assert [a.target.provider for a in receipt.attempts] == ["one", "two", "one", "two"]
+
+
+async def test_a_target_that_wants_too_long_a_wait_is_left_alone_and_the_others_still_asked() -> None:
+    async with upstream() as busy, upstream() as well:
+        busy.script(
+            *(Scripted(status=429, headers={"retry-after": "3600"}, body={"error": {"message": "x"}}) for _ in "12")
+        )
+        providers = {
+            name: {"plugin": "openai", "base_url": up.url, "api_key": "sk-example-up"}
+            for name, up in (("busy", busy), ("well", well))
+        }
+        models = {
+            "gpt-4o-mini": {"targets": targets("busy"), "fallbacks": ["spare"]},
+            "spare": {"targets": targets("well")},
+            "alone": {"targets": targets("busy")},
+        }
+        stages = {"route": [{"plugin": "retry", "attempts": 3, "max_retry_after_seconds": 1}]}
+        async with running(config(stages, providers, models)) as gateway:
+            assert (await gateway.post(CHAT, HELLO)).status == 200
+            answer = await gateway.post(CHAT, {**HELLO, "model": "alone"})
+            assert (answer.status, answer.headers["retry-after"]) == (429, "3600")
+            first, second = await gateway.settled(2)
+            assert [attempt.target.provider for attempt in first.attempts] == ["busy", "well"]
+            assert [attempt.target.provider for attempt in second.attempts] == ["busy"]
 
 
 async def test_a_fallback_is_asked_when_all_targets_failed_and_only_if_the_caller_may_use_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 
@@ -44,15 +45,14 @@ class Retry:
 
     @hookimpl
     def retry(self, call: Call, attempt: Attempt) -> float | None:
-        """The wait before a target is asked again; None when no attempt is left, or the wait would be too long."""
+        """When the target may be asked again, which is never if it wants too long a wait. None: no attempt is left."""
         if not call.attempts_left:
             return None
-        backoff, asked = self._backoff(attempt.n), attempt.retry_after or 0.0
-        wait = max(backoff, asked)
+        asked = attempt.retry_after or 0.0
+        wait = max(self._backoff(attempt.n), asked)
         # Who sleeps past the deadline hears of a time-out instead of the provider's own error.
-        if asked <= self.config.max_retry_after_seconds and time.monotonic() + wait < call.deadline:
-            return wait
-        return backoff if _goes_elsewhere(call) else None
+        granted = asked <= self.config.max_retry_after_seconds and time.monotonic() + wait < call.deadline
+        return wait if granted else math.inf
 
     def _backoff(self, failed: int) -> float:
         # The exponent is bounded before it becomes a number too large for a float.
@@ -64,12 +64,3 @@ class Retry:
         """Say what the call may do."""
         return [f"up to {self.config.attempts} attempts over all targets and fallbacks"]
 
-
-def _goes_elsewhere(call: Call) -> bool:
-    """Whether a target or fallback is left that was not asked yet: it is asked at once, without the wait."""
-    keys = {attempt.target.key for attempt in call.attempts}
-    if any(target.key not in keys for target in call.targets):
-        return True
-    reached = {attempt.target.public for attempt in call.attempts}
-    fallbacks = call.model.fallbacks.values() if call.model else ()
-    return any(name not in reached for names in fallbacks for name in names)
