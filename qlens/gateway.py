@@ -10,13 +10,14 @@ from typing import Any
 
 from attrs import define, field
 
+from qlens import dialects
 from qlens.call import Call, Caller
 from qlens.clock import Clock
 from qlens.config import Config, Draft
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.metrics import CallMetrics, Metrics
 from qlens.models import Models
-from qlens.operations import Operation, Paths
+from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.paths import Served, served
 from qlens.pipeline import Pipeline
 from qlens.registry import Health, Instance, Provider, Registration, register
@@ -178,6 +179,9 @@ class Gateway:
 
     async def start(self, registration: Registration) -> None:
         """Open a first configuration; raises StartupError with every fault, and leaves nothing open then."""
+        for operation in OPERATIONS:
+            if operation.dialect:
+                dialects.named(operation.dialect)  # imported now, so that no call waits for it
         async with self._changing:
             await self._change(registration)
         self.calls.loads.labels("loaded").inc()

@@ -55,7 +55,7 @@ class Meter:
                 raise error
             if self._done:
                 break
-        if not self._done and len(self._finished) < dialects.named(self.reply.dialect).choices(self.call.body):
+        if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
         self.reply.complete = True

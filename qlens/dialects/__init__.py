@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any, Protocol
 
 from qlens.usage import Usage
@@ -38,6 +39,9 @@ class Dialect(Protocol):
     def choices(self, body: Body) -> int:
         """How many choices are generated (and billed)."""
 
+    def returned(self, body: Body) -> int:
+        """How many of them come back."""
+
     def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> None:
         """Lower what is asked to what the model allows, under the client's own field names."""
 
@@ -66,6 +70,7 @@ class Dialect(Protocol):
         """Turn the events of a complete stream into the answer it would have been without streaming."""
 
 
+@cache
 def named(name: str) -> Dialect:
     """The dialect of this name; KeyError if there is none."""
     from qlens.dialects import chat, completions, embeddings

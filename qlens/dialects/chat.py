@@ -218,6 +218,11 @@ def choices(body: Body) -> int:
     return body.get("n") or 1
 
 
+def returned(body: Body) -> int:
+    """How many of them come back: all."""
+    return choices(body)
+
+
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
     """Lower what is asked to what the model allows, under the client's own field names."""
     # Of two limits a provider may read either: both are to say the smaller number.

@@ -65,9 +65,17 @@ def output_bound(body: Body) -> tuple[str | None, int | None]:
 
 def choices(body: Body) -> int:
     """How many choices are generated: for each prompt n, or best_of when that is more."""
+    return _prompts(body) * max(body.get("n") or 1, body.get("best_of") or 1)
+
+
+def returned(body: Body) -> int:
+    """How many of them come back: the best n for each prompt."""
+    return _prompts(body) * (body.get("n") or 1)
+
+
+def _prompts(body: Body) -> int:
     prompt = body.get("prompt")
-    prompts = len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
-    return prompts * max(body.get("n") or 1, body.get("best_of") or 1)
+    return len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
 
 
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:

@@ -52,6 +52,11 @@ def choices(body: Body) -> int:
     return 1
 
 
+def returned(body: Body) -> int:
+    """One list of vectors."""
+    return 1
+
+
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
     """There is nothing to lower."""
 

@@ -122,7 +122,7 @@ class _Stream:
         growing, _ = self.strands[strand]
         passing = growing.grow(text)
         if len(growing.held) > _MAX_HELD or len(self.strands) > _MAX_STRANDS:
-            raise UpstreamInvalid("the provider's answer cannot be looked through: too much of it must be held back")
+            raise UpstreamInvalid("The provider's answer cannot be looked through: too much of it must be held back.")
         return passing
 
 
@@ -133,7 +133,7 @@ def _parsed(payload: bytes) -> Body:
         body = None
     if type(body) is not dict:
         # It cannot be told what a client would read in it.
-        raise UpstreamInvalid("the provider sent an event that is no JSON object")
+        raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
     return body
 
 

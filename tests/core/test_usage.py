@@ -96,6 +96,7 @@ def test_whatever_a_provider_says_no_bucket_is_negative_or_absurd(raw: object, t
         {"prompt_tokens": "3", "completion_tokens": 5},
         {"prompt_tokens": 3, "completion_tokens": -5},
         {"prompt_tokens": 3, "completion_tokens": 10**30},
+        {"prompt_tokens": 2**31, "completion_tokens": 3},
         {"prompt_tokens": float("nan"), "completion_tokens": 5},
         {"prompt_tokens": 1.5},
         {"prompt_tokens": True, "completion_tokens": 1},

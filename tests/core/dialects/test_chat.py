@@ -613,8 +613,8 @@ def test_azures_extras_do_not_disturb() -> None:
         {"id": "", "object": "", "created": 0, "model": "", "choices": [], "prompt_filter_results": prompt},
         {**head, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "a"}}]},
         {**head, "choices": [last]},
-        {"id": "", "object": "", "created": 0, "model": "", "choices": [late]},
         {**head, "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2}},
+        {"id": "", "object": "", "created": 0, "model": "", "choices": [late]},
     ]
     answer = chat.assemble(events)
     assert (answer["id"], answer["created"], answer["model"]) == ("x", 9, "m")

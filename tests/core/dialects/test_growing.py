@@ -48,6 +48,7 @@ REDACTIONS = [
     Redaction("^a", "Z", 1),
     Redaction("b$", "Z", 1),
     Redaction(r"\bb$", "", 1),
+    Redaction("(?<=a)b$", "", 1),
     Redaction("(?m)^ab$", "", 2),
     Redaction(r"\b\w", "W", 1),
     Redaction(r"a\n", "", 2),
@@ -81,6 +82,7 @@ def test_it_comes_out_as_it_would_whole_and_never_runs_ahead(pieces: list[str], 
 @given(PIECES, st.sampled_from(REDACTIONS))
 @example(["ccccccc ab", "a"], Redaction(r"(?<!\w)ab(?!\w)", "-", 2))
 @example(["secretab", "ab"], Redaction("^a", "", 1))
+@example(["ccccccc ab\n", "c"], Redaction("(?<=a)b$", "", 1))
 @example(["c\n\nb\n", "b\n", "a"], Redaction("b$", "", 1))
 def test_it_is_refused_when_it_would_be_whole_and_shows_nothing_of_the_match(
     pieces: list[str], redact: Redaction
@@ -100,6 +102,13 @@ def test_it_is_refused_when_it_would_be_whole_and_shows_nothing_of_the_match(
 @given(st.lists(st.text(max_size=5)))
 def test_a_function_that_looks_at_single_characters_holds_nothing_back(pieces: list[str]) -> None:
     assert grown(pieces, str.upper, 0) == [*(piece.upper() for piece in pieces), ""]
+
+
+def test_nothing_is_left_after_the_end() -> None:
+    growing = Growing(str.upper, 10)
+    growing.grow("abc")
+    assert growing.end() == "ABC"
+    assert growing.end() == ""
 
 
 def test_a_match_is_refused_as_soon_as_it_cannot_become_harmless() -> None:
