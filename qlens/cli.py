@@ -15,6 +15,7 @@ from typing import Any
 
 import qlens
 from qlens.call import Caller, Target
+from qlens.config import Draft
 from qlens.errors import CallError, StartupError
 from qlens.gateway import Gateway
 from qlens.money import usd
@@ -134,10 +135,28 @@ async def _serving(path: Path) -> int:
     gateway = Gateway()
     stop, reload = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+    starting = asyncio.current_task()
+    assert starting is not None
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, starting.cancel)  # a plugin may take long to open
     loop.add_signal_handler(signal.SIGHUP, reload.set)
+    try:
+        await _serving_until(stop, reload, gateway, found, path)
+    except asyncio.CancelledError:
+        log.info("told to stop before it served")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Closing the loop would bring back the signals' own meaning: a second one would end a clean stop as a kill.
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+    return 0
+
+
+async def _serving_until(
+    stop: asyncio.Event, reload: asyncio.Event, gateway: Gateway, found: Draft, path: Path
+) -> None:
     async with served(gateway, found) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         print(f"qlens {qlens.__version__}: {gateway.url} for clients, {server.admin_url} for operators")
         for line in gateway.banner():
             print(line)
@@ -146,7 +165,6 @@ async def _serving(path: Path) -> int:
         reloading = asyncio.create_task(_reloading(gateway, path, reload))
         await stop.wait()
         reloading.cancel()
-    return 0
 
 
 async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None:
@@ -301,7 +319,7 @@ def _target(target: Target) -> str:
 
 def _plugin_command(words: list[str]) -> int:
     path, rest = _config_path(words)
-    registration = register(drafted(path))
+    registration = register(drafted(path, check_env=False))
     commands: dict[str, tuple[str, Command]] = {}
     for hook in registration.hooks.commands:
         for command in hook.fn():
@@ -319,6 +337,8 @@ def _plugin_command(words: list[str]) -> int:
         )
     args = parser.parse_args(rest)
     key, command = commands[args.command]
+    if any(instance.key == key and instance.entry.missing_env for instance in registration.instances):
+        register(drafted(path))  # only this plugin's own variables must be set; this raises with their names
     return asyncio.run(_running(registration, key, command, args))
 
 

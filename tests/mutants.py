@@ -292,6 +292,9 @@ def _all_tests(mutants: list[Mutant]) -> tuple[str, ...]:
 
 def main(names: list[str]) -> int:
     """Try the mutants; returns 1 when one survives."""
+    if any(name.startswith("-") for name in names):
+        print(__doc__)
+        return 2
     chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         verdicts = list(pool.map(survives, chosen))

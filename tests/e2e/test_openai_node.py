@@ -21,9 +21,10 @@ ALONE = "limit_is_a_rate_limit_error"
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The default configuration with a small body limit and two models more."""
+    """The default configuration with a small body limit, a guard that blocks, and two models more."""
     changes = {
         "server": {"max_body_bytes": 65536},
+        "pipeline": {"guard": [{"plugin": "pattern", "rules": [{"name": "words", "words": ["open sesame"]}]}]},
         "models": {
             "vendor/model:one": {"max_output_tokens": 100, "targets": [{"provider": "echo", "model": "one"}]},
             "nowhere": {"max_output_tokens": 100, "targets": [{"provider": "nowhere", "model": "any"}]},

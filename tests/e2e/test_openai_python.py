@@ -32,6 +32,7 @@ WEATHER: ChatCompletionToolParam = {
 # What the tests of errors need beyond config/qlens.yaml.
 CHANGES: dict[str, Any] = {
     "server": {"max_body_bytes": 65536},
+    "pipeline": {"guard": [{"plugin": "pattern", "rules": [{"name": "words", "words": ["open sesame"]}]}]},
     "models": {
         "vendor/model:one": {"max_output_tokens": 100, "targets": [{"provider": "echo", "model": "one"}]},
         "nowhere": {"max_output_tokens": 100, "targets": [{"provider": "nowhere", "model": "any"}]},
@@ -42,7 +43,7 @@ CHANGES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """The default configuration with a small body limit and some models more."""
+    """The default configuration with a small body limit, a guard that blocks, and some models more."""
     with serving(tmp_path_factory.mktemp("served"), changes=CHANGES) as running:
         yield running
 
@@ -291,6 +292,13 @@ def test_wrong_body_is_a_bad_request_error_that_names_the_parameter(
 async def test_async_wrong_body_is_a_bad_request_error(async_client: AsyncOpenAI) -> None:
     with pytest.raises(openai.BadRequestError):
         await async_client.chat.completions.create(model=MODEL, messages=[])
+
+
+def test_blocked_prompt_is_a_bad_request_error_that_does_not_repeat_it(client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=[{"role": "user", "content": "Please open sesame now."}])
+    assert caught.value.code == "content_filter"
+    assert "sesame" not in str(caught.value)
 
 
 def test_too_large_a_body_is_a_413(client: OpenAI) -> None:

@@ -126,6 +126,11 @@ const cases = {
     assert.equal((await rejection(asked, OpenAI.BadRequestError)).param, "max_tokens");
   },
 
+  async blocked_prompt_is_a_bad_request_error() {
+    const asked = client.chat.completions.create({ model, messages: [{ role: "user", content: "Open: open sesame." }] });
+    assert.equal((await rejection(asked, OpenAI.BadRequestError)).code, "content_filter");
+  },
+
   async too_large_a_body_is_a_413() {
     const asked = client.chat.completions.create({ model, messages: [{ role: "user", content: "x".repeat(1e6) }] });
     assert.equal((await rejection(asked, OpenAI.APIError)).status, 413);
