@@ -1,187 +1,281 @@
-"""Measures what a call costs the gateway: CPU time of its process, with every stage of config/qlens.yaml on.
-
-Three processes on one machine, loopback only: a load generator (this one), the gateway, and a scripted model server.
-The wall-clock numbers depend on how the three share the cores; the CPU time of the gateway's process does so much less.
-"""
+"""Measures what a gateway costs, several gateways side by side: `make bench`."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
-import os
-import platform
-import subprocess
+import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-from attrs import frozen
-from e2e.serving import ROOT, serving
+from attrs import asdict, define, evolve, field, frozen
 
-TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
-MAX_CALLS = 100_000
-WARM_UP = 200
-NO_LIMIT = {"per": "tenant", "requests_per_minute": 1_000_000_000, "tokens_per_minute": 1_000_000_000_000}
+from benchmarks import report, stages
+from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
+from benchmarks.install import default_install
+from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
+from benchmarks.rig import Cores, Fault, Load, Mock, Way, mock_upstream, open_streams, put, take_cores
 
-
-# --- the gateway and the load -------------------------------------------------------------------
+Values = dict[str, float]
+RATES = (300, 1000, 3000)
+CONNECTIONS = (4, 16, 64)
+OPEN_STREAMS = 500
+STREAM_CHUNKS = 100
+GAP_SECONDS = 0.005
+# A rate that the closed loop did not reach by far is not tried: it would only fill a queue.
+HEADROOM = 1.1
 
 
 @frozen
-class Load:
-    """What is asked: whom, how often, how many at a time."""
+class Plan:
+    """How long each part of a round takes, in seconds."""
 
-    url: str
-    key: str
-    calls: int
-    concurrency: int
-    stream: bool
+    rounds: int = 5
+    warm_up: float = 1.0
+    closed: float = 1.5
+    fixed_rate: float = 2.0
+    few_streams: float = 1.0
+    streams: float = 1.5
+    burst: float = 1.0
 
 
-@contextmanager
-def model_server() -> Iterator[str]:
-    """Run the model server; it ends with its stdin."""
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("model_server.py"))],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
+QUICK = Plan(rounds=1, warm_up=0.5, closed=0.7, fixed_rate=0.7, few_streams=0.6, streams=0.7, burst=0.5)
+
+
+@define(eq=False)
+class Round:
+    """One round on one gateway: each part adds its values, by name."""
+
+    plan: Plan
+    mock: Mock
+    cores: Cores
+    gateway: Gateway
+    values: Values = field(factory=dict)
+    faults: list[str] = field(factory=list)
+
+    def run(self) -> None:
+        """All parts, from the smallest heap to the largest; a part that fails leaves its values out."""
+        parts: list[Callable[[], None]] = [self.memory, self.warm_up]
+        parts += [lambda count=count: self.closed(count) for count in CONNECTIONS]  # type: ignore[misc]
+        parts += [lambda rate=rate: self.fixed_rate(rate) for rate in RATES]  # type: ignore[misc]
+        parts += [self.few_streams, self.streams, self.burst, self.memory_at_the_end]
+        self.values["start_ms"] = self.gateway.start_seconds * 1000
+        for part in parts:
+            try:
+                part()
+            except Fault as fault:
+                self.faults.append(str(fault))
+                self.gateway.count_anew()
+
+    def memory(self) -> None:
+        """At rest, and with streams open, before any load has made the heap grow."""
+        time.sleep(0.3)
+        at_rest = self.gateway.tree.memory()
+        self.values |= {"rss_idle_mb": at_rest.rss / MIB, "pss_idle_mb": at_rest.pss / MIB}
+        self.put(Load(1, self.plan.warm_up / 4))
+        self.put(Load(1, self.plan.warm_up / 4, chunks=10))
+        before = self.gateway.tree.memory()
+        with open_streams(OPEN_STREAMS, 10, self.gateway.way, self.mock):
+            self.gateway.answered += OPEN_STREAMS
+            time.sleep(0.3)
+            self.values["rss_stream_kib"] = (self.gateway.tree.memory().rss - before.rss) / 1024 / OPEN_STREAMS
+        self.gateway.settle()
+
+    def warm_up(self) -> None:
+        """Not measured."""
+        self.put(Load(16, self.plan.warm_up))
+
+    def closed(self, connections: int) -> None:
+        """As fast as it goes."""
+        seen, cpu = self.measured(Load(connections, self.plan.closed))
+        self.values |= {
+            f"cpu_us_{connections}": cpu / seen["calls"] * 1e6,
+            f"calls_per_second_{connections}": seen["calls"] / seen["seconds"],
+            f"busy_{connections}": cpu / seen["seconds"],
+            f"rig_busy_{connections}": seen["rig_share"],
+        }
+
+    def fixed_rate(self, rate: int) -> None:
+        """What a call waits longer than it must."""
+        if self.values.get("calls_per_second_64", 0) < rate * HEADROOM:
+            return
+        seen, _ = self.measured(Load(64, self.plan.fixed_rate, rate=rate))
+        if not seen["unfinished"]:
+            self.values |= {f"p50_us_{rate}": seen["latency_us"]["p50"], f"p99_us_{rate}": seen["latency_us"]["p99"]}
+
+    def few_streams(self) -> None:
+        """How long the first token takes."""
+        seen, _ = self.measured(Load(4, self.plan.few_streams, chunks=10, gap_seconds=GAP_SECONDS))
+        self.values["ttft_us"] = seen["first_us"]["p50"]
+
+    def streams(self) -> None:
+        """Many streams at the pace of a model."""
+        seen, cpu = self.measured(Load(128, self.plan.streams, chunks=STREAM_CHUNKS, gap_seconds=GAP_SECONDS))
+        self.values["cpu_us_chunk"] = cpu / seen["chunks"] * 1e6
+        self.values["chunk_delay_us"] = seen["delay_us"]["p50"]
+
+    def burst(self) -> None:
+        """Streams whose events all come at once."""
+        seen, cpu = self.measured(Load(16, self.plan.burst, chunks=STREAM_CHUNKS))
+        self.values["cpu_us_chunk_burst"] = cpu / seen["chunks"] * 1e6
+
+    def memory_at_the_end(self) -> None:
+        """After everything."""
+        self.values["rss_after_mb"] = self.gateway.tree.memory().rss / MIB
+
+    def put(self, load: Load) -> dict[str, Any]:
+        """Put a load and wait until its receipts are on disk."""
+        seen = put(load, self.gateway.way, self.mock)
+        self.gateway.answered += seen["calls"]
+        if seen["unfinished"]:
+            self.gateway.count_anew()
+        self.gateway.settle()
+        return seen
+
+    def measured(self, load: Load) -> tuple[dict[str, Any], float]:
+        """The same, with the CPU time that the gateway took; what others took is kept as a sign of noise."""
+        self.gateway.settle()
+        before, began = self.spent(), time.perf_counter()
+        seen = self.put(load)
+        gateway, rig, gateway_core, rig_core = (now - then for now, then in zip(self.spent(), before, strict=True))
+        took = time.perf_counter() - began
+        rig += seen["cpu_seconds"]
+        seen["rig_share"] = rig / took
+        others = max(gateway_core - gateway, rig_core - rig, 0.0) / took
+        self.values["others_share"] = max(others, self.values.get("others_share", 0.0))
+        return seen, gateway
+
+    def spent(self) -> tuple[float, float, float, float]:
+        """Seconds so far: of the gateway, of the rig without the load generator, and of all programs on either core."""
+        rig = cpu_seconds_of(self.mock.process.pid) + time.process_time()
+        cores = busy_seconds(self.cores.gateway), busy_seconds(self.cores.rig)
+        return self.gateway.tree.cpu_seconds(), rig, *cores
+
+
+def direct(plan: Plan, mock: Mock) -> Values:
+    """The same load without a gateway: the ceiling of the rig, and what its latencies start from."""
+    way = Way(mock.port)
+    put(Load(16, plan.warm_up / 2), way, mock)
+    seen = put(Load(64, plan.closed), way, mock)
+    values = {"calls_per_second_64": seen["calls"] / seen["seconds"]}
+    for rate in RATES:
+        seen = put(Load(64, plan.fixed_rate, rate=rate), way, mock)
+        values |= {f"p50_us_{rate}": seen["latency_us"]["p50"], f"p99_us_{rate}": seen["latency_us"]["p99"]}
+    few = put(Load(4, plan.few_streams, chunks=10, gap_seconds=GAP_SECONDS), way, mock)
+    many = put(Load(128, plan.streams, chunks=STREAM_CHUNKS, gap_seconds=GAP_SECONDS), way, mock)
+    burst = put(Load(16, plan.burst, chunks=STREAM_CHUNKS), way, mock)
+    return values | {
+        "ttft_us": few["first_us"]["p50"],
+        "chunk_delay_us": many["delay_us"]["p50"],
+        "chunks_per_second_burst": burst["chunks"] / burst["seconds"],
+    }
+
+
+def added(values: Values, without: Values) -> Values:
+    """What a gateway adds to the latencies of the rig, in the same round."""
+    names = [name for name in values if name.startswith(("p50_", "p99_", "ttft_", "chunk_delay_"))]
+    return {f"added_{name}": values[name] - without[name] for name in names if name in without}
+
+
+def measure(contenders: Sequence[Contender], plan: Plan, cores: Cores) -> dict[str, Any]:
+    """All rounds; in each of them every gateway has its turn, and each time another one begins."""
+    rounds: list[dict[str, Values]] = []
+    faults: dict[str, list[str]] = {}
+    with mock_upstream() as mock:
+        for number in range(plan.rounds):
+            say(f"round {number + 1} of {plan.rounds}: direct")
+            row = {"direct": direct(plan, mock)}
+            start = number % len(contenders)
+            for contender in [*contenders[start:], *contenders[:start]]:
+                say(f"round {number + 1} of {plan.rounds}: {contender.title}")
+                try:
+                    with running(contender, mock.port, cores) as gateway:
+                        part = Round(plan, mock, cores, gateway)
+                        part.run()
+                except Fault as fault:
+                    faults.setdefault(contender.name, []).append(str(fault))
+                    continue
+                row[contender.name] = part.values | added(part.values, row["direct"])
+                faults.setdefault(contender.name, []).extend(part.faults)
+            rounds.append(row)
+    return {"rounds": rounds, "faults": {name: list(dict.fromkeys(texts)) for name, texts in faults.items() if texts}}
+
+
+def installed(names: Sequence[str]) -> list[Contender]:
+    """Those that can be measured; the others are named, with the way to get them."""
+    found = []
+    for contender in map(CONTENDERS.__getitem__, names):
+        try:
+            if contender.version() is None:
+                say(f"installing {contender.title}" if not contender.missing else f"looking for {contender.title}")
+                contender.install()
+        except Fault as fault:
+            say(f"without {contender.title}: {fault}")
+            continue
+        if contender.version() is None:
+            say(f"without {contender.title}: it is not installed; to measure it too: {contender.missing}")
+            continue
+        found.append(contender)
+    return found
+
+
+def say(text: str) -> None:
+    """Tell how far it is."""
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one short round, in about a minute: a look, no result")
+    parser.add_argument("--rounds", type=int, help=f"rounds (default: {Plan().rounds}, quick: {QUICK.rounds})")
+    parser.add_argument("--gateways", default=",".join(DEFAULT), help="which ones (default: %(default)s)")
+    parser.add_argument("--peers", default="", help=f"more of them, installed first: {','.join(PEERS)}")
+    parser.add_argument("--stages", action="store_true", help="what each stage of config/qlens.yaml costs, and no more")
+    parser.add_argument("--chunks", type=int, default=0, help="with --stages: streams of that many events")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="the folder to write to (default: benchmarks/results; a --quick run is written only where told)",
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with process:
-        yield f"http://127.0.0.1:{process.stdout.readline().strip()}/v1"
-        process.stdin.close()
-
-
-def changes(model_url: str) -> dict[str, Any]:
-    """What is different from config/qlens.yaml: the provider behind one model, and limits that nobody reaches."""
-    return {
-        "providers": {"bench": {"plugin": "openai", "base_url": model_url, "api_key": "sk-example-bench"}},
-        "models": {"gpt-4o-mini": {"targets": [{"provider": "bench", "model": "gpt-4o-mini"}]}},
-        "pipeline": {"rate_limit": [{"plugin": "token_bucket", "store": {"kind": "memory"}, "limits": [NO_LIMIT]}]},
-    }
-
-
-async def put_load(load: Load) -> tuple[float, list[float]]:
-    """Make the calls, each with a prompt of its own so that no cache answers; return wall seconds and latencies."""
-    latencies: list[float] = []
-    numbers = iter(range(load.calls))
-    headers = {"authorization": f"Bearer {load.key}"}
-    salt = time.time_ns()
-
-    async def client(session: aiohttp.ClientSession) -> None:
-        for number in numbers:
-            prompt = {"role": "user", "content": f"Say something about {salt}-{number}. " + "Be brief. " * 20}
-            body = {"model": "gpt-4o-mini", "stream": load.stream, "messages": [prompt]}
-            started = time.perf_counter()
-            async with session.post(f"{load.url}/chat/completions", json=body, headers=headers) as response:
-                answer = await response.read()
-            if response.status != 200 or (load.stream and not answer.endswith(b"[DONE]\n\n")):
-                raise SystemExit(f"call {number} failed with {response.status}: {answer[:300]!r}")
-            latencies.append(time.perf_counter() - started)
-
-    connector = aiohttp.TCPConnector(limit=load.concurrency)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(60)) as session:
-        started = time.perf_counter()
-        await asyncio.gather(*(client(session) for _ in range(load.concurrency)))
-        return time.perf_counter() - started, latencies
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time of a process so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / TICKS_PER_SECOND
-
-
-def peak_mib(pid: int) -> float:
-    """The most memory a process ever had resident."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return round(int(line.split()[1]) / 1024, 1)
-
-
-def milliseconds(latencies: list[float], percent: float) -> float:
-    """A percentile of the latencies."""
-    ordered = sorted(latencies)
-    return round(ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] * 1000, 2)
-
-
-def measure(load: Load, pid: int | None) -> dict[str, Any]:
-    """Put the load; say what it cost the process, if one is watched."""
-    before = cpu_seconds(pid) if pid else 0.0
-    wall, latencies = asyncio.run(put_load(load))
-    result: dict[str, Any] = {
-        "stream": load.stream,
-        "calls_per_second": round(load.calls / wall),
-        "p50_ms": milliseconds(latencies, 50),
-        "p99_ms": milliseconds(latencies, 99),
-    }
-    if pid:
-        result["gateway_cpu_us_per_call"] = round((cpu_seconds(pid) - before) / load.calls * 1e6)
-        result["gateway_peak_mib"] = peak_mib(pid)
-    return result
-
-
-def run(calls: int, concurrency: int) -> dict[str, Any]:
-    """Measure bodies and streams, without the gateway and through it."""
-    results: dict[str, Any] = {"direct": [], "gateway": []}
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        model_server() as model_url,
-        serving(Path(folder), changes=changes(model_url)) as gateway,
-    ):
-        for stream in (False, True):
-            warm_up = Load(f"{gateway.url}/v1", gateway.key, WARM_UP, concurrency, stream)
-            measure(warm_up, None)
-            results["direct"].append(measure(Load(model_url, "none", calls, concurrency, stream), None))
-            load = Load(f"{gateway.url}/v1", gateway.key, calls, concurrency, stream)
-            results["gateway"].append(measure(load, gateway.process.pid))
-    return results
-
-
-# --- the report ---------------------------------------------------------------------------------
-
-
-def circumstances() -> dict[str, Any]:
-    """What a number is worth nothing without: date, machine, versions, commit."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": git.stdout.strip() or None,
-        "machine": {
-            "cpu": next((line.partition(": ")[2] for line in cpuinfo if line.startswith("model name")), "unknown"),
-            "cores": os.cpu_count(),
-            "kernel": platform.release(),
-        },
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("qlens", "aiohttp", "orjson")},
-    }
+    args = parser.parse_args()
+    args.names = [name for name in (*args.gateways.split(","), *args.peers.split(",")) if name]
+    if unknown := [name for name in args.names if name not in CONTENDERS]:
+        parser.error(f"no gateway called {', '.join(unknown)}; there are: {', '.join(CONTENDERS)}")
+    return args
 
 
 def main() -> None:
-    """Measure, print and write benchmarks/results/DATE.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=3000, help=f"calls of each measurement (at most {MAX_CALLS})")
-    parser.add_argument("--concurrency", type=int, default=16, help="calls at a time")
-    args = parser.parse_args()
-    load = {"calls": min(args.calls, MAX_CALLS), "concurrency": args.concurrency}
-    report = circumstances() | {"load": load} | run(**load)
-    folder = ROOT / "benchmarks" / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{report['date'].replace(':', '').replace('+0000', 'Z')}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
-    print(path.read_text(), end="")
+    """Measure, print, and write benchmarks/results/DATE.json, .md and .svg."""
+    args = arguments()
+    # So that every gateway is stopped, whoever ends the run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: told to stop"))
+    try:
+        cores = take_cores()
+        if args.stages:
+            rounds = args.rounds or (3 if args.quick else stages.ROUNDS)
+            print(stages.measure(cores, rounds, args.chunks))
+            return
+        contenders = installed(args.names)
+        plan = QUICK if args.quick else Plan()
+        plan = evolve(plan, rounds=args.rounds or plan.rounds)
+        began = time.monotonic()
+        result = report.circumstances(cores) | {
+            "plan": asdict(plan),
+            "gateways": {one.name: {"title": one.title, "version": one.version()} for one in contenders},
+            "configurations": {one.name: config_of(one) for one in contenders},
+        }
+        result |= measure(contenders, plan, cores)
+        result["install"] = None if args.quick else default_install()
+        result["minutes"] = round((time.monotonic() - began) / 60, 1)
+    except Fault as fault:
+        sys.exit(f"bench: {fault}")
+    result = report.summarised(result)
+    print(report.markdown(result))
+    if args.results or not args.quick:
+        say(f"written: {report.write(result, args.results or report.RESULTS)}")
 
 
 if __name__ == "__main__":

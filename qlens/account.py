@@ -24,6 +24,8 @@ log = logging.getLogger("qlens")
 
 CLIENT_CLOSED = 499
 """The status of a call whose client left, as nginx logs it; nobody receives it."""
+CLOSE_SECONDS = 5
+"""How long an upstream may take to close: the receipt waits for it."""
 
 
 class ClientLeft(Exception):
@@ -53,11 +55,13 @@ class Account:
     """What the client gets."""
     source: Reply | None = None
     """What the cache or the provider gave; a guard may have put another reply in front."""
-    meter: Meter | None = None
+    meters: dict[int, Meter] = field(factory=dict)
+    """What watches each attempt's stream, by the attempt's place."""
     first_byte: float | None = None
     bytes_out: int = 0
     delivered: bool = False
     """Whether the client was handed the whole answer."""
+    _opened: list[Reply] = field(factory=list, init=False)
 
     async def __aenter__(self) -> Account:
         return self
@@ -73,17 +77,29 @@ class Account:
         await asyncio.shield(finishing)
 
     async def _finish(self, error: BaseException | None) -> None:
-        for reply in (self.reply, self.source):
+        ending = self._ending(error)  # before anything is waited for, which may change the reasons
+        await self._close()
+        await self.pipeline.settle(self, self._receipt(*ending))
+
+    async def _close(self) -> None:
+        for reply in self._opened:
+            if not reply.is_open:
+                continue
             try:
-                if reply is not None:
+                async with asyncio.timeout(CLOSE_SECONDS):
                     await reply.aclose()
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # also of a task of the provider's own
                 log.exception("call %s: closing the upstream failed", self.call.id)
-        await self.pipeline.settle(self, self._receipt(error))
+
+    def hold_open(self, reply: Reply) -> Reply:
+        """Take charge of a reply: it is closed with the account, whatever becomes of it."""
+        if not any(known is reply for known in self._opened):
+            self._opened.append(reply)
+        return reply
 
     def open(self, reply: Reply) -> None:
-        """Take charge of a reply: it is closed with the account, whoever stands in front of it."""
-        self.reply = self.source = reply
+        """Take a reply of a cache or a provider as the call's answer, whoever stands in front of it."""
+        self.reply = self.source = self.hold_open(reply)
 
     # --- attempts ------------------------------------------------------------------------------
 
@@ -110,11 +126,16 @@ class Account:
             upstream_id=error.upstream_id,
         )
 
+    def cut_off(self, place: int) -> None:
+        """Note that an attempt was cancelled; why, is known when the call ends."""
+        self._note(place, ended=time.monotonic())
+
     def answered(self, place: int, reply: Reply, meter: Meter | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
         now = time.monotonic()
         self.open(reply)
-        self.meter = meter
+        if meter is not None:
+            self.meters[place] = meter
         self._note(place, first_byte=now, status=reply.status, upstream_id=reply.upstream_id, billed=True)
         if meter is None:
             usage = reply.usage or NO_USAGE
@@ -125,16 +146,15 @@ class Account:
         self.call.attempts[place] = evolve(self.call.attempts[place], **changes)
 
     def _close_attempts(self, error: str | None) -> None:
-        """Bill the stream for what it delivered, and end what was cut off."""
+        """Bill streams for what they delivered, and say why what was cut off ended."""
         for place, attempt in enumerate(self.call.attempts):
-            if attempt.ended is not None:
-                continue
-            if attempt.billed and self.meter is not None:
-                usage = self.meter.usage()
+            meter, ended = self.meters.get(place), attempt.ended or time.monotonic()
+            if attempt.billed and meter is not None:
+                usage = meter.usage()
                 cost = self.pipeline.cost(self.call, attempt.target, usage)
-                self._note(place, ended=time.monotonic(), usage=usage, cost=cost, error=error)
-            else:
-                self.failed(place, error or "unanswered")
+                self._note(place, ended=ended, usage=usage, cost=cost, error=error)
+            elif not attempt.billed and attempt.error is None:
+                self._note(place, ended=ended, error=error or "unanswered")
 
     # --- the receipt ---------------------------------------------------------------------------
 
@@ -165,9 +185,8 @@ class Account:
         """Seconds spent waiting for providers."""
         return sum((attempt.ended or until) - attempt.started for attempt in self.call.attempts)
 
-    def _receipt(self, error: BaseException | None) -> Receipt:
+    def _receipt(self, outcome: Outcome, status: int, code: str | None) -> Receipt:
         call, now = self.call, time.monotonic()
-        outcome, status, code = self._ending(error)
         if outcome == "rejected" and call.attempts:
             outcome = "failed"
         self._close_attempts(code)

@@ -255,6 +255,11 @@ class Reply:
     upstream_id: str | None = None
     _layers: list[AsyncIterator[bytes]] = field(factory=list, init=False, repr=False)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether something stands behind it that is to be released."""
+        return self.chunks is not None or self.close is not None or bool(self._layers)
+
     async def aclose(self) -> None:
         """Release the upstream; may be called more than once."""
         layers = [*([self.chunks] if self.chunks else ()), *reversed(self._layers)]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from typing import Any
 
 from attrs import define, field
 
-from qlens import dialects
+from qlens import dialects, returned
 from qlens.call import Call, Caller
 from qlens.clock import Clock
 from qlens.config import Config, Draft
@@ -24,6 +24,14 @@ from qlens.registry import Health, Instance, Provider, Registration, register
 from qlens.upstream import Upstream
 
 log = logging.getLogger("qlens")
+
+OPEN_SECONDS = 60
+"""How long a plugin's lifespan may take to open."""
+CLOSE_SECONDS = 30
+"""How long it may take to close: a ledger writes out what it still has."""
+SETTLE_SECONDS = 5
+"""How long the last receipts may take to settle when the gateway stops."""
+_GIVE_UP_ROUNDS = 8
 
 
 @define(eq=False)
@@ -56,26 +64,40 @@ class _Lifespan:
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._hold(manager, opened), name=f"lifespan {self.instance.key}")
         try:
-            await opened
-        except asyncio.CancelledError:
-            self._task.cancel()
-            raise
+            async with asyncio.timeout(OPEN_SECONDS) as timer:
+                await opened
+        except (TimeoutError, asyncio.CancelledError) as error:
+            await self._give_up()
+            if not timer.expired():
+                raise
+            plugin = self.instance.entry.plugin
+            raise StartupError(f"{plugin} did not open within {OPEN_SECONDS} s") from error
 
     async def _hold(self, manager: AbstractAsyncContextManager[None], opened: asyncio.Future[None]) -> None:
         try:
             async with manager:
                 opened.set_result(None)
                 await self._closing.wait()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             if not opened.done():
-                opened.set_exception(error)
-                return
-            log.exception("%s failed while closing", self.instance.key)
+                opened.set_exception(error if isinstance(error, Exception) else RuntimeError("it was cancelled"))
+            elif not opened.cancelled():
+                log.exception("%s failed while closing", self.instance.key)
 
     async def close(self) -> None:
-        if self._task is not None:
-            self._closing.set()
-            await self._task
+        """Leave it; never raises, so that the others are left too."""
+        if self._task is None:
+            return
+        self._closing.set()
+        done, _ = await asyncio.wait({self._task}, timeout=CLOSE_SECONDS)
+        if not done:
+            log.error("%s did not close within %s s", self.instance.key, CLOSE_SECONDS)
+            await self._give_up()
+
+    async def _give_up(self) -> None:
+        assert self._task is not None
+        self._task.cancel()
+        await asyncio.wait({self._task}, timeout=1)
 
 
 @define(eq=False)
@@ -163,9 +185,11 @@ class Gateway:
     def health(self) -> dict[str, Health]:
         """How every plugin is that says so, by stage and name."""
         found = {}
-        for hook in self._registration.hooks.health:
+        # During a reload the next configuration is seen by plugins already, but it does not serve yet.
+        registration = self._registration if self._current is None else self._current.registration
+        for hook in registration.hooks.health:
             try:
-                found[hook.instance] = hook.fn()
+                found[hook.instance] = returned.health(hook.fn())
             except Exception as error:
                 self.calls.failures.labels(hook.plugin, "health").inc()
                 found[hook.instance] = Health(False, f"health failed: {type(error).__name__}")
@@ -248,7 +272,11 @@ class Gateway:
         for instance in registration.new:
             replaced = before.get(instance.key)
             if replaced is not None and replaced.cls is instance.cls and instance.key in adopters:
-                adopters[instance.key].fn(replaced.plugin)
+                try:
+                    adopters[instance.key].fn(replaced.plugin)
+                except Exception as error:
+                    message = f"{instance.entry.plugin} cannot adopt: {type(error).__name__}: {error}"
+                    raise StartupError([Fault(instance.entry.path, message)]) from error
 
     async def _open(self, registration: Registration, instance: Instance, opened: list[_Lifespan]) -> None:
         hook = next((hook for hook in registration.hooks.lifespan if hook.instance == instance.key), None)
@@ -323,15 +351,32 @@ class Gateway:
 
     async def settled(self) -> None:
         """Wait until no call runs and every receipt has settled."""
-        for generation in (*self._older, *((self._current,) if self._current else ())):
+        for generation in self._generations():
             await generation.settled()
 
+    def _generations(self) -> tuple[Generation, ...]:
+        return (*self._older, *((self._current,) if self._current else ()))
+
+    async def _give_up_settling(self) -> None:
+        """Cancel the hooks that hang, one after another: those behind them settle still."""
+        for _ in range(_GIVE_UP_ROUNDS):
+            hanging = {task for generation in self._generations() for task in generation.pipeline.settling}
+            if not hanging:
+                return
+            log.error("%d receipts or stored answers hang in a plugin and are given up", len(hanging))
+            for task in hanging:
+                task.cancel()
+            await asyncio.wait(hanging, timeout=1)
+
     async def stop(self) -> None:
-        """Close everything, in reverse order, after the last settle."""
+        """Close everything, in reverse order, after the last settle; what hangs is given up after a while."""
         self.draining = True
-        await self.settled()
-        with suppress(asyncio.CancelledError):
-            await asyncio.gather(*self._retiring)
+        try:
+            await asyncio.wait_for(self.settled(), SETTLE_SECONDS)
+        except TimeoutError:
+            await self._give_up_settling()
+        if self._retiring:
+            await asyncio.wait(set(self._retiring), timeout=CLOSE_SECONDS)
         lifespans, self._lifespans = self._lifespans, []
         await self._close(lifespans)
         await self.http.aclose()

@@ -9,11 +9,12 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import dialects, sse
+from qlens import dialects, returned, sse
 from qlens.call import Call, Cost, Reply
 from qlens.errors import CallError, UpstreamInvalid, UpstreamTruncated
 from qlens.exchange import error_from
 from qlens.money import usd
+from qlens.returned import mistakes
 from qlens.usage import Usage, larger
 
 # What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches; and
@@ -33,6 +34,8 @@ class Meter:
     price: Callable[[Usage], Cost]
     ended: Callable[[bytes], Awaitable[None]]
     """Awaited with the assembled answer before the end event passes, when the call asked to `keep` it."""
+    failed: Callable[[BaseException], CallError]
+    """What a provider's mistake means for the client."""
     events: int = 0
     """Events with data that passed."""
     passed: int = 0
@@ -47,20 +50,25 @@ class Meter:
 
     async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
-        async for events in sse.batches(chunks):
-            passing, error = self._look(events)
-            if passing:
-                yield self._pass(passing)
-            if error is not None:
-                raise error
-            if self._done:
-                break
+        try:
+            async for events in sse.batches(chunks):
+                passing, error = self._look(events)
+                if passing:
+                    yield self._pass(passing)
+                if error is not None:
+                    raise error
+                if self._done:
+                    break
+        except CallError:
+            raise
+        except mistakes() as mistake:
+            raise self.failed(mistake) from mistake
         if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
         self.reply.complete = True
         if self.call.keep and self._kept_bytes <= self.call.keep:
-            await self.ended(self._assembled())
+            await self._hand_over()
         yield self._usage() + sse.DONE
 
     def _look(self, events: list[bytes]) -> tuple[list[bytes], CallError | None]:
@@ -99,7 +107,7 @@ class Meter:
         if data.startswith(b"[DONE]"):
             self._done = self.reply.complete = True
             return b""
-        payload = _parsed(data)
+        payload = parsed(data)
         if payload.get("error"):
             raise error_from(payload, None)
         return self._read(event, payload)
@@ -133,9 +141,15 @@ class Meter:
         event["usage"]["cost_usd"] = cost_text(self.price(usage))
         return sse.write(event)
 
+    def _said(self) -> Usage | None:
+        try:
+            return returned.usage(self.reply.usage)  # the provider may set it at any time
+        except TypeError:
+            return None
+
     def usage(self) -> Usage:
         """What the stream used so far: the provider's word, or else an estimate from what passed."""
-        said = self.reply.usage
+        said = self._said()
         if said is not None and (said.total or not self.events):
             return said
         text = max(0, self.passed - self.events * self._envelope)
@@ -146,14 +160,20 @@ class Meter:
             source="estimated" if self.reply.complete else "partial",
         )
 
+    async def _hand_over(self) -> None:
+        try:
+            body = self._assembled()
+        except (CallError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return  # good enough for the client, who reads the events one by one, and nothing to keep
+        await self.ended(body)
+
     def _assembled(self) -> bytes:
-        payloads = [
-            _parsed(data) for event in self._kept if (data := sse.data(event)) and not data.startswith(b"[DONE")
-        ]
+        payloads = [parsed(data) for event in self._kept if (data := sse.data(event)) and not data.startswith(b"[DONE")]
         return orjson.dumps(dialects.named(self.reply.dialect).assemble(payloads))
 
 
-def _parsed(data: bytes) -> dict[str, Any]:
+def parsed(data: bytes) -> dict[str, Any]:
+    """The JSON object in an event's data; raises UpstreamInvalid for anything else."""
     try:
         payload = orjson.loads(data)
     except orjson.JSONDecodeError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from attrs import define, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from qlens import errors
 from qlens.money import usd
 from qlens.usage import BUCKETS
 
@@ -20,6 +21,23 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1)
 NONE = "-"
 """The label of what a call did not reach."""
+OTHER = "other"
+"""The label of an error that the gateway has no name of its own for."""
+
+_CLASSES = [thing for thing in vars(errors).values() if isinstance(thing, type) and issubclass(thing, errors.CallError)]
+_RESULTS = frozenset(
+    {
+        "client_closed",
+        "content_policy_violation",
+        "context_length_exceeded",
+        "internal_error",
+        "provider_failed",
+        "shutting_down",
+        "unanswered",
+        "upstream_tls",
+        *(name for cls in _CLASSES for name in (cls.code, cls.type) if name),
+    }
+)
 
 
 @define(eq=False)
@@ -104,7 +122,9 @@ class CallMetrics:
 
     def _attempt(self, model: str, attempt: Attempt) -> None:
         provider = attempt.target.provider
-        self.attempts.labels(provider, attempt.error or "ok").inc()
+        # A provider may put anything into the code of its errors, what a client wrote to it included.
+        result = "ok" if attempt.error is None else attempt.error if attempt.error in _RESULTS else OTHER
+        self.attempts.labels(provider, result).inc()
         if not attempt.billed or attempt.usage is None:
             return
         used = attempt.usage

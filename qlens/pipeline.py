@@ -13,7 +13,7 @@ from typing import Protocol
 import orjson
 from attrs import field, frozen
 
-from qlens import dialects, sse
+from qlens import dialects, returned, sse
 from qlens.account import Account, run_apart
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.errors import (
@@ -27,17 +27,20 @@ from qlens.errors import (
     UpstreamError,
     UpstreamInvalid,
 )
-from qlens.metering import Meter, estimated, exploded
+from qlens.metering import Meter, as_openai, estimated, exploded, parsed
 from qlens.metrics import CallMetrics
 from qlens.models import Models
 from qlens.operations import model_not_found
 from qlens.registry import Bound, Hooks, Provider
+from qlens.returned import mistakes
 from qlens.usage import Usage
 
 log = logging.getLogger("qlens")
 
 STORE_SECONDS = 0.05
 """How long an answer waits for the caches that keep it."""
+MOST_ATTEMPTS = 100
+"""No call makes more of them, whatever `retry` says."""
 
 
 class Relay(Protocol):
@@ -78,6 +81,8 @@ class Pipeline:
                     reply = await self.answer(account)
                     await relay(account, reply)
         except TimeoutError:
+            if not timer.expired():
+                raise
             raise CallTimedOut("The call took longer than this gateway allows.") from None
         finally:
             self.metrics.running.dec()
@@ -86,10 +91,10 @@ class Pipeline:
         """Who is it: the first plugin that answers wins; only the head was read so far."""
         for hook in self.hooks.authenticate:
             try:
-                caller: Caller | None = await hook.fn(call)
+                caller = returned.caller(await hook.fn(call))
             except CallError:
                 raise
-            except Exception as error:
+            except mistakes() as error:
                 # Never a 401: the client would blame its key.
                 raise self.failure(hook, error, Unavailable("Authentication is unavailable.")) from error
             if caller is not None:
@@ -127,18 +132,18 @@ class Pipeline:
         dialect.clamp(call.body, model.max_output_tokens, model.max_n)
         hard, call.estimated_input = dialect.input_bound(call.body)
         _, asked = dialect.output_bound(call.body)
-        most = asked if asked is not None else model.max_output_tokens
+        most = asked if asked is not None else _most_output(self.reachable(call))
         call.bounded = most is not None or not dialect.GENERATES
         output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
         call.bound = Usage(input=hard, output=output, meters=dialect.media(call.body), source="estimated")
-        call.bound_cost = self.bound_cost(call, model)
+        call.bound_cost = self.bound_cost(call)
 
-    def bound_cost(self, call: Call, model: Model) -> Cost:
+    def bound_cost(self, call: Call) -> Cost:
         """The most the call can cost: the dearest over candidates and fallbacks, unpriced if one of them is."""
         if not self.hooks.price:
             return UNPRICED
         dearest = FREE
-        for target in (*model.candidates, *self._fallback_targets(model)):
+        for target in (target for model in self.reachable(call) for target in model.candidates):
             cost = self.cost(call, target, call.bound)
             if cost.picos is None or not call.bounded:
                 return UNPRICED
@@ -146,9 +151,11 @@ class Pipeline:
                 dearest = cost
         return dearest
 
-    def _fallback_targets(self, model: Model) -> Iterable[Target]:
-        names = {name for names in model.fallbacks.values() for name in names}
-        return (target for name in names if (found := self.models.resolve(name)) for target in found.candidates)
+    def reachable(self, call: Call) -> list[Model]:
+        """The call's model and the fallbacks that the caller may use."""
+        assert call.model is not None
+        names = {name for names in call.model.fallbacks.values() for name in names if call.known.may_use(name)}
+        return [call.model, *(model for name in names if (model := self.models.resolve(name)) is not None)]
 
     async def admit(self, account: Account) -> None:
         """May it run: all plugins are asked, one after another; the first that raises ends it."""
@@ -156,8 +163,9 @@ class Pipeline:
         for hook in self.hooks.admit:
             if hook.bounded and not call.bounded and call.model is not None:
                 raise InvalidRequest(
-                    f"max_tokens is required: the model `{call.model.name}` has no max_output_tokens in this gateway's "
-                    f"configuration and {hook.plugin} must know how much a call can generate.",
+                    f"max_tokens is required: the model `{call.model.name}`, or a fallback of it, has no "
+                    f"max_output_tokens in this gateway's configuration and {hook.plugin} must know how much a call "
+                    "can generate.",
                     param="max_tokens",
                     code="missing_required_parameter",
                 )
@@ -165,7 +173,7 @@ class Pipeline:
                 hold = await hook.fn(call)
             except CallError:
                 raise
-            except Exception as error:
+            except mistakes() as error:
                 raise self.failure(hook, error, Unavailable(f"{hook.plugin} cannot decide at the moment.")) from error
             if hold is not None:
                 account.holds[hook.instance] = hold
@@ -178,22 +186,19 @@ class Pipeline:
             if depth == len(self.hooks.wrap_call):
                 return await self.found(account)
             hook = self.hooks.wrap_call[depth]
-            return await self._peel(hook, hook.fn(account.call, lambda: layer(depth + 1)))
+            return await self._peel(account, hook, hook.fn(account.call, lambda: layer(depth + 1)))
 
         reply = account.reply = await layer(0)
         return reply
 
-    async def _peel(self, hook: Bound, layer: Awaitable[Reply]) -> Reply:
+    async def _peel(self, account: Account, hook: Bound, layer: Awaitable[Reply]) -> Reply:
         """One layer of an onion: what goes wrong deeper is a CallError already, so all else is this plugin's own."""
         try:
-            reply = await layer
-            if not isinstance(reply, Reply):
-                raise TypeError(f"{hook.name} returned {type(reply).__name__}, not a Reply")
+            return account.hold_open(returned.reply(await layer))
         except CallError:
             raise
-        except Exception as error:
+        except mistakes() as error:
             raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
-        return reply
 
     async def found(self, account: Account) -> Reply:
         """The cache's answer, or else a provider's, which the caches may keep."""
@@ -210,14 +215,13 @@ class Pipeline:
         """Is the answer known: the first reply wins and skips the rest; a broken cache is a miss."""
         for hook in self.hooks.lookup:
             try:
-                reply: Reply | None = await hook.fn(call)
+                known = await hook.fn(call)
+                if known is not None:
+                    return returned.reply(known)
             except CallError:
                 raise
-            except Exception as error:
+            except mistakes() as error:
                 self.failure(hook, error)
-                continue
-            if reply is not None:
-                return reply
         return None
 
     # --- asking providers ----------------------------------------------------------------------
@@ -259,7 +263,7 @@ class Pipeline:
                     raise error
             if self.hooks.retry:
                 wait = self.retry(call, call.attempts[-1])
-                if wait is None:
+                if wait is None or len(call.attempts) >= MOST_ATTEMPTS:
                     raise error
                 if error.again and math.isfinite(wait):
                     resting.append((time.monotonic() + wait, target))
@@ -270,10 +274,10 @@ class Pipeline:
             try:
                 chosen = await hook.fn(call, model)
                 if chosen is not None:
-                    return list(chosen)
+                    return returned.targets(chosen, self.providers)
             except CallError:
                 raise
-            except Exception as error:
+            except mistakes() as error:
                 raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
         return list(model.candidates)
 
@@ -296,7 +300,7 @@ class Pipeline:
         """How long to wait before another attempt, or None: no more."""
         for hook in self.hooks.retry:
             try:
-                wait: float | None = hook.fn(call, attempt)
+                wait = returned.wait(hook.fn(call, attempt))
             except Exception as error:
                 self.failure(hook, error)
                 continue
@@ -311,48 +315,60 @@ class Pipeline:
             if depth == len(self.hooks.wrap_send):
                 return await self.attempt(account, target)
             hook = self.hooks.wrap_send[depth]
-            return await self._peel(hook, hook.fn(account.call, target, lambda other: layer(depth + 1, other)))
+            peeled = hook.fn(account.call, target, lambda other: layer(depth + 1, other))
+            return await self._peel(account, hook, peeled)
 
         return await layer(0, target)
 
     async def attempt(self, account: Account, target: Target) -> Reply:
         """One attempt: from here to its end the account knows about it."""
         call, provider = account.call, self.providers[target.provider]
-        outgoing = _outgoing(call, target, provider)
+        outgoing = _outgoing(call, target, provider, self.models.named(target.public))
         place = account.begin(target)
         try:
-            reply: Reply = await provider.send.fn(call, target, outgoing)
+            reply = account.hold_open(returned.reply(await provider.send.fn(call, target, outgoing)))
             reply.target = target
             meter = self.metered(account, reply)
         except CallError as error:
             account.failed(place, error)
             raise
-        except Exception as error:
+        except mistakes() as error:
             account.failed(place, "provider_failed")
-            raise self.failure(
-                provider.send, error, UpstreamError(f"The provider {target.provider} failed.")
-            ) from error
+            raise self.provider_failure(provider, error) from error
+        except asyncio.CancelledError:
+            account.cut_off(place)
+            raise
         account.answered(place, reply, meter)
         return reply
 
     def metered(self, account: Account, reply: Reply) -> Meter | None:
         """See to it that usage is known: read from a body at once, found in a stream as it passes."""
-        call = account.call
+        call, target = account.call, reply.target
+        assert target is not None
+        said = returned.usage(reply.usage)
         if reply.chunks is None:
-            if reply.usage is None or not reply.usage.total:
+            if said is None or not said.total:
                 reply.usage = _usage_of(call, reply)
             return None
 
         async def keep(body: bytes) -> None:
-            kept = Reply(body=body, dialect=reply.dialect, target=reply.target, usage=meter.usage(), complete=True)
+            kept = Reply(body=body, dialect=reply.dialect, target=target, usage=meter.usage(), complete=True)
             kept.finish = reply.finish
             await self.store(call, kept)
 
-        target = reply.target
-        assert target is not None
-        meter = Meter(call, reply, lambda usage: self.cost(call, target, usage), keep)
+        meter = Meter(
+            call,
+            reply,
+            price=lambda usage: self.cost(call, target, usage),
+            ended=keep,
+            failed=lambda error: self.provider_failure(self.providers[target.provider], error),
+        )
         reply.replace(chunks=meter.watch(reply.chunks))
         return meter
+
+    def provider_failure(self, provider: Provider, error: BaseException) -> CallError:
+        """The error for a provider that fails by itself, before its answer or in the middle of it."""
+        return self.failure(provider.send, error, UpstreamError(f"The provider {provider.name} failed."))
 
     async def store(self, call: Call, reply: Reply) -> None:
         """Hand a complete answer to the caches; a slow one goes on alone."""
@@ -363,12 +379,16 @@ class Pipeline:
             self.settling.add(storing)
             storing.add_done_callback(self.settling.discard)
             await asyncio.wait({storing}, timeout=STORE_SECONDS)
+        if not storing.done():
+            # The call's own timer ends what hangs, though the call is over by then.
+            timer = asyncio.get_running_loop().call_at(call.deadline, storing.cancel)
+            storing.add_done_callback(lambda _: timer.cancel())
 
     async def _store(self, call: Call, reply: Reply) -> None:
         for hook in self.hooks.store:
             try:
                 await hook.fn(call, reply)
-            except Exception as error:
+            except mistakes() as error:
                 self.failure(hook, error)
 
     # --- the way back --------------------------------------------------------------------------
@@ -381,8 +401,12 @@ class Pipeline:
         async for event in reply.events():
             data = sse.data(event)
             if data and not data.startswith(b"[DONE]"):
-                payloads.append(orjson.loads(data))
-        reply.body, reply.chunks = orjson.dumps(dialects.named(reply.dialect).assemble(payloads)), None
+                payloads.append(parsed(data))
+        body = dialects.named(reply.dialect).assemble(payloads)
+        said = account.source.usage if account.source is not None else None
+        if said is not None and not body.get("usage"):
+            body["usage"] = as_openai(said)  # its event was withheld, as from any client that did not ask for it
+        reply.body, reply.chunks = orjson.dumps(body), None
         return reply
 
     def shaped(self, account: Account, reply: Reply) -> Reply:
@@ -396,7 +420,7 @@ class Pipeline:
         """What a usage costs at a target: the first plugin that knows; nobody knows means unpriced."""
         for hook in self.hooks.price:
             try:
-                cost: Cost | None = hook.fn(call, target, usage)
+                cost = returned.cost(hook.fn(call, target, usage))
             except Exception as error:
                 self.failure(hook, error)
                 continue
@@ -406,14 +430,14 @@ class Pipeline:
 
     async def settle(self, account: Account, receipt: Receipt) -> None:
         """Account for a finished call: every plugin, once, each with its own hold, even if others fail."""
-        self.metrics.settled(receipt)
         for hook in self.hooks.settle:
             try:
                 await hook.fn(account.call, receipt, account.holds.get(hook.instance))
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:  # also when shutdown cancels one that hangs
                 self.failure(hook, error)
+        self.metrics.settled(receipt)
 
-    def failure(self, hook: Bound, error: Exception, answer: CallError | None = None) -> CallError:
+    def failure(self, hook: Bound, error: BaseException, answer: CallError | None = None) -> CallError:
         """Count a hook that failed by itself, and give the error that the client sees for it."""
         self.metrics.failures.labels(hook.plugin, hook.name).inc()
         log.error("%s failed in %s: %s", hook.plugin, hook.name, type(error).__name__, exc_info=error)
@@ -438,7 +462,13 @@ async def _json_body(call: Call) -> dialects.Body:
     return body
 
 
-def _outgoing(call: Call, target: Target, provider: Provider) -> Outgoing:
+def _most_output(models: Iterable[Model]) -> int | None:
+    """The most that one of these models generates; None when that is not known of one."""
+    limits = [model.max_output_tokens for model in models]
+    return None if None in limits else max(limit for limit in limits if limit is not None)
+
+
+def _outgoing(call: Call, target: Target, provider: Provider, model: Model | None) -> Outgoing:
     """What this target is sent: always serialised from the edited dict, a fresh copy for each attempt."""
     dialect = call.operation.dialect
     if dialect not in provider.dialects(target):
@@ -447,6 +477,8 @@ def _outgoing(call: Call, target: Target, provider: Provider) -> Outgoing:
             code="unsupported_operation",
         )
     body = {**orjson.loads(orjson.dumps(call.body)), **target.params, "model": target.model}
+    if model is not None:  # a fallback may allow less than the model that was asked for
+        dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
     return Outgoing(call.operation, dialect, body, call.stream)
 
 

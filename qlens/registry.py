@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -227,6 +228,8 @@ def _instance(entry: PluginEntry, config: Config, before: Mapping[str, Instance]
         instance.plugin = cls(settings, entry.name)
     except (ValueError, TypeError) as error:
         raise _fault(entry, f"{entry.plugin} cannot be constructed: {error}") from error
+    except Exception as error:
+        raise _fault(entry, f"{entry.plugin} cannot be constructed: {_named(error)}") from error
     return instance
 
 
@@ -246,30 +249,40 @@ def find(entry: PluginEntry) -> type:
         owners = " and ".join(sorted(f"{_distribution(point)} ({point.value})" for point in points))
         raise _fault(entry, f"{entry.plugin!r} is provided by {owners}; uninstall one, or name one by import path")
     try:
-        return _class(entry, points[0].load())
+        loaded = points[0].load()
     except (ImportError, AttributeError) as error:
         extra = (
             f"; is its extra installed? pip install 'qlens[{entry.plugin}]'" if isinstance(error, ImportError) else ""
         )
         raise _fault(entry, f"plugin {entry.plugin!r} cannot be imported: {error}{extra}") from error
+    except (Exception, SystemExit) as error:
+        raise _fault(entry, f"plugin {entry.plugin!r} cannot be imported: {_named(error)}") from error
+    return _class(entry, loaded)
 
 
 def _import(entry: PluginEntry) -> type:
     module, _, name = entry.plugin.partition(":")
     try:
-        return _class(entry, getattr(importlib.import_module(module), name))
+        loaded = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise _fault(
             entry, f"cannot import {module!r}: {error}; is the file next to the YAML, or installed?"
         ) from error
     except AttributeError:
         raise _fault(entry, f"the module {module!r} has no {name!r}") from None
+    except (Exception, SystemExit) as error:
+        raise _fault(entry, f"cannot import {module!r}: {_named(error)}") from error
+    return _class(entry, loaded)
 
 
 def _class(entry: PluginEntry, found: object) -> type:
     if not isinstance(found, type):
         raise _fault(entry, f"{entry.plugin!r} is a {type(found).__name__}, not a class")
     return found
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _fault(entry: PluginEntry, message: str) -> ConfigError:
@@ -338,8 +351,11 @@ def _misplaced(config: Config, instances: Iterable[Instance]) -> Iterable[Fault]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a bind address."""
-    return host in {"localhost", "::1"} or host.startswith("127.")
+    """Whether only this machine reaches a bind address; a name other than localhost may be anybody's."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 # --- ordering ----------------------------------------------------------------------------------

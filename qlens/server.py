@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Mapping
@@ -18,14 +19,16 @@ from aiohttp import ClientPayloadError, web
 from aiohttp.http import HttpProcessingError, HttpVersion11
 from aiohttp.http_exceptions import ContentEncodingError
 from attrs import define, field
+from multidict import CIMultiDict
 
-from qlens import config, sse
+from qlens import config
 from qlens.account import Account, ClientLeft
 from qlens.call import Call, Limit, Reply
 from qlens.errors import (
     BodyTimedOut,
     BodyTooLarge,
     CallError,
+    CallTimedOut,
     Forbidden,
     InvalidRequest,
     StartupError,
@@ -44,6 +47,8 @@ KEEPALIVE_SECONDS = 15  # aiohttp also cuts a connection whose headers take this
 LINGER_SECONDS = 3
 BODY_GRACE_SECONDS = 10
 BODY_BYTES_PER_SECOND = 1024
+STALL_SECONDS = 60
+"""How long a client may take nothing of what was written to it, or be gone without a word."""
 CUT_SECONDS = 5
 """How long a call that was cut off at the end of draining may take to settle."""
 
@@ -52,6 +57,10 @@ _STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+_LONG = 10.0**9
+"""Seconds that are as good as for ever."""
+_FRAMING = frozenset({"connection", "content-length", "keep-alive", "trailer", "transfer-encoding", "upgrade"})
+_UNSENDABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
 
 
 def new_id() -> str:
@@ -70,6 +79,9 @@ def bind(host: str, port: int) -> socket.socket:
         with ExitStack() as undo:
             taken = undo.enter_context(socket.socket(family, kind, protocol))
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # Connections inherit it: the kernel watches writes that stall, so that no timer of ours has to.
+                taken.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(STALL_SECONDS * 1000))
             taken.bind(address)
             undo.pop_all()
     except OSError as error:
@@ -95,8 +107,10 @@ async def served(gateway: Gateway, found: config.Draft) -> AsyncIterator[Server]
             await gateway.start(registration)
             yield server
         finally:
-            await server.stop(settings.drain_seconds)
-            await gateway.stop()
+            try:
+                await server.stop(settings.drain_seconds)
+            finally:
+                await gateway.stop()
     finally:
         await gateway.http.aclose()
 
@@ -114,10 +128,14 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         # aiohttp's own answer is plain text that echoes the input, with a traceback in the log for each.
-        log.debug("malformed request: %s", type(exc).__name__)
         error: CallError = InvalidRequest("The HTTP request is malformed.")
         if isinstance(exc, ContentEncodingError):
             error = unsupported_encoding()
+        elif status >= 500:
+            log.error("a request failed: %s", type(exc).__name__, exc_info=exc)
+            error = _mistake()
+        else:
+            log.debug("malformed request: %s", type(exc).__name__)
         response = web.Response(status=error.status, body=orjson.dumps(error.body()), content_type="application/json")
         response.headers["x-request-id"] = new_id()
         response.headers["server"] = "qlens"
@@ -208,7 +226,7 @@ class Server:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        outlet = _Outlet(request, new_id(), self.gateway.draining)
+        outlet = _Outlet(request, new_id(), self.gateway)
         try:
             await self._serve(request, generation, paths, outlet)
         except CallError as error:
@@ -221,7 +239,7 @@ class Server:
             await self._fail(outlet, Unavailable("The gateway is shutting down.", code="shutting_down"))
         except Exception:
             log.exception("call %s failed", outlet.id)
-            await self._fail(outlet, CallError("The gateway made a mistake.", code="internal_error"))
+            await self._fail(outlet, _mistake())
         finally:
             self._tasks.discard(task)
         return outlet.response or web.Response(status=499)  # nobody is there to read it
@@ -232,6 +250,8 @@ class Server:
         if request.version < HttpVersion11 and "transfer-encoding" in request.headers:
             raise InvalidRequest("Transfer-Encoding needs HTTP/1.1.")
         path = request._message.path.partition("?")[0]
+        if not path.isprintable():
+            raise InvalidRequest("The path of the request is not valid UTF-8.")
         if not path.startswith("/"):
             # The absolute form of a request target (RFC 9112, 3.2.2); its host is as good as any Host header: unused.
             path = "/" + path.partition("://")[2].partition("/")[2]
@@ -245,12 +265,21 @@ class Server:
             await generation.pipeline.run(call, outlet.relay)
 
     async def _endpoint(self, endpoint: Endpoint, call: Call, generation: Generation, outlet: _Outlet) -> None:
-        if endpoint.role is not None:
-            call.caller = await generation.pipeline.authenticate(call)
-            if not has_role(call.caller.roles, endpoint.role):
-                raise Forbidden(f"{call.path} needs the role {endpoint.role}.")
-        reply = await endpoint.handler(call)
-        await outlet.whole(reply.status, dict(reply.headers), reply.body or b"")
+        try:
+            async with asyncio.timeout_at(call.deadline) as timer:
+                if endpoint.role is not None:
+                    call.caller = await generation.pipeline.authenticate(call)
+                    if not has_role(call.caller.roles, endpoint.role):
+                        raise Forbidden(f"{call.path} needs the role {endpoint.role}.")
+                reply = await endpoint.handler(call)
+                try:
+                    await outlet.plain(reply)
+                finally:
+                    await reply.aclose()
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            raise CallTimedOut(f"{call.path} took longer than this gateway allows.") from None
 
     async def _fail(self, outlet: _Outlet, error: CallError) -> None:
         if outlet.call is None or outlet.call.caller is None:
@@ -265,31 +294,51 @@ class _Outlet:
 
     request: web.BaseRequest
     id: str
-    closing: bool
+    gateway: Gateway
     call: Call | None = None
     response: web.StreamResponse | None = None
+    _events: bool = False
+    """Whether what is written is a stream of events, in which an error can still be said."""
+    _over: bool = False
+    """Whether the last byte was handed over."""
 
     async def relay(self, account: Account, reply: Reply) -> None:
         """Write a reply to the client as it comes; nothing is sent before the first good byte is in hand."""
         if reply.chunks is None:
             body = reply.body or b""
-            headers = {**reply.headers, **_told(account)}
+            headers = _sendable(reply.headers)
+            headers.update(_told(account))
             if account.call.operation.runs == "full" and (cost := cost_text(account.cost())) is not None:
                 headers["x-qlens-cost-usd"] = cost
             account.first_byte = time.monotonic()
             await self.whole(reply.status, headers, body)
             account.bytes_out, account.delivered = len(body), True
             return
+        self._events = True
         async for chunk in reply.chunks:
             if self.response is None:
                 account.first_byte = time.monotonic()
-                await self._begin(web.StreamResponse(headers={**reply.headers, **_told(account), **_STREAM_HEADERS}))
+                headers = _sendable(reply.headers)
+                headers.update(_told(account))
+                headers.update(_STREAM_HEADERS)
+                await self._begin(web.StreamResponse(headers=headers))
             await self._write(chunk)
             account.bytes_out += len(chunk)
         account.delivered = True
         await self._end()
 
-    async def whole(self, status: int, headers: dict[str, str], body: bytes) -> None:
+    async def plain(self, reply: Reply) -> None:
+        """Write the reply of an endpoint as it is."""
+        headers = _sendable(reply.headers)
+        if reply.chunks is None:
+            await self.whole(reply.status, headers, reply.body or b"")
+            return
+        await self._begin(web.StreamResponse(status=reply.status, headers=headers))
+        async for chunk in reply.chunks:
+            await self._write(chunk)
+        await self._end()
+
+    async def whole(self, status: int, headers: CIMultiDict[str], body: bytes) -> None:
         """Write a complete answer."""
         headers.setdefault("content-type", "application/json")
         await self._begin(web.Response(status=status, headers=headers, body=body))
@@ -297,26 +346,34 @@ class _Outlet:
 
     async def fail(self, error: CallError) -> None:
         """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
-        if self.response is not None:
-            if not self.response._eof_sent:
-                await self._write(sse.write(error.body()))
-                await self._end()
-            return
-        headers = {**(_limits(self.call.limits) if self.call else {}), **error.headers}
-        if error.retry_after is not None:
+        if self.response is None:
+            await self._refuse(error)
+        elif self._events and not self._over:
+            await self._write(b"data: " + _written(error) + b"\n\n")
+            await self._end()
+        elif not self.response._eof_sent and self.request.transport is not None:
+            # A part of an answer is out, in which nothing can be said: the client must not take it for the whole.
+            self.request.transport.abort()
+
+    async def _refuse(self, error: CallError) -> None:
+        headers = _sendable(error.headers)
+        headers["content-type"] = "application/json"
+        if self.call is not None:
+            headers.update(_limits(self.call.limits))
+        if error.retry_after is not None and -_LONG < error.retry_after < _LONG:
             headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
             headers["retry-after-ms"] = str(max(1, math.ceil(error.retry_after * 1000)))
         if error.status == 401:
             headers["www-authenticate"] = "Bearer"
         if self.call is not None and self.call.attempts:
             headers["x-qlens-attempts"] = str(len(self.call.attempts))
-        await self.whole(error.status, headers, orjson.dumps(error.body()))
+        await self.whole(error.status, headers, _written(error))
 
     async def _begin(self, response: web.StreamResponse) -> None:
         self.response = response
         response.headers["x-request-id"] = self.id
         response.headers["server"] = "qlens"  # not which Python and aiohttp, as aiohttp would say
-        if self.closing:
+        if self.gateway.draining or (self.request.version < HttpVersion11 and response.content_length is None):
             response.force_close()
         try:
             await response.prepare(self.request)
@@ -332,6 +389,7 @@ class _Outlet:
 
     async def _end(self) -> None:
         assert self.response is not None
+        self._over = True
         try:
             await self.response.write_eof()
         except OSError as error:
@@ -386,7 +444,8 @@ async def _read(request: web.BaseRequest, most: int) -> bytes:
     if (request.content_length or 0) > most:
         raise too_large
     expected = request.headers.get("expect", "").lower()
-    if expected == "100-continue" and request.transport is not None and not request.content.is_eof():
+    waits = expected == "100-continue" and request.version >= HttpVersion11 and not request.content.is_eof()
+    if waits and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     parts, size = [], 0
     loop = asyncio.get_running_loop()
@@ -423,6 +482,28 @@ def _told(account: Account) -> dict[str, str]:
     return headers
 
 
+def _mistake() -> CallError:
+    return CallError("The gateway made a mistake.", code="internal_error")
+
+
+def _written(error: CallError) -> bytes:
+    try:
+        return orjson.dumps(error.body())
+    except TypeError:
+        log.error("%s says something that is no text", type(error).__name__)
+        return orjson.dumps(_mistake().body())
+
+
+def _sendable(given: Mapping[str, str]) -> CIMultiDict[str]:
+    """A plugin's headers, without those that would break or forge the message they stand in."""
+    headers: CIMultiDict[str] = CIMultiDict()
+    for name, value in given.items():
+        texts = isinstance(name, str) and isinstance(value, str)
+        if texts and name.lower() not in _FRAMING and not _UNSENDABLE.search(name + value):
+            headers[name] = value
+    return headers
+
+
 def _header(text: str) -> str:
     """A configured name as a header value, which takes no control characters."""
     return text.encode("ascii", "replace").decode()
@@ -444,6 +525,7 @@ def _limits(limits: list[Limit]) -> dict[str, str]:
 
 def _duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
+    seconds = min(seconds, _LONG) if seconds >= 0 else 0  # what is no number is not more than 0 either
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     if seconds < 60:

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import os
-import re
 from collections.abc import AsyncIterator, Mapping
-from types import SimpleNamespace
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
-from aiohttp import http_exceptions
 from attrs import define, field, frozen
-from yarl import URL
 
 from qlens import __version__
 from qlens.config import Secret
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated, UpstreamUnreachable
+from qlens.upstream_connection import Connection
+from qlens.upstream_dialer import Dialer, Origin, Tls, invalid_url
 
-__all__ = ["Answer", "Deadlines", "Upstream", "header_value", "http_url"]
+__all__ = ["Answer", "Deadlines", "Tls", "Upstream", "header_value", "http_url"]
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
-# Shorter than what servers and load balancers in front of models usually grant an idle connection.
-_KEEP_ALIVE_SECONDS = 15
-# aiohttp warns when a larger body is handed over as bytes, and would write it in one go.
-_LARGE_BODY_BYTES = 1024 * 1024
-_LINE_BREAKS = re.compile(r"[\r\n\0]")
+# A request is framed here alone: a second opinion in a header is how two requests are made out of one.
+_FRAMING = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+_DEFAULTS = (("user-agent", f"qlens/{__version__}"), ("accept", "*/*"), ("accept-encoding", "identity"))
 
 
 @frozen
@@ -70,67 +65,90 @@ class Upstream:
     Redirects are not followed, cookies and the environment's proxies are ignored.
     """
 
-    _pool: aiohttp.ClientSession = field(init=False, factory=lambda: _session(reuse=True), repr=False)
-    _fresh: aiohttp.ClientSession = field(init=False, factory=lambda: _session(reuse=False), repr=False)
+    max_connections: int | None = None
+    """How many connections one origin may have; calls beyond it wait, up to their deadline for a connection."""
+    proxy: str | None = field(default=None, repr=False)
+    """`http://[user:password@]host:port` of a proxy that every connection goes through."""
+    _dialer: Dialer = field(init=False, repr=False)
+    _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
+    _closed: bool = field(init=False, default=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._dialer = Dialer(self.proxy)
 
     async def open(
-        self, method: str, url: str, *, headers: Mapping[str, str], body: bytes | None, deadlines: Deadlines
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        deadlines: Deadlines,
+        tls: Tls | None = None,
     ) -> Answer:
         """Send a request and wait for the head of its answer, of whatever status; whoever gets an Answer closes it.
 
         Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
-        _refuse_line_breaks(headers)
-        request = _Request(method, url, headers, body, deadlines)
+        origin, path = _split(url, tls)
+        if self.proxy is not None and origin.scheme == "http":
+            path = f"http://{origin.authority}{path}"
+            headers = {**headers, **self._dialer.proxy_headers}
+        request = _Request(method, _head(method, path, origin.authority, headers, body), body or b"", deadlines)
         try:
-            try:
-                return await request.send(self._pool)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if not request.reused_connection:
-                    raise
-            # The peer had closed the idle connection before the request arrived there: nobody has read it.
-            return await request.send(self._fresh)
-        except TimeoutError as error:
-            raise _located(_timed_out(error, deadlines), url) from None
-        except (aiohttp.ClientError, http_exceptions.HttpProcessingError) as error:
-            raise _located(_not_answered(error), url) from None
+            return await self._peer(origin).send(request)
+        except UpstreamError as error:
+            # For logs only: the message goes to clients, whom the provider's address does not concern.
+            error.add_note(f"host: {origin.host}")
+            raise
 
     async def aclose(self) -> None:
         """Close all connections."""
-        await self._pool.close()
-        await self._fresh.close()
+        self._closed = True
+        for peer in self._peers.values():
+            await peer.aclose()
+
+    def _peer(self, origin: Origin) -> _Peer:
+        if (peer := self._peers.get(origin)) is not None:
+            return peer
+        if self._closed:
+            raise _stopping()
+        self._peers = {origin: peer for origin, peer in self._peers.items() if not peer.is_unused()}
+        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections)
+        return peer
 
 
 @define(eq=False)
 class Answer:
     """The answer to one request: its head at once, its body as it arrives.
 
-    A connection is used again only when the body was read to its end; else closing the answer closes the
+    A connection is used again only when the body was received to its end; else closing the answer closes the
     connection, so that a provider stops generating.
     """
 
     status: int
     headers: Mapping[str, str] = field(repr=False)
     """Case-insensitive."""
-    _response: aiohttp.ClientResponse = field(repr=False)
+    _connection: Connection | None = field(repr=False)
+    _peer: _Peer = field(repr=False)
     _deadlines: Deadlines = field(repr=False)
     _first_byte_at: float = field(repr=False)
     _begun: bool = field(init=False, default=False, repr=False)
-    _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
+    _ended: bool = field(init=False, default=False, repr=False)
 
     async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
         """Read the whole body and close; raises UpstreamInvalid when it is larger than `limit` bytes."""
         parts: list[bytes] = []
         size = 0
         try:
-            async for chunk in self.chunks():
+            while chunk := await self._next():
                 size += len(chunk)
                 if size > limit:
                     raise UpstreamInvalid(f"The provider sent a body of more than {limit} bytes.")
                 parts.append(chunk)
         finally:
             await self.close()
-        return b"".join(parts)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Iterate over the body in the pieces in which it arrives."""
@@ -138,25 +156,39 @@ class Answer:
 
     async def close(self) -> None:
         """Let the connection go; may be called more than once."""
-        self._response.close()
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            self._peer.give_back(connection)
 
     async def _next(self) -> bytes:
         """The next piece of the body, b"" at its end."""
-        content = self._response.content
+        connection = self._connection
+        if connection is None:
+            if self._ended:
+                return b""
+            raise UpstreamTruncated("The provider's answer was closed before its end.")
         try:
-            # Most pieces are there already: only waiting needs a timer.
-            chunk = content.read_nowait()
-            if not chunk:
-                idle_at = self._loop.time() + self._deadlines.idle_seconds
-                async with asyncio.timeout_at(max(self._first_byte_at, idle_at)):
-                    chunk = await content.readany()
-        except TimeoutError as error:
+            if (chunk := connection.take()) is None:
+                chunk = await self._arrival(connection)
+        except TimeoutError:
             await self.close()
-            raise (_paused(self._deadlines) if self._begun else _timed_out(error, self._deadlines)) from None
-        except (aiohttp.ClientError, http_exceptions.HttpProcessingError) as error:
+            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
+        except UpstreamError:
             await self.close()
-            raise _cut(error) from None
-        self._first_byte_at, self._begun = 0.0, True
+            raise
+        self._begun = True
+        if not chunk:
+            self._ended = True
+            await self.close()
+        return chunk
+
+    async def _arrival(self, connection: Connection) -> bytes:
+        # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
+        until = asyncio.get_running_loop().time() + self._deadlines.idle_seconds
+        if not self._begun:
+            until = max(until, self._first_byte_at)
+        while (chunk := connection.take()) is None:
+            await connection.wait(until)
         return chunk
 
 
@@ -174,82 +206,165 @@ class _Chunks:
         raise StopAsyncIteration
 
 
+# --- requests ----------------------------------------------------------------------------------
+
+
 @define(eq=False)
 class _Request:
-    # aiohttp tells it, through the session's traces, when it has a connection.
     method: str
-    url: str
-    headers: Mapping[str, str]
-    body: bytes | None
+    head: bytes
+    body: bytes
     deadlines: Deadlines
-    reused_connection: bool = field(init=False, default=False)
-    _timer: asyncio.Timeout = field(init=False)
-    _first_byte_at: float = field(init=False)
 
-    async def send(self, session: aiohttp.ClientSession) -> Answer:
-        self._timer = asyncio.timeout(None)
-        async with self._timer:
-            response = await session.request(
-                self.method,
-                # Left as it is written: yarl would decode %3A, and a signed or quoted path would no longer be the same.
-                URL(self.url, encoded=True),
-                headers=self.headers,
-                data=io.BytesIO(self.body) if self.body and len(self.body) > _LARGE_BODY_BYTES else self.body,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=None, connect=self.deadlines.connect_seconds, sock_connect=None),
-                trace_request_ctx=self,
-            )
-        return Answer(response.status, response.headers, response, self.deadlines, self._first_byte_at)
-
-    def connected(self, reused: bool) -> None:
-        self.reused_connection = reused
-        self._first_byte_at = asyncio.get_running_loop().time() + self.deadlines.first_byte_seconds
-        self._timer.reschedule(self._first_byte_at)
+    async def send(self, connection: Connection) -> float:
+        """Send it and wait for the head of the answer; until when the answer's first byte may take."""
+        until = asyncio.get_running_loop().time() + self.deadlines.first_byte_seconds
+        try:
+            await connection.ask(self.head, self.body, until, bare=self.method == "HEAD")
+        except TimeoutError:
+            raise _unanswered(self.deadlines) from None
+        return until
 
 
-def _session(reuse: bool) -> aiohttp.ClientSession:
-    # aiohttp allows 100 connections by default and lets the next stream wait for one without a word.
-    connector = (
-        aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_ALIVE_SECONDS)
-        if reuse
-        else aiohttp.TCPConnector(limit=0, force_close=True)
-    )
-    trace = aiohttp.TraceConfig()
-    trace.on_connection_create_end.append(_connection_created)
-    trace.on_connection_reuseconn.append(_connection_reused)
-    return aiohttp.ClientSession(
-        connector=connector,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"user-agent": f"qlens/{__version__}", "accept-encoding": "identity"},
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-        trace_configs=[trace],
-        trust_env=False,
-    )
+def _head(method: str, path: str, authority: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+    fields = {name.lower(): value for name, value in headers.items()}
+    if not _FRAMING.isdisjoint(fields):
+        raise ValueError(f"header {min(_FRAMING & fields.keys())!r} follows from the body: leave it out")
+    fields.setdefault("host", authority)
+    for name, value in _DEFAULTS:
+        fields.setdefault(name, value)
+    if body is not None or method not in _WITHOUT_BODY:
+        fields["content-length"] = str(len(body or b""))
+    text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
+        raise _broken_header(fields)
+    return f"{method} {path} HTTP/1.1\r\n{text}\r\n".encode("utf-8", "surrogateescape")
 
 
-async def _connection_created(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    context.trace_request_ctx.connected(reused=False)
+def _broken_header(fields: Mapping[str, str]) -> ValueError:
+    broken = next(name for name, value in fields.items() if not {*"\r\n\0"}.isdisjoint(name + value))
+    return ValueError(f"the value of header {broken!r} has a line break or a NUL in it: remove it")
 
 
-async def _connection_reused(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    context.trace_request_ctx.connected(reused=True)
+# The URLs of a configuration are few; those with an identifier in them may be many.
+@lru_cache(maxsize=1024)
+def _split(url: str, tls: Tls | None) -> tuple[Origin, str]:
+    try:
+        parts = urlsplit(url)
+        port = parts.port or {"http": 80, "https": 443}[parts.scheme]
+    except (ValueError, KeyError):
+        raise invalid_url() from None
+    if not parts.hostname or parts.username is not None or not url.isascii() or not url.isprintable() or " " in url:
+        raise invalid_url()
+    # As it is written: to decode %3A would make another path of a signed or quoted one.
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Origin(parts.scheme, parts.hostname, port, tls if parts.scheme == "https" else None), path
 
 
-def _refuse_line_breaks(headers: Mapping[str, str]) -> None:
-    for name, value in headers.items():
-        if _LINE_BREAKS.search(name) or _LINE_BREAKS.search(value):
-            raise ValueError(f"the value of header {name!r} has a line break or a NUL in it: remove it")
+# --- connections -------------------------------------------------------------------------------
 
 
-def _located(error: UpstreamError, url: str) -> UpstreamError:
-    # For logs only: the message goes to clients, whom the provider's address does not concern.
-    error.add_note(f"host: {URL(url, encoded=True).host}")
-    return error
+@define(eq=False)
+class _Peer:
+    # The connections to one origin. The one used last is used next: the others grow old and close.
+    _origin: Origin
+    _dialer: Dialer
+    _limit: int | None
+    _users: int = field(init=False, default=0)
+    _connections: set[Connection] = field(init=False, factory=set)
+    _idle: dict[Connection, None] = field(init=False, factory=dict)
+    _slots: asyncio.Semaphore | None = field(init=False)
+    _closed: bool = field(init=False, default=False)
+    _all_lost: asyncio.Event = field(init=False, factory=asyncio.Event)
+
+    def __attrs_post_init__(self) -> None:
+        self._slots = asyncio.Semaphore(self._limit) if self._limit is not None else None
+
+    def is_unused(self) -> bool:
+        return not self._users and not self._connections
+
+    async def send(self, request: _Request) -> Answer:
+        await self._enter(request.deadlines)
+        connection: Connection | None = None
+        try:
+            connection = self._last_used() or await self._dial(request.deadlines)
+            try:
+                until = await request.send(connection)
+            except UpstreamUnreachable:
+                if not connection.reused or connection.answered:
+                    raise
+                # The peer had closed the idle connection before the request arrived there: nobody has read it.
+                connection = await self._dial(request.deadlines)
+                until = await request.send(connection)
+        except BaseException:
+            if connection is not None:
+                connection.abort()
+            self._leave()
+            raise
+        return Answer(connection.status, connection.headers, connection, self, request.deadlines, until)
+
+    def give_back(self, connection: Connection) -> None:
+        if connection.free():
+            self._idle[connection] = None
+        self._leave()
+
+    async def aclose(self) -> None:
+        self._closed = True
+        for connection in tuple(self._connections):
+            connection.abort()
+        if self._connections:
+            await self._all_lost.wait()
+
+    async def _enter(self, deadlines: Deadlines) -> None:
+        if self._slots is not None:
+            try:
+                async with asyncio.timeout(deadlines.connect_seconds):
+                    await self._slots.acquire()
+            except TimeoutError:
+                raise _unconnected(deadlines) from None
+        self._users += 1
+
+    def _leave(self) -> None:
+        self._users -= 1
+        if self._slots is not None:
+            self._slots.release()
+
+    def _last_used(self) -> Connection | None:
+        while self._idle:
+            connection, _ = self._idle.popitem()
+            if connection.is_open():
+                return connection
+        return None
+
+    async def _dial(self, deadlines: Deadlines) -> Connection:
+        until = asyncio.get_running_loop().time() + deadlines.connect_seconds
+        try:
+            async with asyncio.timeout_at(until):
+                connection = await self._dialer.dial(self._origin, self._lost, until)
+        except TimeoutError:
+            raise _unconnected(deadlines) from None
+        if self._closed:
+            connection.abort()
+            raise _stopping()
+        if connection.is_open():
+            self._connections.add(connection)
+        return connection
+
+    def _lost(self, connection: Connection) -> None:
+        self._idle.pop(connection, None)
+        self._connections.discard(connection)
+        if self._closed and not self._connections:
+            self._all_lost.set()
 
 
-def _timed_out(error: TimeoutError, deadlines: Deadlines) -> UpstreamTimedOut:
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return UpstreamTimedOut(f"No connection to the provider within {deadlines.connect_seconds:g} s.")
+# --- errors ------------------------------------------------------------------------------------
+
+
+def _unconnected(deadlines: Deadlines) -> UpstreamTimedOut:
+    return UpstreamTimedOut(f"No connection to the provider within {deadlines.connect_seconds:g} s.")
+
+
+def _unanswered(deadlines: Deadlines) -> UpstreamTimedOut:
     return UpstreamTimedOut(f"The provider did not answer within {deadlines.first_byte_seconds:g} s.")
 
 
@@ -257,36 +372,5 @@ def _paused(deadlines: Deadlines) -> UpstreamTimedOut:
     return UpstreamTimedOut(f"The provider paused for {deadlines.idle_seconds:g} s in the middle of its answer.")
 
 
-def _not_answered(error: Exception) -> UpstreamError:
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return UpstreamUnreachable("No connection to the provider: its host name has no address.")
-    if isinstance(error, (aiohttp.ClientSSLError, aiohttp.ServerFingerprintMismatch)):
-        return _no_tls(error)
-    if isinstance(error, aiohttp.ClientConnectorError):
-        reason = f": {os.strerror(error.errno).lower()}" if error.errno else ""
-        return UpstreamUnreachable(f"No connection to the provider{reason}.")
-    if isinstance(error, aiohttp.InvalidURL):
-        return UpstreamUnreachable("No connection to the provider: its configured URL is not valid.")
-    if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError)):
-        return UpstreamUnreachable("The provider closed the connection before it answered.")
-    return UpstreamInvalid("The provider's answer is not valid HTTP.")
-
-
-def _no_tls(error: Exception) -> UpstreamUnreachable:
-    untrusted = isinstance(error, (aiohttp.ClientConnectorCertificateError, aiohttp.ServerFingerprintMismatch))
-    reason = "its certificate is not trusted" if untrusted else "the TLS handshake failed"
-    refused = UpstreamUnreachable(f"No connection to the provider: {reason}.", code="upstream_tls")
-    refused.again = False
-    return refused
-
-
-def _cut(error: Exception) -> UpstreamError:
-    # aiohttp wraps whatever is wrong with a body into one class; only the cause tells a cut body from a broken one.
-    cause = error.__cause__ or error
-    if isinstance(cause, http_exceptions.ContentEncodingError):
-        return UpstreamInvalid("The provider's answer is compressed in a way that cannot be read.")
-    if isinstance(cause, http_exceptions.BadHttpMessage) and not isinstance(
-        cause, (http_exceptions.ContentLengthError, http_exceptions.TransferEncodingError)
-    ):
-        return UpstreamInvalid("The framing of the provider's answer is broken.")
-    return UpstreamTruncated("The provider closed the connection in the middle of its answer.")
+def _stopping() -> UpstreamUnreachable:
+    return UpstreamUnreachable("No connection to the provider: the gateway is stopping.")

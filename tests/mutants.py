@@ -34,6 +34,10 @@ class Mutant:
 
 
 PIPELINE = ("tests/core/test_pipeline.py", "tests/core/test_account.py", "tests/contract/test_matrix.py")
+HOOKS = ("tests/core/test_attacks_hooks.py",)
+ACCOUNT = ("tests/core/test_attacks_account.py",)
+HTTP = ("tests/core/test_attacks_http.py",)
+LIFE = ("tests/core/test_attacks_life.py",)
 
 MUTANTS = (
     Mutant(
@@ -82,8 +86,8 @@ MUTANTS = (
     Mutant(
         "a settle that fails stops the others",
         "qlens/pipeline.py",
-        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except Exception as error:\n",
-        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except KeyError as error:\n",
+        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except (Exception, asyncio.CancelledError) as error:",
+        "                await hook.fn(account.call, receipt, account.holds.get(hook.instance))\n            except KeyError as error:",
         PIPELINE,
     ),
     Mutant(
@@ -131,16 +135,16 @@ MUTANTS = (
     Mutant(
         "an abandoned stream is free",
         "qlens/account.py",
-        "            if attempt.billed and self.meter is not None:\n",
-        "            if attempt.billed and self.meter is not None and error is None:\n",
+        "            if attempt.billed and meter is not None:\n",
+        "            if attempt.billed and meter is not None and error is None:\n",
         ("tests/core/test_account.py",),
     ),
     Mutant(
         "an attempt that failed is billed",
         "qlens/account.py",
-        "ended=time.monotonic(), error=error, status=status, retry_after=retry_after)",
-        "ended=time.monotonic(), error=error, status=status, retry_after=retry_after, billed=True)",
-        PIPELINE,
+        "            upstream_id=error.upstream_id,\n",
+        "            upstream_id=error.upstream_id,\n            billed=True,\n",
+        ACCOUNT,
     ),
     Mutant(
         "a target is asked twice without a retry plugin",
@@ -170,7 +174,7 @@ MUTANTS = (
         "qlens/pipeline.py",
         "        dialect.clamp(call.body, model.max_output_tokens, model.max_n)\n",
         "",
-        PIPELINE,
+        ACCOUNT,
     ),
     Mutant(
         "attempts share one body",
@@ -196,8 +200,8 @@ MUTANTS = (
     Mutant(
         "an incomplete answer is stored",
         "qlens/metering.py",
-        "        if self.call.keep and self._kept_bytes <= self.call.keep:\n            await self.ended(self._assembled())\n",
-        "        if self.call.keep:\n            await self.ended(self._assembled())\n",
+        "        if self.call.keep and self._kept_bytes <= self.call.keep:\n            await self._hand_over()\n",
+        "        if self.call.keep:\n            await self._hand_over()\n",
         ("tests/core/test_metering.py",),
     ),
     Mutant(
@@ -252,9 +256,163 @@ MUTANTS = (
     Mutant(
         "a failed stream ends as if it were complete",
         "qlens/server.py",
-        "                await self._write(sse.write(error.body()))\n",
-        "                await self._write(sse.write(error.body()) + sse.DONE)\n",
+        'await self._write(b"data: " + _written(error) + b"\\n\\n")\n',
+        'await self._write(b"data: " + _written(error) + b"\\n\\ndata: [DONE]\\n\\n")\n',
         ("tests/core/test_account.py",),
+    ),
+    Mutant(
+        "a cache's nonsense is believed",
+        "qlens/pipeline.py",
+        "return returned.reply(known)",
+        "return known",
+        HOOKS,
+    ),
+    Mutant(
+        "a provider's nonsense is believed",
+        "qlens/pipeline.py",
+        "account.hold_open(returned.reply(await provider.send.fn(call, target, outgoing)))",
+        "account.hold_open(await provider.send.fn(call, target, outgoing))",
+        HOOKS,
+    ),
+    Mutant(
+        "a caller without a tenant is believed",
+        "qlens/returned.py",
+        " or not isinstance(value.tenant, str) or not value.tenant:",
+        ":",
+        HOOKS,
+    ),
+    Mutant(
+        "less than nothing is charged",
+        "qlens/returned.py",
+        "    return type(value) is int and value >= 0\n",
+        "    return type(value) is int\n",
+        HOOKS,
+    ),
+    Mutant(
+        "a cancellation of a plugin's own work ends the call",
+        "qlens/returned.py",
+        "(Exception,) if cancelled else (Exception, asyncio.CancelledError)",
+        "(Exception,)",
+        HOOKS,
+    ),
+    Mutant(
+        "a provider that breaks in its stream is the gateway's mistake",
+        "qlens/metering.py",
+        "            raise self.failed(mistake) from mistake\n",
+        "            raise\n",
+        HOOKS,
+    ),
+    Mutant(
+        "a time-out inside a stream is taken for the call's own",
+        "qlens/pipeline.py",
+        "            if not timer.expired():\n                raise\n",
+        "",
+        ACCOUNT,
+    ),
+    Mutant(
+        "retrying never ends",
+        "qlens/pipeline.py",
+        " or len(call.attempts) >= MOST_ATTEMPTS:",
+        ":",
+        HOOKS,
+    ),
+    Mutant(
+        "only the last answer is closed",
+        "qlens/account.py",
+        "            self._opened.append(reply)\n",
+        "            self._opened[:] = [reply]\n",
+        ACCOUNT,
+    ),
+    Mutant(
+        "every stream is billed by the last one's meter",
+        "qlens/account.py",
+        "self.meters.get(place), ",
+        "next(reversed(self.meters.values()), None), ",
+        ACCOUNT,
+    ),
+    Mutant(
+        "an upstream that hangs while closing keeps the receipt",
+        "qlens/account.py",
+        "asyncio.timeout(CLOSE_SECONDS)",
+        "asyncio.timeout(None)",
+        ACCOUNT,
+    ),
+    Mutant(
+        "a fallback is asked for more than it allows",
+        "qlens/pipeline.py",
+        "        dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)\n",
+        "        pass\n",
+        ACCOUNT,
+    ),
+    Mutant(
+        "the bound forgets fallbacks",
+        "qlens/pipeline.py",
+        "_most_output(self.reachable(call))",
+        "model.max_output_tokens",
+        ACCOUNT,
+    ),
+    Mutant(
+        "a provider's error code becomes a label",
+        "qlens/metrics.py",
+        "attempt.error if attempt.error in _RESULTS else OTHER",
+        "attempt.error",
+        ACCOUNT,
+    ),
+    Mutant(
+        "an error is written into an answer that is whole",
+        "qlens/server.py",
+        "        elif self._events and not self._over:\n",
+        "        elif not self.response._eof_sent:\n",
+        HTTP,
+    ),
+    Mutant(
+        "a plugin's headers are sent whatever they are",
+        "qlens/server.py",
+        "        if texts and name.lower() not in _FRAMING and not _UNSENDABLE.search(name + value):\n",
+        "        if texts:\n",
+        HTTP,
+    ),
+    Mutant(
+        "an endpoint may take for ever",
+        "qlens/server.py",
+        "            async with asyncio.timeout_at(call.deadline) as timer:\n",
+        "            async with asyncio.timeout(None) as timer:\n",
+        HTTP,
+    ),
+    Mutant(
+        "a stream in HTTP/1.0 has no end",
+        "qlens/server.py",
+        "        if self.gateway.draining or (",
+        "        if self.gateway.draining and (",
+        HTTP,
+    ),
+    Mutant(
+        "a client that takes nothing is waited for",
+        "qlens/server.py",
+        "round(STALL_SECONDS * 1000)",
+        "0",
+        HTTP,
+    ),
+    Mutant(
+        "a lifespan that hangs keeps the others open",
+        "qlens/gateway.py",
+        "asyncio.wait({self._task}, timeout=CLOSE_SECONDS)",
+        "asyncio.wait({self._task})",
+        LIFE,
+    ),
+    Mutant(
+        "a settle that hangs keeps the process alive",
+        "qlens/gateway.py",
+        "            await asyncio.wait_for(self.settled(), SETTLE_SECONDS)\n",
+        "            await self.settled()\n",
+        LIFE,
+    ),
+    Mutant(
+        "a name that begins like a loopback address is taken for one",
+        "qlens/registry.py",
+        '    try:\n        return host == "localhost"',
+        '    if host.startswith("127."):\n        return True\n    try:\n        return host == "localhost"',
+        LIFE,
     ),
 )
 

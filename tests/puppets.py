@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -34,8 +35,8 @@ class Puppet:
 
     @hookimpl
     async def admit(self, call: Call) -> object | None:
-        self.held.add(call.id)
         await self._do("admit", call)
+        self.held.add(call.id)
         return call.id
 
     @hookimpl
@@ -52,7 +53,7 @@ class Puppet:
 
     @hookimpl
     def retry(self, call: Call) -> Any:
-        return self.does["retry"](call) if "retry" in self.does else None
+        return self.does["retry"](call) if "retry" in self.does else math.inf
 
     @hookimpl
     async def wrap_send(self, call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Any:
@@ -111,6 +112,8 @@ class Resident:
     name: str
     events: list[str] = field(factory=list, init=False)
     answer: Callable[[Call], Awaitable[Any]] = field(init=False)
+    adopting: Callable[[], None] | None = field(default=None, init=False)
+    """What the instance that takes over from this one does first."""
 
     Config = ResidentConfig
 
@@ -122,6 +125,12 @@ class Resident:
         yield
         self.events.append("close")
         await _misbehave(self.config.closing)
+
+    @hookimpl
+    def adopt(self, old: object) -> None:
+        assert isinstance(old, Resident)
+        if old.adopting is not None:
+            old.adopting()
 
     @hookimpl
     def endpoints(self) -> Iterable[Endpoint]:

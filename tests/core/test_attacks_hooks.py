@@ -13,7 +13,7 @@ from attrs import evolve
 from puppets import Puppet, Speaker
 from yamls import CHAT, HELLO, STREAM, config, targets
 
-from qlens import Call, Caller, Cost, Limit, Outgoing, RateLimited, Reply, Target, UpstreamError, Usage
+from qlens import Call, Caller, Cost, Outgoing, Reply, Target, UpstreamError, Usage
 from qlens.testing import Running, running
 
 PUPPET = {"plugin": "puppets:Puppet", "name": "puppet"}
@@ -93,6 +93,7 @@ async def test_nonsense_from_a_hook_is_a_failure_of_that_hook(
 ) -> None:
     async with running(_with(hook)) as gateway:
         puppet = _puppet(gateway, hook)
+        puppet.does["lookup"] = lambda call: setattr(call, "keep", 1_000_000)
         puppet.does[hook] = does
         answer = await asyncio.wait_for(gateway.post(CHAT, body), 5)
         assert answer.status == status
@@ -103,3 +104,164 @@ async def test_nonsense_from_a_hook_is_a_failure_of_that_hook(
         await _settled_once(gateway, puppet, 0 if hook == "authenticate" else 1)
         counted = f'qlens_plugin_failures_total{{hook="{hook}",plugin="puppet"}}'
         assert counted in (await gateway.get("/metrics")).text
+
+
+WAITS: list[Any] = [math.nan, -1, "1", math.inf, 1e300]
+
+
+@pytest.mark.parametrize("wait", WAITS, ids=str)
+async def test_nonsense_from_retry_ends_the_retrying_and_not_the_loop_of_events(wait: Any) -> None:
+    async with running(config({"route": [PUPPET]}, SPEAKER, ONE)) as gateway:
+        puppet = _puppet(gateway, "retry")
+        puppet.does["retry"] = lambda call: wait
+        gateway.plugin("provider", "speaker").answer = _refusing
+        if wait == 1e300:
+            asking = asyncio.create_task(gateway.post(CHAT, HELLO))
+            await asyncio.sleep(0.1)
+            asking.cancel()  # it waits, as it was told to
+        else:
+            assert (await asyncio.wait_for(gateway.post(CHAT, HELLO), 5)).status == 502
+        await _settled_once(gateway, puppet)
+        before = asyncio.get_running_loop().time()
+        await asyncio.sleep(0.01)  # the loop still keeps time
+        assert asyncio.get_running_loop().time() - before < 2
+
+
+async def test_a_retry_that_always_says_yes_comes_to_an_end() -> None:
+    async with running(config({"route": [PUPPET]}, SPEAKER, ONE)) as gateway:
+        puppet = _puppet(gateway, "retry")
+        puppet.does["retry"] = lambda call: 0
+        gateway.plugin("provider", "speaker").answer = _refusing
+        assert (await asyncio.wait_for(gateway.post(CHAT, HELLO), 10)).status == 502
+        await _settled_once(gateway, puppet)
+        assert len(puppet.settled[0].attempts) == 100
+
+
+SPEAKER = {"speaker": {"plugin": "puppets:Speaker"}}
+ONE = {"gpt-4o-mini": {"max_output_tokens": 100, "targets": targets("speaker")}}
+
+
+def _refusing(call: Call, target: Target, outgoing: Outgoing) -> Reply:
+    raise UpstreamError("not now")
+
+
+def _words(*words: bytes, finish: bool = True) -> list[bytes]:
+    events = [b'data: {"id":"1","choices":[{"index":0,"delta":{"content":"' + word + b'"}}]}\n\n' for word in words]
+    end = [b'data: {"id":"1","choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n', b"data: [DONE]\n\n"]
+    return [*events, *(end if finish else [])]
+
+
+async def _stream(*words: bytes) -> AsyncIterator[bytes]:
+    for event in _words(*words):
+        yield event
+
+
+ANSWERS: list[Callable[..., Any]] = [
+    lambda call, target, outgoing: None,
+    lambda call, target, outgoing: {"choices": []},
+    lambda call, target, outgoing: Reply(),
+    lambda call, target, outgoing: Reply(usage=Usage(input=5)),
+    lambda call, target, outgoing: Reply(body="{}", usage=Usage(input=5)),  # type: ignore[arg-type]
+    lambda call, target, outgoing: Reply(body=b"[]"),
+    lambda call, target, outgoing: Reply(body=BODY, usage=Usage(input=-5), complete=True),
+    lambda call, target, outgoing: Reply(body=BODY, usage=Usage(input=1.5), complete=True),  # type: ignore[arg-type]
+    lambda call, target, outgoing: Reply(body=BODY, usage={"input": 5}, complete=True),  # type: ignore[arg-type]
+    lambda call, target, outgoing: Reply(body=BODY, dialect="klingon", complete=True),
+    lambda call, target, outgoing: Reply(chunks=[b"data: [DONE]\n\n"]),  # type: ignore[arg-type]
+    _stray,
+]
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+async def test_nonsense_from_a_provider_is_502_after_the_next_target_was_asked(
+    answer: Callable[..., Any], body: dict[str, Any]
+) -> None:
+    providers = {**SPEAKER, "talker": {"plugin": "plugs:Talker"}}
+    models = {
+        "gpt-4o-mini": {"targets": targets("speaker")},
+        "both": {"targets": targets("speaker", "talker")},
+    }
+    async with running(config({"observe": [PUPPET]}, providers, models)) as gateway:
+        puppet: Puppet = gateway.plugin("observe", "puppet")
+        gateway.plugin("provider", "speaker").answer = answer
+        got = await asyncio.wait_for(gateway.post(CHAT, body), 5)
+        assert got.status == 502
+        assert got.json()["error"]["type"] == "server_error"
+        assert (await gateway.post(CHAT, {**body, "model": "both"})).status == 200
+        await _settled_once(gateway, puppet, 2)
+        assert [receipt.outcome for receipt in puppet.settled] == ["failed", "complete"]
+        assert all(count >= 0 for receipt in puppet.settled for count in (receipt.usage.total, receipt.cost.picos or 0))
+
+
+BREAKS: list[Any] = [
+    "text",
+    OSError("gone"),
+    TimeoutError("slow"),
+    RuntimeError("sk-example-secret-in-an-exception"),
+    StopAsyncIteration(),
+    asyncio.CancelledError(),
+    KeyError("x"),
+]
+
+
+@pytest.mark.parametrize("layered", [False, True], ids=["plain", "in a generator"])
+@pytest.mark.parametrize("broken", BREAKS, ids=repr)
+@pytest.mark.parametrize("begun", [True, False], ids=["mid-stream", "at its begin"])
+async def test_a_stream_that_breaks_by_itself_is_the_providers_failure(begun: bool, broken: Any, layered: bool) -> None:
+    class Breaking:
+        """Not a generator, which would turn some of these into others."""
+
+        def __init__(self) -> None:
+            self.left = _words(b"Hi", finish=False) if begun else []
+
+        def __aiter__(self) -> Breaking:
+            return self
+
+        async def __anext__(self) -> Any:
+            if self.left:
+                return self.left.pop()
+            if isinstance(broken, BaseException):
+                raise broken
+            return broken
+
+    async def generated() -> AsyncIterator[bytes]:
+        async for chunk in Breaking():
+            yield chunk
+
+    async with running(config({"observe": [PUPPET]}, SPEAKER, ONE)) as gateway:
+        puppet: Puppet = gateway.plugin("observe", "puppet")
+        speaker: Speaker = gateway.plugin("provider", "speaker")
+        speaker.answer = lambda *_: Reply(chunks=generated() if layered else Breaking(), close=speaker.close)
+        answer = await asyncio.wait_for(gateway.post(CHAT, STREAM), 5)
+        ended = isinstance(broken, StopAsyncIteration)
+        error = (answer.events()[-1] if begun else answer.json())["error"]
+        assert answer.status == (200 if begun else 502)
+        assert error["code"] == ("upstream_truncated" if ended else "upstream_error")
+        assert "secret" not in answer.text
+        assert "[DONE]" not in answer.text
+        await _settled_once(gateway, puppet)
+        (receipt,) = puppet.settled
+        assert receipt.outcome == "failed"
+        assert receipt.error == error["code"]
+        assert speaker.closed == 1
+        if not ended:
+            assert 'hook="send",plugin="speaker"' in (await gateway.get("/metrics")).text
+
+
+async def test_a_stream_that_ends_the_generator_around_it_still_settles() -> None:
+    class Exiting:
+        def __aiter__(self) -> Exiting:
+            return self
+
+        async def __anext__(self) -> bytes:
+            raise GeneratorExit
+
+    async with running(config({"observe": [PUPPET]}, SPEAKER, ONE)) as gateway:
+        puppet: Puppet = gateway.plugin("observe", "puppet")
+        speaker: Speaker = gateway.plugin("provider", "speaker")
+        speaker.answer = lambda *_: Reply(chunks=Exiting(), close=speaker.close)
+        with pytest.raises(Exception):  # noqa: B017 - the connection is closed
+            await asyncio.wait_for(gateway.post(CHAT, STREAM), 5)
+        await _settled_once(gateway, puppet)
+        assert (puppet.settled[0].outcome, speaker.closed) == ("failed", 1)

@@ -71,7 +71,7 @@ async def _run(
             yield piece
 
     reply = Reply(chunks=chunks())
-    meter = Meter(_call(**options), reply, lambda usage: Cost(usage.total), ended)
+    meter = Meter(_call(**options), reply, lambda usage: Cost(usage.total), ended, lambda error: CallError("failed"))
     got, error = b"", None
     try:
         async for chunk in meter.watch(chunks()):

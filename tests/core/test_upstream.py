@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 import pytest
@@ -47,6 +47,12 @@ async def up() -> AsyncIterator[FakeUpstream]:
 async def fetch(http: Upstream, url: str, *, body: bytes | None = b"{}", deadlines: Deadlines = PATIENT) -> bytes:
     answer = await http.open("POST", url, headers={}, body=body, deadlines=deadlines)
     return await answer.read()
+
+
+async def _eventually(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not true():
+            await asyncio.sleep(0.005)
 
 
 # --- what servers get wrong --------------------------------------------------------------------
@@ -290,6 +296,138 @@ async def test_new_connection_that_dies_is_not_tried_again(http: Upstream, up: F
     assert len(up.requests) == 1
 
 
+async def test_200_streams_keep_their_bytes_apart(http: Upstream, up: FakeUpstream) -> None:
+    up.script(*[Scripted(events=[f"{number} {n}" for n in range(20)], split=7) for number in range(200)])
+    bodies = await asyncio.gather(*(fetch(http, up.url) for _ in range(200)))
+    expected = {b"".join(b"data: %d %d\n\n" % (number, n) for n in range(20)) for number in range(200)}
+    assert set(bodies) == expected
+
+
+async def test_connection_used_last_is_used_next(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(delay=0.1), Scripted(delay=0.2))
+    await asyncio.gather(fetch(http, up.url), fetch(http, up.url))
+    for _ in range(3):
+        await fetch(http, up.url)
+    assert [request.connection for request in up.requests] == [1, 2, 2, 2, 2]
+
+
+async def test_idle_connection_is_closed_after_a_while(
+    http: Upstream, up: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlens.upstream_connection._IDLE_SECONDS", 0.1)
+    await fetch(http, up.url)
+    assert up.open == 1
+    await _eventually(lambda: up.open == 0)
+    await fetch(http, up.url)
+    assert up.connections == 2
+
+
+async def test_idle_connection_that_the_peer_closed_is_not_used(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(raw=OK + b"content-length: 2\r\n\r\nok"), Scripted(body=b"fine"))
+    assert await fetch(http, up.url) == b"ok"
+    await _eventually(lambda: up.open == 0)
+    assert await fetch(http, up.url) == b"fine"
+    assert [request.connection for request in up.requests] == [1, 2]
+
+
+async def test_answer_whose_end_was_received_but_not_read_leaves_its_connection(
+    http: Upstream, up: FakeUpstream
+) -> None:
+    up.script(Scripted(status=307), Scripted(body=b"fine"))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    await answer.close()
+    assert await fetch(http, up.url) == b"fine"
+    assert up.connections == 1
+
+
+async def test_kept_connection_that_died_after_a_byte_is_not_tried_again(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(body=b"first"), Scripted(raw=b"HTTP/1.1 2"), Scripted(body=b"never"))
+    await fetch(http, up.url)
+    with pytest.raises(UpstreamUnreachable):
+        await fetch(http, up.url)
+    assert len(up.requests) == 2
+
+
+async def test_calls_beyond_the_bound_wait_for_a_connection(up: FakeUpstream) -> None:
+    http = Upstream(max_connections=2)
+    up.script(*[Scripted(body=b"ok", delay=0.02)] * 8)
+    assert await asyncio.gather(*(fetch(http, up.url) for _ in range(8))) == [b"ok"] * 8
+    assert up.connections == 2
+    await http.aclose()
+
+
+async def test_call_that_gets_no_connection_in_time_times_out_and_takes_no_place(up: FakeUpstream) -> None:
+    http = Upstream(max_connections=1)
+    up.script(Scripted(events=EVENTS, hang=True), Scripted(body=b"fine"))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    with pytest.raises(UpstreamTimedOut, match=r"No connection to the provider within 0\.1 s"):
+        await fetch(http, up.url, deadlines=Deadlines(connect_seconds=0.1))
+    waiting = asyncio.create_task(fetch(http, up.url))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    await answer.close()
+    assert await fetch(http, up.url) == b"fine"
+    await http.aclose()
+
+
+async def test_bound_holds_after_every_kind_of_failure(up: FakeUpstream) -> None:
+    http = Upstream(max_connections=1)
+    up.script(Scripted(raw=b""), Scripted(raw=b"?"), Scripted(hang=True), Scripted(body=b"x", cut_at=0), Scripted())
+    for _ in range(4):
+        with pytest.raises(UpstreamError):
+            await fetch(http, up.url, deadlines=QUICK)
+    with pytest.raises(UpstreamUnreachable):
+        await fetch(http, "http://127.0.0.1:1/")
+    assert await fetch(http, up.url) == b""
+    await http.aclose()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["new connection", "kept connection"])
+async def test_cancellation_at_any_point_leaves_no_connection_and_no_task(
+    http: Upstream, up: FakeUpstream, kept: bool
+) -> None:
+    tasks = asyncio.all_tasks()
+    scripted = Scripted(events=EVENTS, gap=0, headers={} if kept else {"connection": "close"})
+    up.script(*[scripted] * 200)
+    whole = await fetch(http, up.url)
+    cancelled = 0
+    for turns in range(1, 100):
+        task = asyncio.create_task(fetch(http, up.url, body=b"x" * 200_000))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if task.done():
+            break
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled += 1
+        await _eventually(lambda: up.open <= kept)  # one that was just free again may stay
+        if kept:
+            assert await fetch(http, up.url) == whole
+    assert cancelled > 10
+    await http.aclose()
+    await _eventually(lambda: up.open == 0)
+    await _eventually(lambda: asyncio.all_tasks() == tasks)
+
+
+async def test_closing_ends_what_is_under_way_and_lets_nothing_begin(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(hang=True), Scripted(events=EVENTS, hang=True))
+    waiting = asyncio.create_task(fetch(http, up.url))
+    await up.arrived(1)
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    await anext(answer.chunks())
+    await http.aclose()
+    with pytest.raises(UpstreamUnreachable):
+        await waiting
+    with pytest.raises(UpstreamTruncated):
+        await answer.read()
+    for url in (up.url, "http://127.0.0.1:1/"):
+        with pytest.raises(UpstreamUnreachable, match="stopping"):
+            await fetch(http, url)
+    await _eventually(lambda: up.open == 0)
+
+
 # --- requests ----------------------------------------------------------------------------------
 
 
@@ -333,6 +471,24 @@ async def test_header_with_a_line_break_is_refused_without_showing_it(
         await http.open("GET", up.url, headers={"x-key": value}, body=None, deadlines=PATIENT)
     assert value not in str(caught.value)
     assert not up.requests
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "Connection", "Expect"])
+async def test_header_that_would_frame_the_request_twice_is_refused(
+    http: Upstream, up: FakeUpstream, name: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name.lower()!r} follows from the body"):
+        await http.open("POST", up.url, headers={name: "5"}, body=b"{}", deadlines=PATIENT)
+    assert not up.requests
+
+
+async def test_headers_of_the_caller_win_over_the_usual_ones(http: Upstream, up: FakeUpstream) -> None:
+    answer = await http.open(
+        "GET", up.url, headers={"User-Agent": "me", "HOST": "provider.example"}, body=None, deadlines=PATIENT
+    )
+    await answer.close()
+    headers = up.requests[0].headers
+    assert (headers["user-agent"], headers["host"], headers.get("content-length")) == ("me", "provider.example", None)
 
 
 async def test_headers_of_an_answer_are_found_in_any_case(http: Upstream, up: FakeUpstream) -> None:

@@ -150,6 +150,20 @@ def test_key_works_from_its_making_to_its_end(served: Served) -> None:
     wait_for(served, key, 401)
 
 
+def test_command_needs_only_its_own_plugins_variables(tmp_path: Path) -> None:
+    (tmp_path / "house.yaml").write_text(
+        "pipeline:\n  auth: [{plugin: api_keys, file: '${KEYS_FILE}'}]\n"
+        "  cost: [{plugin: ledger, url: 'sqlite:///x.db'}]\n"
+        "providers: {up: {plugin: openai, api_key: '${NOBODY_SET_THIS}'}}\n"
+        "models: {m: {targets: [{provider: up, model: m}]}}\n"
+    )
+    usage = run_qlens("usage", "-c", str(tmp_path / "house.yaml"))
+    assert (usage.returncode, usage.stderr) == (0, "")
+    keys = run_qlens("keys", "list", "-c", str(tmp_path / "house.yaml"))
+    assert keys.returncode == 2
+    assert "KEYS_FILE" in keys.stderr
+
+
 def wait_for(served: Served, key: str, status: int) -> None:
     """Call until the answer has this status: the gateway looks at the file of keys once a second."""
     ends = time.monotonic() + 10

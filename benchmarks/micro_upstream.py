@@ -1,0 +1,196 @@
+"""Measures what one exchange with a provider costs: qlens.Upstream beside aiohttp's ClientSession, in turns.
+
+Both ask the same server, which runs in a process of its own; CPU time is that of this process alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+import aiohttp
+from attrs import frozen
+
+from qlens import Deadlines, Upstream
+
+ANSWER = json.dumps({"choices": [{"message": {"role": "assistant", "content": "x" * 1000}}]}).encode()
+REQUEST = json.dumps({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "x" * 850}]}).encode()
+FIELDS = b"content-type: application/json\r\nx-request-id: req-1\r\n" + b"".join(
+    b"X-Ratelimit-Number-%d: 1000\r\n" % number for number in range(12)
+)
+EVENT = b"data: " + b"x" * 209 + b"\n\n"
+EVENTS = 100
+HEADERS = {"content-type": "application/json", "authorization": "Bearer sk-example-bench", "accept": "application/json"}
+DEADLINES = Deadlines()
+
+Exchange = Callable[[str], Awaitable[int]]
+"""Does one exchange with a URL; the pieces in which the body came."""
+
+
+@frozen
+class Row:
+    """What one side costs in one case."""
+
+    side: str
+    case: str
+    microseconds: list[float]
+
+    def __str__(self) -> str:
+        return f"{self.case:8} {self.side:14} {min(self.microseconds):8.1f} {statistics.median(self.microseconds):8.1f}"
+
+
+# --- the server --------------------------------------------------------------------------------
+
+
+class Server(asyncio.Protocol):
+    """Answers each request as fast as it can; requests are not pipelined, so one read ends with one."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.received = b""
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        head, end, body = self.received.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or 0)
+        if not end or len(body) < length:
+            return
+        self.received = b""
+        if b"/stream" in head[:40]:
+            asyncio.get_running_loop().create_task(self.stream())
+        else:
+            self.transport.write(b"HTTP/1.1 200 OK\r\n%scontent-length: %d\r\n\r\n%s" % (FIELDS, len(ANSWER), ANSWER))
+
+    async def stream(self) -> None:
+        """A stream whose events are written one by one."""
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+        )
+        for _ in range(EVENTS):
+            self.transport.write(b"%x\r\n%s\r\n" % (len(EVENT), EVENT))
+            await asyncio.sleep(0.002)
+        self.transport.write(b"0\r\n\r\n")
+
+
+def serve(ready: Connection, core: int | None) -> None:
+    """Run the server until the process is ended."""
+
+    async def run() -> None:
+        server = await asyncio.get_running_loop().create_server(Server, "127.0.0.1", 0)
+        ready.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    asyncio.run(run())
+
+
+@contextmanager
+def server() -> Iterator[str]:
+    """A server on another core, where there is one."""
+    cores = sorted(os.sched_getaffinity(0))
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(
+        target=serve, args=(there, cores[1] if len(cores) > 1 else None), daemon=True
+    )
+    process.start()
+    os.sched_setaffinity(0, {cores[0]})
+    try:
+        yield f"http://127.0.0.1:{here.recv()}"
+    finally:
+        os.sched_setaffinity(0, set(cores))
+        process.terminate()
+        process.join()
+
+
+# --- the two sides -----------------------------------------------------------------------------
+
+
+def ours(http: Upstream) -> Exchange:
+    """With qlens.Upstream."""
+
+    async def exchange(url: str) -> int:
+        answer = await http.open("POST", url, headers=HEADERS, body=REQUEST, deadlines=DEADLINES)
+        pieces = 0
+        async for _ in answer.chunks():
+            pieces += 1
+        return pieces
+
+    return exchange
+
+
+def theirs(session: aiohttp.ClientSession) -> Exchange:
+    """With aiohttp's ClientSession."""
+
+    async def exchange(url: str) -> int:
+        async with session.post(url, data=REQUEST, headers=HEADERS, allow_redirects=False) as response:
+            pieces = 0
+            async for _ in response.content.iter_any():
+                pieces += 1
+            return pieces
+
+    return exchange
+
+
+async def cost(exchange: Exchange, url: str, count: int, at_once: int) -> tuple[float, int]:
+    """The CPU microseconds of this process for each exchange, and all the pieces that came."""
+    numbers = iter(range(count))
+    pieces = 0
+
+    async def client() -> None:
+        nonlocal pieces
+        for _ in numbers:
+            pieces += await exchange(url)
+
+    before = time.process_time()
+    await asyncio.gather(*(client() for _ in range(at_once)))
+    return (time.process_time() - before) / count * 1e6, pieces
+
+
+async def measure(url: str, rounds: int, count: int, at_once: int) -> list[Row]:
+    """Both sides in turns, in each case; microseconds for an exchange, or for a chunk of a stream."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)
+    connector = aiohttp.TCPConnector(limit=0)
+    session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout)
+    http = Upstream()
+    sides = {"qlens": ours(http), "ClientSession": theirs(session)}
+    rows = {(case, side): Row(side, case, []) for case in ("small", "chunk") for side in sides}
+    try:
+        for _ in range(rounds + 1):
+            for side, exchange in sides.items():
+                small, _ = await cost(exchange, f"{url}/v1", count, at_once)
+                stream, _ = await cost(exchange, f"{url}/stream", count // EVENTS, at_once // 2)
+                rows["small", side].microseconds.append(small)
+                rows["chunk", side].microseconds.append(stream / EVENTS)
+    finally:
+        await session.close()
+        await http.aclose()
+    for row in rows.values():
+        del row.microseconds[0]  # the warm-up
+    return list(rows.values())
+
+
+def main() -> None:
+    """Print a table: the least and the median microseconds of CPU."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--exchanges", type=int, default=10_000)
+    parser.add_argument("--at-once", type=int, default=64)
+    given = parser.parse_args()
+    with server() as url:
+        rows = asyncio.run(measure(url, given.rounds, given.exchanges, given.at_once))
+    print("case     side                min   median")
+    print("\n".join(map(str, rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+"""One connection to a peer: a request goes out, its answer is parsed as it arrives, under strict framing."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import zlib
+from collections.abc import Callable
+from enum import IntEnum
+from itertools import chain
+from typing import Any, cast
+
+import httptools
+from attrs import Factory, define, field
+
+from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTruncated, UpstreamUnreachable
+
+__all__ = ["READ_BYTES", "Connection", "Headers"]
+
+READ_BYTES = 64 * 1024
+"""The size of the buffer that all connections of one event loop read into."""
+
+# Pieces that nobody has taken: over this, the transport stops reading, and TCP makes the peer wait.
+_MAX_WAITING_BYTES = 64 * 1024
+# A head with its interim answers, a chunk's line or the trailers: what a peer may send without a byte of a body.
+_MAX_FRAMING_BYTES = 64 * 1024
+_MAX_FIELD_BYTES = 8190
+_MAX_FIELDS = 128
+# How far a compressed body may grow, beside what every body may.
+_MAX_RATIO = 100
+# A request up to this size is one write; a larger one waits for the transport to drain.
+_WRITE_BYTES = 64 * 1024
+_IDLE_SECONDS = 15.0
+_FRAMING = frozenset({"content-length", "transfer-encoding", "content-encoding"})
+_CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
+_NO_BODY = frozenset({204, 304})
+_NOT_HTTP = "The provider's answer is not valid HTTP."
+_COMPRESSED = "The provider's answer is compressed in a way that cannot be read."
+_BROKEN = "The framing of the provider's answer is broken."
+
+
+class Headers(dict[str, str]):
+    """The headers of an answer by lower-cased name, found in any case; of a name that came twice, the first."""
+
+    def __getitem__(self, name: str) -> str:
+        return super().__getitem__(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and super().__contains__(name.lower())
+
+    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
+        """The value of a header, or the default."""
+        return super().get(name.lower(), default)
+
+
+class _Stage(IntEnum):
+    IDLE = 0  # no request is out: whatever arrives now is not asked for
+    HEAD = 1
+    BODY = 2
+    OVER = 3  # the whole answer is here, and may be still to be taken
+    LOST = 4
+
+
+_UNFINISHED = (_Stage.HEAD, _Stage.BODY)
+_UNASKED = (_Stage.IDLE, _Stage.LOST)
+
+
+class _Malformed(Exception):
+    """What a callback of the parser raises; the message goes to the client."""
+
+
+@define(eq=False)
+class _Inflater:
+    # For the peers that compress although they were asked not to.
+    _coding: str
+    _stream: Any = field(init=False, factory=lambda: zlib.decompressobj(zlib.MAX_WBITS | 32))  # gzip or zlib
+    _fed: int = field(init=False, default=0)
+    _given: int = field(init=False, default=0)
+
+    def feed(self, data: bytes) -> bytes:
+        self._fed += len(data)
+        room = self._fed * _MAX_RATIO - self._given
+        if self._coding.lower() not in _CODINGS:
+            raise _Malformed(_COMPRESSED)
+        try:
+            inflated: bytes = self._stream.decompress(data, room)
+        except zlib.error:
+            raise _Malformed(_COMPRESSED) from None
+        if self._stream.unconsumed_tail or self._stream.unused_data:
+            raise _Malformed(_COMPRESSED)
+        self._given += len(inflated)
+        return inflated
+
+    def is_at_end(self) -> bool:
+        return self._stream.eof or not self._fed
+
+
+@define(eq=False)
+class Connection(asyncio.BufferedProtocol):
+    """A transport with at most one exchange on it; who has it asks, then takes the body, then frees or aborts it.
+
+    Nothing is raised into the event loop: whatever goes wrong is kept as `error` and met by the one who waits.
+    """
+
+    _buffer: memoryview = field(repr=False)
+    _on_lost: Callable[[Connection], None] = field(repr=False)
+    reused: bool = field(init=False, default=False)
+    """Whether the exchange is not the first one here."""
+    answered: bool = field(init=False, default=False)
+    """Whether a byte of the answer has arrived."""
+    status: int = field(init=False, default=0)
+    headers: Headers = field(init=False, factory=Headers, repr=False)
+    error: UpstreamError | None = field(init=False, default=None)
+    _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
+    _transport: asyncio.Transport = field(init=False, repr=False)
+    _parser: httptools.HttpResponseParser = field(
+        init=False, default=Factory(httptools.HttpResponseParser, takes_self=True), repr=False
+    )
+    _stage: _Stage = field(init=False, default=_Stage.IDLE)
+    _waiter: asyncio.Future[None] | None = field(init=False, default=None, repr=False)
+    _until: float = field(init=False, default=math.inf, repr=False)
+    _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
+    _pieces: list[bytes] = field(init=False, factory=list, repr=False)
+    _waiting: int = field(init=False, default=0)  # bytes in those pieces
+    _fields: list[tuple[bytes, bytes]] = field(init=False, factory=list, repr=False)
+    _silent: int = field(init=False, default=0)  # bytes since the last one of a body
+    _bare: bool = field(init=False, default=False)  # the answer has a head only, whatever it says
+    _to_the_end: bool = field(init=False, default=False)  # the body ends with the connection
+    _reusable: bool = field(init=False, default=False)
+    _undrained: bool = field(init=False, default=False)
+    _inflater: _Inflater | None = field(init=False, default=None, repr=False)
+
+    # --- for the one who has it ----------------------------------------------------------------
+
+    async def ask(self, head: bytes, body: bytes, until: float, *, bare: bool = False) -> None:
+        """Send a request and wait for the head of its answer; TimeoutError at `until`, by the loop's clock.
+
+        `bare` says that the answer to this request has no body: HEAD, CONNECT.
+        """
+        if self._stage is not _Stage.IDLE:
+            raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
+        self._begin(bare)
+        if len(body) <= _WRITE_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            await self._write_in_parts(body, until)
+        while self._stage is _Stage.HEAD:
+            await self.wait(until)
+        if self.error is not None and not self.status:
+            raise self.error
+
+    def take(self) -> bytes | None:
+        """What has arrived of the body, b"" at its end, None when one must `wait`; raises what broke it after that."""
+        if self._pieces:
+            piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+            self._pieces.clear()
+            if self._waiting > _MAX_WAITING_BYTES:
+                self._transport.resume_reading()
+            self._waiting = 0
+            return piece
+        if self.error is not None:
+            raise self.error
+        return b"" if self._stage is _Stage.OVER else None
+
+    async def wait(self, until: float) -> None:
+        """Sleep until something has happened; TimeoutError at `until`."""
+        self._watch(until)
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            # The timer stays: it costs less to find nothing to do than to be made anew for every piece.
+            self._waiter, self._until = None, math.inf
+
+    def free(self) -> bool:
+        """End the exchange; False when the connection cannot be used for another one and was closed."""
+        if (
+            self._stage is not _Stage.OVER
+            or not self._reusable
+            or self._pieces
+            or self._transport.is_closing()
+            or self._transport.get_write_buffer_size()
+        ):
+            self.abort()
+            return False
+        self._stage = _Stage.IDLE
+        self._watch(self._loop.time() + _IDLE_SECONDS)
+        return True
+
+    def abort(self) -> None:
+        """Close at once: a peer that is still generating must learn of it."""
+        self._transport.abort()
+
+    def is_open(self) -> bool:
+        """Whether a request can be sent."""
+        return self._stage is _Stage.IDLE and not self._transport.is_closing()
+
+    def detach(self) -> asyncio.Transport:
+        """Give the transport away, for TLS through a tunnel."""
+        self._stage = _Stage.LOST
+        self._stop_watching()
+        del self._parser
+        return self._transport
+
+    # --- asyncio's side ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Asyncio's callback."""
+        self._transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Asyncio's callback; the parser copies what it keeps before any other connection reads."""
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Asyncio's callback."""
+        if self._stage in _UNASKED:
+            self.abort()
+            return
+        self.answered = True
+        self._silent += nbytes
+        try:
+            self._parser.feed_data(self._buffer[:nbytes])
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self._break(error)
+        if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
+            self._fail(_BROKEN)
+        if self._waiting > _MAX_WAITING_BYTES and self._stage is _Stage.BODY:
+            self._transport.pause_reading()
+        self._wake()
+
+    def pause_writing(self) -> None:
+        """Asyncio's callback."""
+        self._undrained = True
+
+    def resume_writing(self) -> None:
+        """Asyncio's callback."""
+        self._undrained = False
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Asyncio's callback; also at the end of a body without a length."""
+        self._stop_watching()
+        self._reusable = False
+        if self._stage is _Stage.BODY and self._to_the_end and exc is None and self._is_whole():
+            self._stage = _Stage.OVER
+        elif self._stage is not _Stage.OVER:
+            self._lose()
+        del self._parser  # which refers back to this object
+        self._wake()
+        self._on_lost(self)
+
+    # --- the parser's side ---------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        """The parser's callback."""
+        if self._stage is not _Stage.HEAD:
+            raise _Malformed(_BROKEN)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser's callback, for trailers as well; how many bytes may come is bounded elsewhere."""
+        self._fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        """The parser's callback, for interim answers as well."""
+        status = self._parser.get_status_code()
+        version = self._parser.get_http_version()
+        if not 100 <= status <= 599 or status == 101 or version not in {"1.1", "1.0"}:
+            raise _Malformed(_NOT_HTTP)
+        fields, self._fields = self._fields, []
+        if status < 200:
+            return
+        self.headers = headers = _headers(fields)
+        length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
+        if encoding is not None and (length is not None or version == "1.0" or encoding.lower() != "chunked"):
+            raise _Malformed(_BROKEN)
+        self._bare = self._bare or status in _NO_BODY
+        self._to_the_end = length is None and encoding is None and not self._bare
+        self._reusable = self._reusable and self._parser.should_keep_alive()
+        self.status = status
+        self._stage = _Stage.BODY
+        self._silent = 0
+        if (coding := headers.get("content-encoding", "identity")) != "identity" and not self._bare:
+            self._inflater = _Inflater(coding)
+        if self._bare:
+            self._stage = _Stage.OVER
+
+    def on_body(self, data: bytes) -> None:
+        """The parser's callback."""
+        if self._stage is not _Stage.BODY:
+            raise _Malformed(_BROKEN)
+        self._silent = 0
+        if self._inflater is not None and not (data := self._inflater.feed(data)):
+            return
+        self._pieces.append(data)
+        self._waiting += len(data)
+
+    def on_message_complete(self) -> None:
+        """The parser's callback, for interim answers as well."""
+        if self._stage is _Stage.BODY:
+            if not self._is_whole():
+                raise _Malformed(_BROKEN)
+            self._stage = _Stage.OVER
+
+    # --- inside --------------------------------------------------------------------------------
+
+    def _begin(self, bare: bool) -> None:
+        self._stage = _Stage.HEAD
+        self._bare = bare
+        # After a head without the body that it announces, the parser would wait for one.
+        self._reusable = not bare
+        self.reused, self.answered = self.status != 0, False
+        self.status = self._silent = 0
+        self._fields.clear()  # trailers
+        self._inflater = None
+
+    async def _write_in_parts(self, body: bytes, until: float) -> None:
+        view = memoryview(body)
+        for start in range(0, len(body), _WRITE_BYTES):
+            while self._undrained and self._stage is _Stage.HEAD:
+                await self.wait(until)
+            if self._stage is not _Stage.HEAD:
+                self._reusable = False  # answered, or gone, before it has read the request
+                return
+            self._transport.write(view[start : start + _WRITE_BYTES])
+
+    def _break(self, error: Exception) -> None:
+        cause = error.__context__
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed):
+            raise error  # a mistake of ours
+        self._reusable = False
+        if self._stage is _Stage.OVER and not self._bare:
+            return  # what follows an answer is not a part of it
+        if isinstance(cause, _Malformed):
+            self._fail(str(cause))
+        else:
+            self._fail(_NOT_HTTP if self._stage is _Stage.HEAD else _BROKEN)
+
+    def _fail(self, message: str) -> None:
+        self.error = UpstreamInvalid(message)
+        self._stage = _Stage.LOST
+        self.abort()
+
+    def _lose(self) -> None:
+        if self._stage is _Stage.HEAD:
+            self.error = UpstreamUnreachable("The provider closed the connection before it answered.")
+        elif self._stage is _Stage.BODY:
+            self.error = UpstreamTruncated("The provider closed the connection in the middle of its answer.")
+        self._stage = _Stage.LOST
+
+    def _is_whole(self) -> bool:
+        return self._inflater is None or self._inflater.is_at_end()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _watch(self, until: float) -> None:
+        self._until = until
+        if self._timer is not None:
+            if self._timer.when() <= until:
+                return
+            self._timer.cancel()
+        self._timer = self._loop.call_at(until, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        if self._loop.time() < self._until:
+            if self._until < math.inf:
+                self._watch(self._until)
+        elif self._waiter is None:
+            self.abort()  # idle for long enough
+        elif not self._waiter.done():
+            self._waiter.set_exception(TimeoutError())
+
+    def _stop_watching(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _headers(fields: list[tuple[bytes, bytes]]) -> Headers:
+    if len(fields) > _MAX_FIELDS or sum(map(len, chain.from_iterable(fields))) > _MAX_FRAMING_BYTES:
+        raise _Malformed("The provider's answer has too many headers.")
+    headers: dict[str, str] = {}
+    for name, value in fields:
+        if len(name) + len(value) > _MAX_FIELD_BYTES:
+            raise _Malformed("The provider's answer has a header that is too long.")
+        key = name.decode("latin-1").lower()
+        if key not in headers:
+            headers[key] = value.decode("utf-8", "surrogateescape").rstrip(" \t")
+        elif key in _FRAMING:
+            raise _Malformed(_BROKEN)
+    return Headers(headers)

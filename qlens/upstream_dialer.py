@@ -1,0 +1,218 @@
+"""New connections to peers: names into addresses, TCP, a proxy's tunnel, TLS; failures as our own errors."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import aiohappyeyeballs
+from aiohappyeyeballs import AddrInfoType
+from attrs import define, field, frozen
+
+from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamUnreachable
+from qlens.upstream_connection import READ_BYTES, Connection
+
+__all__ = ["Dialer", "Origin", "Tls", "invalid_url"]
+
+_NAME_SECONDS = 10.0
+_MAX_NAMES = 256
+# After this long without a connection, the next address is tried beside the first. (RFC 8305)
+_NEXT_ADDRESS_SECONDS = 0.25
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+@frozen
+class Tls:
+    """What TLS to a provider needs beside the defaults; certificates are always verified."""
+
+    ca_file: Path | None = None
+    """PEM certificates that are trusted instead of the system's."""
+    certificate: Path | None = None
+    """The client's own certificate, PEM, with its chain."""
+    key: Path | None = None
+    """The key of `certificate`; None when it is in the same file."""
+    server_name: str | None = None
+    """What the provider's certificate must be for, and what SNI asks for; None: the host of the URL."""
+
+
+@frozen(cache_hash=True)
+class Origin:
+    """Where a URL leads: connections to one origin serve all its URLs."""
+
+    scheme: str
+    host: str
+    port: int
+    tls: Tls | None = None
+
+    @property
+    def authority(self) -> str:
+        """Host and port as a Host header has them: without a port that goes without saying."""
+        return self.host_in_url if self.port == _DEFAULT_PORTS[self.scheme] else f"{self.host_in_url}:{self.port}"
+
+    @property
+    def server_name(self) -> str:
+        """What the certificate must be for."""
+        return (self.tls.server_name if self.tls else None) or self.host
+
+    @property
+    def host_in_url(self) -> str:
+        """The host; an IPv6 address in brackets."""
+        return f"[{self.host}]" if ":" in self.host else self.host
+
+
+@define(eq=False)
+class _Name:
+    # The lock: of many calls that need the same name, one asks for it.
+    lock: asyncio.Lock = field(init=False, factory=asyncio.Lock)
+    addresses: Sequence[AddrInfoType] = field(init=False, factory=list)
+    until: float = field(init=False, default=0.0)
+
+
+@define(eq=False)
+class Dialer:
+    """Opens connections, through an HTTP proxy if there is one; make it inside a running event loop."""
+
+    proxy: str | None = field(default=None, repr=False)
+    """`http://[user:password@]host:port`: https goes through a tunnel, http is asked for with its whole URL."""
+    _names: dict[tuple[str, int], _Name] = field(init=False, factory=dict, repr=False)
+    _contexts: dict[Tls | None, ssl.SSLContext] = field(init=False, factory=dict, repr=False)
+    _buffer: memoryview = field(init=False, factory=lambda: memoryview(bytearray(READ_BYTES)), repr=False)
+    _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
+    _proxy_at: tuple[str, int] = field(init=False, default=("", 0), repr=False)
+    proxy_headers: Mapping[str, str] = field(init=False, factory=dict, repr=False)
+    """The header with the credential for the proxy, if it wants one."""
+
+    def __attrs_post_init__(self) -> None:
+        if self.proxy is None:
+            return
+        parts = urlsplit(self.proxy)
+        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
+            raise ValueError("the proxy must be a URL of the form http://host:port")
+        self._proxy_at = parts.hostname, parts.port or 80
+        if parts.username is not None:
+            credential = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+            self.proxy_headers = {"proxy-authorization": f"Basic {b64encode(credential.encode()).decode()}"}
+
+    async def dial(self, origin: Origin, on_lost: Callable[[Connection], None], until: float) -> Connection:
+        """Open a connection that is ready for a request; TimeoutError when a proxy has not answered at `until`."""
+        try:
+            context = await self._context(origin.tls) if origin.scheme == "https" else None
+            if self.proxy is None:
+                return await self._connect((origin.host, origin.port), on_lost, context, origin.server_name)
+            connection = await self._connect(self._proxy_at, on_lost)
+            if context is None:
+                return connection
+            await self._ask_for_tunnel(connection, origin, until)
+            return await self._secured(connection, on_lost, context, origin.server_name)
+        except TimeoutError:
+            raise
+        except (OSError, UnicodeError) as error:
+            raise _not_connected(error) from None
+
+    async def _connect(
+        self,
+        at: tuple[str, int],
+        on_lost: Callable[[Connection], None],
+        context: ssl.SSLContext | None = None,
+        server_name: str | None = None,
+    ) -> Connection:
+        addresses = await self._addresses(at)
+        try:
+            sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
+        except OSError:
+            self._names.pop(at, None)
+            raise
+        _, connection = await self._loop.create_connection(
+            lambda: Connection(self._buffer, on_lost),
+            sock=sock,
+            ssl=context,
+            server_hostname=server_name if context else None,
+        )
+        return connection
+
+    async def _addresses(self, at: tuple[str, int]) -> Sequence[AddrInfoType]:
+        if (name := self._names.get(at)) is None:
+            if len(self._names) >= _MAX_NAMES:
+                del self._names[next(iter(self._names))]
+            name = self._names[at] = _Name()
+        async with name.lock:
+            if name.until <= self._loop.time():
+                name.addresses = await self._loop.getaddrinfo(*at, type=socket.SOCK_STREAM)
+                name.until = self._loop.time() + _NAME_SECONDS
+        return name.addresses
+
+    async def _context(self, tls: Tls | None) -> ssl.SSLContext:
+        if (context := self._contexts.get(tls)) is None:
+            try:
+                context = await self._loop.run_in_executor(None, _new_context, tls or Tls())
+            except OSError:
+                raise _no_tls("its TLS files cannot be read") from None
+            self._contexts[tls] = context
+        return context
+
+    async def _ask_for_tunnel(self, proxy: Connection, origin: Origin, until: float) -> None:
+        at = f"{origin.host_in_url}:{origin.port}"
+        fields = "".join(f"{name}: {value}\r\n" for name, value in self.proxy_headers.items())
+        try:
+            await proxy.ask(f"CONNECT {at} HTTP/1.1\r\nhost: {at}\r\n{fields}\r\n".encode(), b"", until, bare=True)
+        except BaseException as error:
+            proxy.abort()
+            if isinstance(error, UpstreamInvalid):
+                raise _no_tunnel("does not answer in HTTP") from None
+            raise
+        if proxy.error is not None or not 200 <= proxy.status < 300:
+            proxy.abort()
+            raise _no_tunnel(f"answered with status {proxy.status}")
+
+    async def _secured(
+        self, outer: Connection, on_lost: Callable[[Connection], None], context: ssl.SSLContext, server_name: str
+    ) -> Connection:
+        inner = Connection(self._buffer, on_lost)
+        transport = await self._loop.start_tls(outer.detach(), inner, context, server_hostname=server_name)
+        if transport is None:
+            raise ConnectionResetError
+        # Nobody else calls this for a transport that was there before.
+        inner.connection_made(transport)
+        return inner
+
+
+def invalid_url() -> UpstreamUnreachable:
+    """The error for a URL that leads nowhere."""
+    return UpstreamUnreachable("No connection to the provider: its configured URL is not valid.")
+
+
+def _new_context(tls: Tls) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=tls.ca_file)
+    context.set_alpn_protocols(["http/1.1"])
+    if tls.certificate is not None:
+        context.load_cert_chain(tls.certificate, tls.key)
+    return context
+
+
+def _not_connected(error: OSError | UnicodeError) -> UpstreamError:
+    if isinstance(error, UnicodeError):
+        return invalid_url()
+    if isinstance(error, socket.gaierror):
+        return UpstreamUnreachable("No connection to the provider: its host name has no address.")
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return _no_tls("its certificate is not trusted")
+    if isinstance(error, ssl.SSLError):
+        return _no_tls("the TLS handshake failed")
+    reason = f": {os.strerror(error.errno).lower()}" if error.errno else ""
+    return UpstreamUnreachable(f"No connection to the provider{reason}.")
+
+
+def _no_tunnel(reason: str) -> UpstreamUnreachable:
+    return UpstreamUnreachable(f"No connection to the provider: the proxy {reason}.")
+
+
+def _no_tls(reason: str) -> UpstreamUnreachable:
+    refused = UpstreamUnreachable(f"No connection to the provider: {reason}.", code="upstream_tls")
+    refused.again = False
+    return refused

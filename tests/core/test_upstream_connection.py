@@ -1,0 +1,437 @@
+"""What a peer may send, cut anywhere, and what it may not: strict framing, back-pressure, early answers."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import socket
+import zlib
+from collections.abc import AsyncIterator, Iterable
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from listeners import listening
+
+from qlens import Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated
+from qlens.testing import Scripted, upstream
+from qlens.testing.upstreams import FakeUpstream
+from qlens.upstream_connection import READ_BYTES, Connection
+
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"transfer-encoding: chunked\r\n\r\n"
+PATIENT = Deadlines()
+SOON = 5.0
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[Upstream]:
+    http = Upstream()
+    yield http
+    await http.aclose()
+
+
+@pytest.fixture
+async def up() -> AsyncIterator[FakeUpstream]:
+    async with upstream() as up:
+        yield up
+
+
+async def fetch(http: Upstream, url: str, *, body: bytes | None = b"{}", deadlines: Deadlines = PATIENT) -> bytes:
+    answer = await http.open("POST", url, headers={}, body=body, deadlines=deadlines)
+    return await answer.read()
+
+
+# --- every split of every answer ----------------------------------------------------------------
+
+
+class Wire(asyncio.Transport):
+    """A transport on which the test decides in which pieces bytes arrive."""
+
+    closing = False
+
+    def write(self, data: Any) -> None:
+        pass
+
+    def abort(self) -> None:
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+Outcome = tuple[int, dict[str, str], bytes, str, bool]
+"""Status, headers, body, error, and whether the connection may be used again."""
+
+
+async def received(pieces: Iterable[bytes], end: bool) -> Outcome:
+    """What a connection makes of an answer that arrives in these pieces; `end` closes it after the last one."""
+    connection = Connection(memoryview(bytearray(READ_BYTES)), lambda _: None)
+    wire = Wire()
+    connection.connection_made(wire)
+    asking = asyncio.ensure_future(connection.ask(b"", b"", asyncio.get_running_loop().time() + SOON))
+    await asyncio.sleep(0)
+    for piece in pieces:
+        for start in range(0, len(piece), READ_BYTES):
+            part = piece[start : start + READ_BYTES]
+            if not wire.closing:
+                connection.get_buffer(-1)[: len(part)] = part
+                connection.buffer_updated(len(part))
+    if end or wire.closing:
+        connection.connection_lost(None)
+    body, error = b"", ""
+    try:
+        await asking
+        while piece := connection.take() or b"":
+            body += piece
+    except UpstreamError as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    again = connection.free()
+    if not (end or wire.closing):
+        connection.abort()
+    connection._stop_watching()
+    return connection.status, dict(connection.headers), body, error, again
+
+
+def cut(raw: bytes, at: Iterable[int]) -> list[bytes]:
+    """The bytes in pieces."""
+    edges = [0, *sorted({position % (len(raw) + 1) for position in at}), len(raw)]
+    return [raw[start:end] for start, end in pairwise(edges) if start < end]
+
+
+def chunks(parts: Iterable[bytes], extension: bytes = b"", trailers: bytes = b"") -> bytes:
+    """A chunked body."""
+    coded = (b"%x%s\r\n%s\r\n" % (len(part), extension, part) for part in parts if part)
+    return b"".join(coded) + b"0\r\n" + trailers + b"\r\n"
+
+
+FIELD = st.tuples(
+    st.from_regex(rb"[a-zA-Z][a-zA-Z0-9-]{0,12}", fullmatch=True).map(lambda name: b"x-" + name),
+    st.from_regex(rb"[!-~]([ -~]{0,30}[!-~])?", fullmatch=True),
+)
+
+
+@st.composite
+def answers(draw: st.DrawFn) -> tuple[bytes, int, bytes, bool]:
+    """A good answer: its bytes, status, body, and whether it ends with the connection."""
+    status = draw(st.sampled_from([200, 201, 204, 304, 400, 429, 500, 599]))
+    parts = draw(st.lists(st.binary(max_size=300), max_size=6)) if status not in {204, 304} else []
+    body = b"".join(parts)
+    raw = b"".join(
+        draw(st.lists(st.sampled_from([b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 E\r\nlink: x\r\n\r\n"])))
+    )
+    raw += b"HTTP/1.%d %d %s\r\n" % (
+        draw(st.sampled_from([0, 1])),
+        status,
+        draw(st.sampled_from([b"", b"OK", b"Not So"])),
+    )
+    raw += b"".join(b"%s:%s\r\n" % field for field in draw(st.lists(FIELD, max_size=8)))
+    packed = draw(st.sampled_from([None, gzip.compress, zlib.compress])) if body else None
+    if packed is not None:
+        raw += b"Content-Encoding: gzip\r\n"
+        parts = [packed(body)]
+        parts = cut(parts[0], draw(st.lists(st.integers(0, 2000), max_size=4)))
+    framing = draw(st.sampled_from(["length", "chunks", "end"])) if status not in {204, 304} else "none"
+    if framing == "chunks" and b"HTTP/1.1 %d" % status in raw:
+        trailers = draw(st.sampled_from([b"", b"x-sum: 1\r\n"]))
+        return (
+            raw
+            + b"Transfer-Encoding: chunked\r\n\r\n"
+            + chunks(parts, draw(st.sampled_from([b"", b";a=b"])), trailers),
+            status,
+            body,
+            False,
+        )
+    if framing in {"length", "chunks"}:
+        coded = b"".join(parts)
+        return raw + b"Content-Length: %d\r\n\r\n%s" % (len(coded), coded), status, body, False
+    return raw + b"\r\n" + b"".join(parts), status, body, framing == "end"
+
+
+@settings(max_examples=400, deadline=None)
+@given(answers(), st.lists(st.integers(0, 5000), max_size=12), st.booleans())
+def test_a_good_answer_is_the_same_wherever_it_is_cut(
+    answer: tuple[bytes, int, bytes, bool], at: list[int], byte_by_byte: bool
+) -> None:
+    raw, status, body, end = answer
+    whole = asyncio.run(received([raw], end))
+    pieces = [raw[n : n + 1] for n in range(len(raw))] if byte_by_byte else cut(raw, at)
+    assert asyncio.run(received(pieces, end)) == whole
+    assert (whole[0], whole[2], whole[3]) == (status, body, "")
+    assert whole[4] == (not end and raw.rpartition(b"HTTP/1.")[2].startswith(b"1"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(answers(), st.lists(st.integers(0, 5000), max_size=12), st.integers(1, 5000))
+def test_an_answer_that_stops_early_is_the_same_error_wherever_it_is_cut(
+    answer: tuple[bytes, int, bytes, bool], at: list[int], kept: int
+) -> None:
+    raw, _, body, _ = answer
+    raw = raw[: kept % len(raw)]
+    whole = asyncio.run(received([raw], end=True))
+    assert asyncio.run(received(cut(raw, at), end=True)) == whole
+    assert body.startswith(whole[2])
+    assert not whole[4]
+
+
+@settings(max_examples=300, deadline=None)
+@given(answers(), st.binary(min_size=1, max_size=8), st.integers(0, 5000), st.lists(st.integers(0, 5000), max_size=12))
+def test_garbage_within_an_answer_never_escapes_as_anything_but_our_errors(
+    answer: tuple[bytes, int, bytes, bool], garbage: bytes, position: int, at: list[int]
+) -> None:
+    raw = answer[0]
+    start = position % len(raw)
+    outcome = asyncio.run(received(cut(raw[:start] + garbage + raw[start + len(garbage) :], at), end=True))
+    assert outcome[3] == "" or outcome[3].startswith("Upstream")
+
+
+# --- lies ---------------------------------------------------------------------------------------
+
+BOMB = gzip.compress(b"x" * 50_000_000)
+LIES = {
+    "length with a sign": OK + b"content-length: +5\r\n\r\nhello",
+    "negative length": OK + b"content-length: -5\r\n\r\nhello",
+    "empty length": OK + b"content-length: \r\n\r\nhello",
+    "length in hex": OK + b"content-length: 0x5\r\n\r\nhello",
+    "length too large to count": OK + b"content-length: 99999999999999999999\r\n\r\nhello",
+    "the same length twice": OK + b"content-length: 5\r\ncontent-length: 5\r\n\r\nhello",
+    "two lengths in one": OK + b"content-length: 5, 5\r\n\r\nhello",
+    "chunks and length": OK + b"transfer-encoding: chunked\r\ncontent-length: 5\r\n\r\n0\r\n\r\n",
+    "length in other letters": OK + b"Content-Length: 5\r\ncontent-LENGTH: 6\r\n\r\nhello!",
+    "length in a trailer": CHUNKED + b"5\r\nhello\r\n0\r\ncontent-length: 5\r\n\r\n",
+    "space before the colon": OK + b"content-length : 5\r\n\r\nhello",
+    "unknown transfer coding": OK + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "two transfer codings": OK + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "chunked not last": OK + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "chunked twice": OK + b"transfer-encoding: chunked\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunks in HTTP/1.0": b"HTTP/1.0 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+    "bare line feeds": b"HTTP/1.1 200 OK\ncontent-length: 5\n\nhello",
+    "one bare line feed": OK + b"a: b\ncontent-length: 5\r\n\r\nhello",
+    "bare carriage return": OK + b"a: b\rc: d\r\ncontent-length: 5\r\n\r\nhello",
+    "folded header": OK + b"a: b\r\n c\r\ncontent-length: 5\r\n\r\nhello",
+    "NUL in a header": OK + b"a: b\0\r\ncontent-length: 5\r\n\r\nhello",
+    "header without a name": OK + b": b\r\ncontent-length: 5\r\n\r\nhello",
+    "status 099": b"HTTP/1.1 099 X\r\ncontent-length: 0\r\n\r\n",
+    "status 600": b"HTTP/1.1 600 X\r\ncontent-length: 0\r\n\r\n",
+    "status 2000": b"HTTP/1.1 2000 X\r\ncontent-length: 0\r\n\r\n",
+    "status 20": b"HTTP/1.1 20 X\r\ncontent-length: 0\r\n\r\n",
+    "status with letters": b"HTTP/1.1 2OO OK\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/0.9 by name": b"HTTP/0.9 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/2 by name": b"HTTP/2.0 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "HTTP/1.2": b"HTTP/1.2 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "another protocol": b"HTTPS/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "change of protocol": b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
+    "change of protocol to nothing": b"HTTP/1.1 101 Switching Protocols\r\n\r\nhello",
+    "304 with a body": b"HTTP/1.1 304 Not Modified\r\n\r\nbody",
+    "body after an interim answer": b"HTTP/1.1 103 Early Hints\r\ncontent-length: 2\r\n\r\nok" + OK + b"\r\n",
+    "endless interim answers": b"HTTP/1.1 100 Continue\r\n\r\n" * 20_000,
+    "endless status line": b"HTTP/1.1 200 " + b"x" * 300_000,
+    "endless header name": OK + b"x" * 300_000,
+    "endless header": OK + b"a: " + b"x" * 300_000,
+    "headers of 70 kB": OK + b"".join(b"a%d: %s\r\n" % (n, b"x" * 7000) for n in range(10)) + b"\r\n",
+    "129 headers": OK + b"a: b\r\n" * 129 + b"\r\n",
+    "endless trailers": CHUNKED + b"5\r\nhello\r\n0\r\n" + b"a: b\r\n" * 50_000,
+    "endless chunk extension": CHUNKED + b"5;" + b"x" * 300_000,
+    "endless chunk size": CHUNKED + b"0" * 300_000,
+    "chunk size too large to count": CHUNKED + b"fffffffffffffffff\r\nhello\r\n0\r\n\r\n",
+    "negative chunk size": CHUNKED + b"-5\r\nhello\r\n0\r\n\r\n",
+    "chunk size with 0x": CHUNKED + b"0x5\r\nhello\r\n0\r\n\r\n",
+    "chunk longer than it says": CHUNKED + b"4\r\nhello\r\n0\r\n\r\n",
+    "chunk size with a line feed": CHUNKED + b"5\nhello\r\n0\r\n\r\n",
+    "chunk without a size": CHUNKED + b"\r\nhello\r\n0\r\n\r\n",
+    "compressed in an unknown way": OK + b"content-encoding: br\r\ncontent-length: 5\r\n\r\nhello",
+    "compressed twice": OK + b"content-encoding: gzip, gzip\r\ncontent-length: 5\r\n\r\nhello",
+    "two compressions": OK + b"content-encoding: gzip\r\ncontent-encoding: br\r\ncontent-length: 5\r\n\r\nhello",
+    "compressed body cut short": OK
+    + b"content-encoding: gzip\r\ncontent-length: 12\r\n\r\n"
+    + gzip.compress(b"hello")[:12],
+    "more after the compressed body": OK + b"content-encoding: gzip\r\n\r\n" + gzip.compress(b"hello") + b"more",
+    "gzip bomb": OK + b"content-encoding: gzip\r\ncontent-length: %d\r\n\r\n%s" % (len(BOMB), BOMB),
+}
+
+
+@pytest.mark.parametrize("lie", LIES, ids=str)
+async def test_a_lie_about_the_answer_is_invalid_and_its_connection_is_not_used_again(
+    http: Upstream, up: FakeUpstream, lie: str
+) -> None:
+    up.script(Scripted(raw=LIES[lie]), Scripted(body=b"fine"))
+    with pytest.raises(UpstreamInvalid):
+        await fetch(http, up.url)
+    assert await fetch(http, up.url) == b"fine"
+    assert [request.connection for request in up.requests] == [1, 2]
+
+
+async def test_status_of_an_answer_that_cannot_be_unpacked_is_known(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(status=429, headers={"content-encoding": "br", "retry-after": "7"}, body=b"squeezed"))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    assert (answer.status, answer.headers["Retry-After"]) == (429, "7")
+    with pytest.raises(UpstreamInvalid, match="compressed"):
+        await answer.read()
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
+async def test_body_that_is_compressed_unasked_is_read(http: Upstream, up: FakeUpstream, pack: Any) -> None:
+    text = b"".join(b"%d " % number for number in range(50_000))
+    up.script(Scripted(headers={"Content-Encoding": "GZip"}, body=pack(text), split=1000), Scripted(body=b"next"))
+    assert await fetch(http, up.url) == text
+    assert await fetch(http, up.url) == b"next"
+    assert up.connections == 1
+
+
+async def test_what_came_before_the_framing_broke_is_read_first(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(raw=CHUNKED + b"5\r\nhello\r\nZZ\r\n"))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    pieces = answer.chunks()
+    assert await anext(pieces) == b"hello"
+    with pytest.raises(UpstreamInvalid, match="framing"):
+        await anext(pieces)
+    with pytest.raises(UpstreamTruncated):
+        await anext(pieces)
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_answer_without_a_body_leaves_the_connection_for_the_next(
+    http: Upstream, up: FakeUpstream, status: int
+) -> None:
+    up.script(Scripted(status=status, headers={"content-length": "0"}), Scripted(body=b"next"))
+    assert await fetch(http, up.url) == b""
+    assert await fetch(http, up.url) == b"next"
+    assert up.connections == 1
+
+
+async def test_answer_to_head_has_no_body_whatever_length_it_names(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(raw=OK + b"content-length: 500\r\n\r\n"))
+    answer = await http.open("HEAD", up.url, headers={}, body=None, deadlines=PATIENT)
+    assert answer.headers["content-length"] == "500"
+    assert await answer.read() == b""
+
+
+async def test_connection_that_is_to_be_closed_is_not_used_again(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(headers={"Connection": "close"}, body=b"one"), Scripted(body=b"two"))
+    assert await fetch(http, up.url) == b"one"
+    assert await fetch(http, up.url) == b"two"
+    assert [request.connection for request in up.requests] == [1, 2]
+
+
+async def test_connection_on_which_something_arrives_unasked_is_not_used_again(http: Upstream) -> None:
+    closed = asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+        await asyncio.sleep(0.05)
+        writer.write(b"HTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\n\r\n")
+        await reader.read()
+        closed.set()
+
+    async with listening(talk) as port:
+        url = f"http://127.0.0.1:{port}/"
+        assert await fetch(http, url) == b"ok"
+        await asyncio.wait_for(closed.wait(), SOON)
+        assert await fetch(http, url) == b"ok"
+
+
+# --- back-pressure -------------------------------------------------------------------------------
+
+
+async def test_client_that_does_not_read_stops_the_provider(http: Upstream) -> None:
+    total, block = 64 * 1024 * 1024, b"x" * 65536
+    sent = 0
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        await reader.readuntil(b"\r\n\r\n")
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        writer.write(OK + b"content-length: %d\r\n\r\n" % total)
+        while sent < total:
+            writer.write(block)
+            await writer.drain()
+            sent += len(block)
+
+    async with listening(pour) as port:
+        url = f"http://127.0.0.1:{port}/"
+        # A pause of the client is none of the provider's.
+        deadlines = Deadlines(first_byte_seconds=0.3, idle_seconds=0.3)
+        answer = await http.open("GET", url, headers={}, body=None, deadlines=deadlines)
+        pieces = answer.chunks()
+        received, largest = len(await anext(pieces)), 0
+        before = -1
+        while before != sent:
+            before = sent
+            await asyncio.sleep(0.25)
+        assert sent < total / 4
+        async for piece in pieces:
+            largest = max(largest, len(piece))
+            received += len(piece)
+        assert received == total
+        assert largest <= 2 * READ_BYTES
+
+
+async def test_large_body_goes_out_as_fast_as_the_provider_reads_it(http: Upstream) -> None:
+    body = b"x" * (24 * 1024 * 1024)
+    size = 0
+
+    async def sip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal size
+        await reader.readuntil(b"\r\n\r\n")
+        while size < len(body):
+            size += len(await reader.read(1024 * 1024))
+            await asyncio.sleep(0)
+        writer.write(OK + b"content-length: 2\r\n\r\nok")
+        await reader.read()
+
+    async with listening(sip) as port:
+        url = f"http://127.0.0.1:{port}/"
+        assert await fetch(http, url, body=body) == b"ok"
+    assert size == len(body)
+
+
+async def test_body_that_the_provider_does_not_read_times_out(http: Upstream) -> None:
+    closed = asyncio.Event()
+
+    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.5)
+            while await reader.read(1 << 20):
+                pass
+        closed.set()
+
+    async with listening(deaf) as port:
+        url = f"http://127.0.0.1:{port}/"
+        with pytest.raises(UpstreamTimedOut, match="did not answer"):
+            await fetch(http, url, body=b"x" * (24 << 20), deadlines=Deadlines(first_byte_seconds=0.3))
+        await asyncio.wait_for(closed.wait(), SOON)
+
+
+async def test_answer_that_comes_before_the_body_was_read_ends_the_sending(http: Upstream) -> None:
+    connections = 0
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\n\r\nbig")
+        with suppress(ConnectionError):
+            await asyncio.sleep(0.2)
+            while await reader.read(1 << 20):
+                pass
+
+    async with listening(refuse) as port:
+        url = f"http://127.0.0.1:{port}/"
+        for _ in range(2):
+            answer = await http.open("POST", url, headers={}, body=b"x" * (24 << 20), deadlines=PATIENT)
+            assert (answer.status, await answer.read()) == (413, b"big")
+    assert connections == 2
