@@ -59,6 +59,8 @@ class Account:
     """What watches each attempt's stream, by the attempt's place."""
     first_byte: float | None = None
     bytes_out: int = 0
+    rested: float = 0.0
+    """Seconds spent waiting until a target might be asked again."""
     delivered: bool = False
     """Whether the client was handed the whole answer."""
     _opened: list[Reply] = field(factory=list, init=False)
@@ -126,6 +128,12 @@ class Account:
             upstream_id=error.upstream_id,
         )
 
+    async def rest(self, until: float) -> None:
+        """Wait until a target may be asked again."""
+        started = time.monotonic()
+        await asyncio.sleep(until - started)
+        self.rested += time.monotonic() - started
+
     def cut_off(self, place: int) -> None:
         """Note that an attempt was cancelled; why, is known when the call ends."""
         self._note(place, ended=time.monotonic())
@@ -182,8 +190,8 @@ class Account:
         return self.pipeline.cost(self.call, reply.target, reply.usage).picos or 0
 
     def waited(self, until: float) -> float:
-        """Seconds spent waiting for providers."""
-        return sum((attempt.ended or until) - attempt.started for attempt in self.call.attempts)
+        """Seconds spent waiting for providers, between attempts too: all else is the gateway's own."""
+        return self.rested + sum((attempt.ended or until) - attempt.started for attempt in self.call.attempts)
 
     def _receipt(self, outcome: Outcome, status: int, code: str | None) -> Receipt:
         call, now = self.call, time.monotonic()

@@ -19,7 +19,6 @@ Body = dict[str, Any]
 
 Outcome = Literal["complete", "cached", "failed", "abandoned", "rejected", "blocked", "cut"]
 CacheState = Literal["hit", "miss", "semantic", "off"]
-Shares = Literal["process", "store"]
 
 
 @frozen

@@ -71,6 +71,7 @@ def lifespan(gateway: Gateway) -> AbstractAsyncContextManager[None]:  # type: ig
     """Hold what the plugin needs while it serves: connections, tasks, files.
 
     Entered at start-up before the socket opens, and on reload; left after the last call of this configuration settled.
+    Opening may take 60 s and closing 30 s; then it is cancelled.
     Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock and worker.
     Raise StartupError for a fault the operator must mend; a backend that is down must not fail it: show it in `health`.
     """

@@ -245,7 +245,7 @@ class Pipeline:
             if not waiting and resting:
                 rested = min(resting, key=itemgetter(0))
                 resting.remove(rested)
-                await asyncio.sleep(rested[0] - time.monotonic())
+                await account.rest(rested[0])
                 waiting = [rested[1]]
             if not waiting:
                 raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")

@@ -21,7 +21,7 @@ from qlens.errors import ConfigError, Fault, StartupError
 from qlens.models import Models, models_of
 
 if TYPE_CHECKING:
-    from qlens.call import Call, Reply, Shares, Target
+    from qlens.call import Call, Reply, Target
     from qlens.gateway import Gateway
 
 STAGES = ("auth", "rate_limit", "guard", "cache", "route", "provider", "cost", "observe")
@@ -418,8 +418,3 @@ def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faul
         spoken = {target.key: spoken_by(instance.plugin, target) for target in targets}
         providers[instance.entry.name] = Provider(instance.entry.name, instance.plugin, senders[instance.key], spoken)
     return providers
-
-
-def shares(plugin: object) -> Shares:
-    """How far a plugin's state reaches: its process, or a store that all processes see."""
-    return getattr(plugin, "shares", "process")

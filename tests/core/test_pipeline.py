@@ -188,6 +188,16 @@ async def test_a_target_is_asked_again_only_when_all_were_tried() -> None:
         assert [a.target.provider for a in receipt.attempts] == ["one", "two", "one", "two"]
 
 
+async def test_the_wait_between_attempts_is_not_the_gateways_overhead() -> None:
+    providers = {"one": {"plugin": "plugs:Talker", "fail": True}}
+    stages = {"route": [{"plugin": "retry", "attempts": 2, "backoff_seconds": 0.3, "jitter": 0}]}
+    async with running(config(stages, providers, {"gpt-4o-mini": {"targets": targets("one")}})) as gateway:
+        await gateway.post(CHAT, HELLO)
+        (receipt,) = await gateway.settled(1)
+        assert receipt.total_us >= 300_000
+        assert receipt.total_us - receipt.overhead_us >= 300_000
+
+
 async def test_a_target_that_wants_too_long_a_wait_is_left_alone_and_the_others_still_asked() -> None:
     async with upstream() as busy, upstream() as well:
         busy.script(
