@@ -41,7 +41,7 @@ build: $(VENV)/.dev ## build the wheel and the source archive into dist/
 version: ## print the version
 	@sed -n 's/^__version__ = "\(.*\)"/\1/p' qlens/__init__.py
 
-bench: $(VENV)/.dev ## measure what a call costs the gateway (ARGS="--calls 2000"), into benchmarks/results/
+bench: $(VENV)/.dev ## measure what a call costs, other gateways beside it, into benchmarks/results (ARGS="--quick" for a look)
 	@PYTHONPATH=tests $(PY) -m benchmarks.bench $(ARGS)
 
 llm: $(VENV)/.run $(LLM)/.ready ## start a small real model with the gateway in front of it (130 MB, fetched once)

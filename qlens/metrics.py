@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attrs import define, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from qlens import errors
-from qlens.money import usd
 from qlens.usage import BUCKETS
 
 if TYPE_CHECKING:
@@ -19,6 +18,7 @@ M = TypeVar("M", Counter, Gauge, Histogram)
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1)
+PICOS = 10**12
 NONE = "-"
 """The label of what a call did not reach."""
 OTHER = "other"
@@ -74,36 +74,59 @@ class Metrics:
         return generate_latest(self.registry)
 
 
+@define(eq=False)
+class Labelled(Generic[M]):
+    """A metric whose children are looked up once: finding one by its labels costs more than counting it."""
+
+    metric: M
+    _children: dict[tuple[str, ...], M] = field(factory=dict, init=False)
+
+    def labels(self, *labels: str) -> M:
+        """The child with these labels."""
+        child = self._children.get(labels)
+        if child is None:
+            child = self._children[labels] = self.metric.labels(*labels)
+        return child
+
+
 class CallMetrics:
     """The metrics of every call. Labels come from the configuration only, never from a client's text."""
 
     def __init__(self, metrics: Metrics) -> None:
         call = ("operation", "model", "outcome")
-        self.calls = metrics.counter("qlens_calls_total", "Calls that were authenticated, by how they ended.", call)
-        self.refused = metrics.counter(
-            "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
+        self.calls = Labelled(
+            metrics.counter("qlens_calls_total", "Calls that were authenticated, by how they ended.", call)
+        )
+        self.refused = Labelled(
+            metrics.counter(
+                "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
+            )
         )
         self.running = metrics.gauge("qlens_calls_running", "Calls on their way.")
-        self.seconds = metrics.histogram("qlens_call_seconds", "Time from request to end of answer.", call)
+        self.seconds = Labelled(metrics.histogram("qlens_call_seconds", "Time from request to end of answer.", call))
         self.overhead = metrics.histogram(
             "qlens_overhead_seconds", "Time of a call that was not spent waiting for a provider.", buckets=OVERHEAD
         )
-        self.first = metrics.histogram(
-            "qlens_first_byte_seconds", "Time to the first byte of a streamed answer.", ("model",)
+        self.first = Labelled(
+            metrics.histogram("qlens_first_byte_seconds", "Time to the first byte of a streamed answer.", ("model",))
         )
-        self.attempts = metrics.counter(
-            "qlens_attempts_total", "Sends to targets, by provider and result.", ("provider", "result")
+        self.attempts = Labelled(
+            metrics.counter("qlens_attempts_total", "Sends to targets, by provider and result.", ("provider", "result"))
         )
-        self.tokens = metrics.counter(
-            "qlens_tokens_total", "Tokens used, in disjoint buckets.", ("model", "provider", "bucket")
+        self.tokens = Labelled(
+            metrics.counter("qlens_tokens_total", "Tokens used, in disjoint buckets.", ("model", "provider", "bucket"))
         )
-        self.cost = metrics.counter("qlens_cost_usd_total", "Cost of billed attempts in USD.", ("model", "provider"))
-        self.unpriced = metrics.counter(
-            "qlens_unpriced_total", "Billed attempts whose price is unknown.", ("model", "provider")
+        self.cost = Labelled(
+            metrics.counter("qlens_cost_usd_total", "Cost of billed attempts in USD.", ("model", "provider"))
         )
-        self.saved = metrics.counter("qlens_saved_usd_total", "What cached answers would have cost in USD.", ("model",))
-        self.failures = metrics.counter(
-            "qlens_plugin_failures_total", "Hooks that failed by themselves.", ("plugin", "hook")
+        self.unpriced = Labelled(
+            metrics.counter("qlens_unpriced_total", "Billed attempts whose price is unknown.", ("model", "provider"))
+        )
+        self.saved = Labelled(
+            metrics.counter("qlens_saved_usd_total", "What cached answers would have cost in USD.", ("model",))
+        )
+        self.failures = Labelled(
+            metrics.counter("qlens_plugin_failures_total", "Hooks that failed by themselves.", ("plugin", "hook"))
         )
         self.loads = metrics.counter("qlens_config_loads_total", "Configurations loaded or refused.", ("result",))
 
@@ -116,7 +139,7 @@ class CallMetrics:
         if receipt.ttft_us is not None and receipt.streamed:
             self.first.labels(model).observe(receipt.ttft_us / 1e6)
         if receipt.saved_picos:
-            self.saved.labels(model).inc(float(usd(receipt.saved_picos)))
+            self.saved.labels(model).inc(receipt.saved_picos / PICOS)
         for attempt in receipt.attempts:
             self._attempt(model, attempt)
 
@@ -134,4 +157,4 @@ class CallMetrics:
         if attempt.cost.picos is None:
             self.unpriced.labels(model, provider).inc()
         else:
-            self.cost.labels(model, provider).inc(float(usd(attempt.cost.picos)))
+            self.cost.labels(model, provider).inc(attempt.cost.picos / PICOS)

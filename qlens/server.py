@@ -15,7 +15,7 @@ from contextlib import ExitStack, asynccontextmanager
 from typing import Any
 
 import orjson
-from aiohttp import ClientPayloadError, web
+from aiohttp import ClientPayloadError, StreamReader, web
 from aiohttp.http import HttpProcessingError, HttpVersion11
 from aiohttp.http_exceptions import ContentEncodingError
 from attrs import define, field
@@ -440,29 +440,41 @@ async def _read(request: web.BaseRequest, most: int) -> bytes:
     encoding = request.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in {"identity", "gzip"}:
         raise unsupported_encoding()
-    too_large = BodyTooLarge(f"The request body is larger than this gateway's limit of {most} bytes.")
     if (request.content_length or 0) > most:
-        raise too_large
+        raise _too_large(most)
+    content = request.content
+    if content.is_eof() and content.exception() is None:
+        # It came with the head, as most do: nothing is waited for.
+        body = content.read_nowait()
+        if len(body) > most:
+            raise _too_large(most)
+        return body
     expected = request.headers.get("expect", "").lower()
-    waits = expected == "100-continue" and request.version >= HttpVersion11 and not request.content.is_eof()
-    if waits and request.transport is not None:
+    if expected == "100-continue" and request.version >= HttpVersion11 and request.transport is not None:
         request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    return await _read_slowly(content, most)
+
+
+async def _read_slowly(content: StreamReader, most: int) -> bytes:
     parts, size = [], 0
-    loop = asyncio.get_running_loop()
-    started = loop.time()
+    started = asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout(BODY_GRACE_SECONDS) as timer:
-            while part := await request.content.readany():
+            while part := await content.readany():
                 parts.append(part)
                 size += len(part)
                 if size > most:
-                    raise too_large
+                    raise _too_large(most)
                 timer.reschedule(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND)
     except TimeoutError:
         raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
     except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
         raise InvalidRequest("The request body does not arrive as its headers say.") from None
     return b"".join(parts)
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than this gateway's limit of {most} bytes.")
 
 
 def _told(account: Account) -> dict[str, str]:

@@ -137,7 +137,7 @@ class Connection(asyncio.BufferedProtocol):
 
         `bare` says that the answer to this request has no body: HEAD, CONNECT.
         """
-        if self._stage is not _Stage.IDLE:
+        if self._stage != _Stage.IDLE:
             raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
         self._begin(bare)
         if len(body) <= _WRITE_BYTES:
@@ -266,7 +266,7 @@ class Connection(asyncio.BufferedProtocol):
         """The parser's callback, for interim answers as well."""
         status = self._parser.get_status_code()
         version = self._parser.get_http_version()
-        if not 100 <= status <= 599 or status == 101 or version not in {"1.1", "1.0"}:
+        if not 100 <= status <= 599 or version not in {"1.1", "1.0"}:
             raise _Malformed(_NOT_HTTP)
         fields, self._fields = self._fields, []
         if status < 200:
@@ -281,10 +281,11 @@ class Connection(asyncio.BufferedProtocol):
         self.status = status
         self._stage = _Stage.BODY
         self._silent = 0
-        if (coding := headers.get("content-encoding", "identity")) != "identity" and not self._bare:
-            self._inflater = _Inflater(coding)
+        coding = headers.get("content-encoding") or "identity"
         if self._bare:
             self._stage = _Stage.OVER
+        elif coding != "identity":
+            self._inflater = _Inflater(coding)
 
     def on_body(self, data: bytes) -> None:
         """The parser's callback."""
