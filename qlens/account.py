@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from attrs import define, evolve, field
 
 from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
-from qlens.errors import Blocked, CallError, QuotaExceeded
+from qlens.errors import Blocked, CallError, QuotaExceeded, frames
 from qlens.metering import Meter
 from qlens.usage import NO_USAGE, together
 
@@ -90,8 +90,8 @@ class Account:
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await reply.aclose()
-            except (Exception, asyncio.CancelledError):  # also of a task of the provider's own
-                log.exception("call %s: closing the upstream failed", self.call.id)
+            except (Exception, asyncio.CancelledError) as error:  # also of a task of the provider's own
+                log.error("call %s: closing the upstream failed: %s", self.call.id, frames(error))
 
     def hold_open(self, reply: Reply) -> Reply:
         """Take charge of a reply: it is closed with the account, whatever becomes of it."""

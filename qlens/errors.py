@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Mapping
 
 from attrs import frozen
@@ -45,6 +46,14 @@ class CallError(Exception):
     def body(self) -> dict[str, object]:
         """OpenAI's error object."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def frames(error: BaseException) -> str:
+    """Where an error comes from, for the log: its class and traceback, without its text and that of its causes.
+
+    The text of somebody else's error may hold a prompt, or a key.
+    """
+    return "".join([f"{type(error).__name__}\n", *traceback.format_tb(error.__traceback__)]).rstrip()
 
 
 # --- the client's side -------------------------------------------------------------------------

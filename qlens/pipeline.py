@@ -26,6 +26,7 @@ from qlens.errors import (
     UnsupportedMedia,
     UpstreamError,
     UpstreamInvalid,
+    frames,
 )
 from qlens.metering import Meter, as_openai, estimated, exploded, parsed
 from qlens.metrics import CallMetrics
@@ -41,6 +42,9 @@ STORE_SECONDS = 0.05
 """How long an answer waits for the caches that keep it."""
 MOST_ATTEMPTS = 100
 """No call makes more of them, whatever `retry` says."""
+
+MOST_COLLECTED_BYTES = 32 * 1024 * 1024
+"""The longest stream that is made into a body for a client that asked for one."""
 
 
 class Relay(Protocol):
@@ -397,9 +401,12 @@ class Pipeline:
         """Make one body of a stream that the client did not ask for."""
         if account.call.stream or reply.chunks is None:
             return reply
-        payloads = []
+        payloads, size = [], 0
         async for event in reply.events():
             data = sse.data(event)
+            size += len(event)
+            if size > MOST_COLLECTED_BYTES:
+                raise UpstreamInvalid(f"The provider sent a stream of more than {MOST_COLLECTED_BYTES} bytes.")
             if data and not data.startswith(b"[DONE]"):
                 payloads.append(parsed(data))
         body = dialects.named(reply.dialect).assemble(payloads)
@@ -440,7 +447,7 @@ class Pipeline:
     def failure(self, hook: Bound, error: BaseException, answer: CallError | None = None) -> CallError:
         """Count a hook that failed by itself, and give the error that the client sees for it."""
         self.metrics.failures.labels(hook.plugin, hook.name).inc()
-        log.error("%s failed in %s: %s", hook.plugin, hook.name, type(error).__name__, exc_info=error)
+        log.error("%s failed in %s: %s", hook.plugin, hook.name, frames(error))
         return answer or PluginFailed(f"{hook.plugin} failed.")
 
 

@@ -34,6 +34,7 @@ from qlens.errors import (
     StartupError,
     Unavailable,
     UnsupportedMedia,
+    frames,
 )
 from qlens.gateway import Gateway, Generation
 from qlens.metering import cost_text
@@ -132,7 +133,7 @@ class _Protocol(web.RequestHandler):
         if isinstance(exc, ContentEncodingError):
             error = unsupported_encoding()
         elif status >= 500:
-            log.error("a request failed: %s", type(exc).__name__, exc_info=exc)
+            log.error("a request failed: %s", frames(exc) if exc is not None else status)
             error = _mistake()
         else:
             log.debug("malformed request: %s", type(exc).__name__)
@@ -237,8 +238,8 @@ class Server:
             if not self.gateway.expired:
                 raise
             await self._fail(outlet, Unavailable("The gateway is shutting down.", code="shutting_down"))
-        except Exception:
-            log.exception("call %s failed", outlet.id)
+        except Exception as error:
+            log.error("call %s failed: %s", outlet.id, frames(error))
             await self._fail(outlet, _mistake())
         finally:
             self._tasks.discard(task)

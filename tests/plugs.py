@@ -28,6 +28,8 @@ from qlens import (
     hookimpl,
 )
 
+SECRET = "sk-example-secret-in-an-exception"
+
 HANGING = ("authenticate", "admit", "wrap_call", "lookup", "choose", "wrap_send", "send", "store")
 """The hooks a call can wait in."""
 
@@ -70,7 +72,7 @@ class Probe:
     def _plain(self, hook: str) -> bool:
         self.events.append(hook)
         if hook in self.config.fail:
-            raise RuntimeError("sk-example-secret-in-an-exception")
+            raise RuntimeError(SECRET)
         return hook in self.config.answer
 
     async def _at(self, hook: str) -> bool:
@@ -79,7 +81,7 @@ class Probe:
             self.hanging.set()
             await asyncio.Event().wait()
         if hook in self.config.fail:
-            raise RuntimeError("sk-example-secret-in-an-exception")
+            raise RuntimeError(SECRET)
         if hook in self.config.refuse:
             raise Unauthenticated("refused") if hook == "authenticate" else RateLimited("refused", retry_after=1.5)
         return hook in self.config.answer
@@ -160,7 +162,7 @@ class Probe:
         if hold is not None:
             self.holds.remove(hold)
         if "settle" in self.config.fail:
-            raise RuntimeError("sk-example-secret-in-an-exception")
+            raise RuntimeError(SECRET)
 
 
 @frozen
@@ -200,7 +202,7 @@ class Talker:
     async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
         self.bodies.append(outgoing.body)
         if self.config.fail:
-            raise RuntimeError("sk-example-secret-in-an-exception")
+            raise RuntimeError(SECRET)
         if self.config.hang:
             self.hanging.set()
             await asyncio.Event().wait()

@@ -69,7 +69,7 @@ async def test_nobody_answering_is_401_and_opens_no_account(credential: str | No
 )
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
 async def test_a_hook_that_fails_by_itself_is_answered_by_its_kind_and_counted(
-    stage: str, hook: str, status: int, body: dict[str, object]
+    stage: str, hook: str, status: int, body: dict[str, object], caplog: pytest.LogCaptureFixture
 ) -> None:
     stages = {stage: [probe("broken", fail=[hook]), *([{"plugin": "anonymous"}] if stage == "auth" else [])]}
     async with running(config(stages)) as gateway:
@@ -87,6 +87,10 @@ async def test_a_hook_that_fails_by_itself_is_answered_by_its_kind_and_counted(
         counted = f'qlens_plugin_failures_total{{hook="{hook}",plugin="broken"}}'
         assert counted in (await gateway.get("/metrics")).text
         assert "sk-example-secret" not in (await gateway.get("/metrics")).text
+    if hook != "health":
+        assert f"broken failed in {hook}: RuntimeError" in caplog.text
+        assert "in _plain" in caplog.text or "in _at" in caplog.text or hook == "settle"
+    assert "sk-example-secret" not in caplog.text
 
 
 async def test_a_settle_that_fails_does_not_keep_the_others_from_settling() -> None:
