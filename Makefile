@@ -62,7 +62,8 @@ pins: $(VENV)/.dev ## pin the dependencies anew, with hashes (ARGS="--upgrade" f
 	pins --output-file requirements/build.txt requirements/build.in && \
 	pins --output-file requirements/dev.txt pyproject.toml requirements/dev.in && \
 	pins --output-file requirements/node.txt requirements/node.in && \
-	pins --output-file requirements/llm.txt requirements/llm.in
+	pins --output-file requirements/llm.txt requirements/llm.in && \
+	pins --output-file requirements/bench.txt requirements/bench.in
 
 clean: ## remove everything that the other targets made
 	@rm -rf $(VENV) $(TOOLS) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

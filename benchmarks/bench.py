@@ -7,12 +7,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attrs import asdict, define, evolve, field, frozen
 
-from benchmarks import report, stages
+from benchmarks import report, soak, stages
 from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
 from benchmarks.install import default_install
 from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
@@ -58,8 +59,8 @@ class Round:
     def run(self) -> None:
         """All parts, from the smallest heap to the largest; a part that fails leaves its values out."""
         parts: list[Callable[[], None]] = [self.memory, self.warm_up]
-        parts += [lambda count=count: self.closed(count) for count in CONNECTIONS]  # type: ignore[misc]
-        parts += [lambda rate=rate: self.fixed_rate(rate) for rate in RATES]  # type: ignore[misc]
+        parts += [partial(self.closed, count) for count in CONNECTIONS]
+        parts += [partial(self.fixed_rate, rate) for rate in RATES]
         parts += [self.few_streams, self.streams, self.burst, self.memory_at_the_end]
         self.values["start_ms"] = self.gateway.start_seconds * 1000
         for part in parts:
@@ -235,6 +236,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", default="", help=f"more of them, installed first: {','.join(PEERS)}")
     parser.add_argument("--stages", action="store_true", help="what each stage of config/qlens.yaml costs, and no more")
     parser.add_argument("--chunks", type=int, default=0, help="with --stages: streams of that many events")
+    parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
+    parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(
         "--results",
         type=Path,
@@ -257,6 +260,9 @@ def main() -> None:
         if args.stages:
             rounds = args.rounds or (3 if args.quick else stages.ROUNDS)
             print(stages.measure(cores, rounds, args.chunks))
+            return
+        if args.soak:
+            print(soak.measure(cores, args.calls, say))
             return
         contenders = installed(args.names)
         plan = QUICK if args.quick else Plan()

@@ -62,6 +62,7 @@ class Gateway:
 
     tree: Tree
     way: Way
+    folder: Path
     ledger: Path | None
     start_seconds: float
     answered: int = 1
@@ -120,7 +121,7 @@ def running(contender: Contender, upstream_port: int, cores: Cores) -> Iterator[
         tree = Tree(leader)
         try:
             answered = _first_answer(way, tree, folder / "output.txt")
-            yield Gateway(tree, way, launch.ledger, answered - began)
+            yield Gateway(tree, way, folder, launch.ledger, answered - began)
         finally:
             tree.stop()
 

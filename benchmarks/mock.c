@@ -1,12 +1,12 @@
 /* The mock upstream of the benchmarks: one thread, epoll, prepared answers; it must never be what is measured.
  *
  *   mock            listens on a free port of 127.0.0.1 and prints it
- *   stdin           "CHUNKS GAP_US\n" sets the streams to come; the answer is the number of calls answered so far
+ *   stdin           "CHUNKS GAP_US FAIL_EVERY\n" sets what is to come; the answer is the number of calls so far
  *
  * A body with "stream":true gets a stream of CHUNKS events of about 217 bytes, GAP_US apart (0: all at once), and the
- * usage event when the body asks for it; everything else gets a chat completion of about 1.1 KB. Each event, and the
- * whole answer, carries '@' and 16 hex digits in its text: the monotonic time in nanoseconds at which it was written.
- * It ends with its stdin, and in any case after an hour.
+ * usage event when the body asks for it; everything else gets a chat completion of about 1.1 KB. One call in FAIL_EVERY
+ * gets a 500 instead (0: none does). Each event, and each whole answer, carries '@' and 16 hex digits in its text: the
+ * monotonic time in nanoseconds at which it was written. It ends with its stdin, and in any case after an hour.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -37,12 +37,14 @@ struct conn {
 
 static struct conn *head, *tail; /* streams by the time of their next event: all gaps of a run are equal */
 static int poller, timer, chunks = 100;
-static uint64_t gap_ns, calls;
+static uint64_t gap_ns, calls, fail_every;
 static char answer[4096], event[1024];
 static size_t answer_len, answer_stamp, event_len, event_stamp;
 
 static const char STREAM_HEAD[] = "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream; charset=utf-8\r\n"
                                   "x-request-id: req-bench\r\ntransfer-encoding: chunked\r\n\r\n";
+static const char FAILURE[] = "HTTP/1.1 500 Internal Server Error\r\ncontent-type: application/json\r\ncontent-length: 77\r\n\r\n"
+                              "{\"error\":{\"message\":\"out of order\",\"type\":\"server_error\",\"code\":\"a_failure\"}}";
 #define EVENT_HEAD "data: {\"id\":\"chatcmpl-bench\",\"object\":\"chat.completion.chunk\",\"created\":1790000000," \
                    "\"model\":\"gpt-4o-mini-2024-07-18\",\"choices\":["
 static const char LAST[] = EVENT_HEAD "{\"index\":0,\"delta\":{},\"finish_reason\":\"stop\"}]}\n\n";
@@ -147,6 +149,7 @@ static void enqueue(struct conn *c) {
 
 static void answer_call(struct conn *c, const char *body, size_t n) {
     calls++;
+    if (fail_every && calls % fail_every == 0) return put(c, FAILURE, sizeof FAILURE - 1);
     if (!memmem(body, n, "\"stream\":true", 13) && !memmem(body, n, "\"stream\": true", 14)) {
         stamp(answer + answer_stamp);
         put(c, answer, answer_len);
@@ -218,9 +221,10 @@ static void command(void) {
     ssize_t n = read(0, line, sizeof line - 1);
     if (n <= 0) exit(0);
     line[n] = 0;
-    unsigned long gap_us;
-    if (sscanf(line, "%d %lu", &chunks, &gap_us) != 2 || chunks < 1 || chunks > MAX_CHUNKS) exit(2);
+    unsigned long gap_us, every;
+    if (sscanf(line, "%d %lu %lu", &chunks, &gap_us, &every) != 3 || chunks < 1 || chunks > MAX_CHUNKS) exit(2);
     gap_ns = gap_us * 1000;
+    fail_every = every;
     printf("%llu\n", (unsigned long long)calls);
     fflush(stdout);
 }

@@ -8,6 +8,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -144,16 +145,20 @@ def summarised(result: dict[str, Any]) -> dict[str, Any]:
     names = ["direct", *result["gateways"]]
     summary: dict[str, dict[str, Any]] = {}
     for metric in sorted({metric for row in rounds for values in row.values() for metric in values}):
-        by_name = {name: over_rounds(rounds, lambda row, n=name, m=metric: row[n][m]) for name in names}  # type: ignore[misc]
+        by_name = {name: over_rounds(rounds, partial(_value, name, metric)) for name in names}
         summary[metric] = {name: spread(values) for name, values in by_name.items() if values}
     return result | {"summary": summary, "goals": goals(result)}
+
+
+def _value(name: str, metric: str, row: Mapping[str, Any]) -> float:
+    return float(row[name][metric])
 
 
 def goals(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Each goal with what was measured: ratios within a round first, then their median."""
     rows = []
     for goal in GOALS:
-        if values := over_rounds(result["rounds"], lambda row, g=goal: _reached(g, row)):  # type: ignore[misc]
+        if values := over_rounds(result["rounds"], partial(_reached, goal)):
             rows.append(_goal_row(goal.text, goal.at_most, **spread(values)))
     install = result["install"] or {}
     rows += [_goal_row(text, limit, install[name]) for text, name, limit in INSTALL_GOALS if name in install]

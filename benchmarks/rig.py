@@ -84,11 +84,11 @@ class Mock:
     process: subprocess.Popen[str]
     port: int
 
-    def streams(self, chunks: int, gap_seconds: float) -> int:
-        """Set the streams to come; return how many calls it has answered so far."""
+    def set(self, chunks: int = 1, gap_seconds: float = 0, fail_every: int = 0) -> int:
+        """Say how the calls to come are answered; return how many there were so far."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(f"{chunks} {round(gap_seconds * 1e6)}\n")
+        self.process.stdin.write(f"{chunks} {round(gap_seconds * 1e6)} {fail_every}\n")
         self.process.stdin.flush()
         answer = self.process.stdout.readline()
         if not answer:
@@ -132,6 +132,8 @@ class Load:
     chunks: int = 0
     """Events of each stream; 0: whole answers."""
     gap_seconds: float = 0
+    fail_every: int = 0
+    """The upstream fails one call of so many, and the gateway has to ask again; 0: none."""
 
     def arguments(self) -> list[str]:
         """For the load generator. Streams begin one after another, or their events would come in herds."""
@@ -142,7 +144,7 @@ class Load:
 
 def put(load: Load, way: Way, mock: Mock) -> dict[str, Any]:
     """Make the calls; return what the load generator saw. Every call must be answered, and by the upstream."""
-    before = mock.streams(load.chunks or 1, load.gap_seconds)
+    before = mock.set(load.chunks or 1, load.gap_seconds, load.fail_every)
     command = [str(compiled("load")), *way.arguments(), *load.arguments()]
     try:
         run = subprocess.run(
@@ -155,8 +157,8 @@ def put(load: Load, way: Way, mock: Mock) -> dict[str, Any]:
     seen: dict[str, Any] = json.loads(run.stdout)
     if seen["errors"]:
         raise Fault(f"{seen['errors']} calls failed; the first: {seen['first_error']}")
-    asked = mock.streams(load.chunks or 1, load.gap_seconds) - before
-    if not seen["unfinished"] and asked != seen["calls"]:
+    asked = mock.set() - before
+    if not seen["unfinished"] and not load.fail_every and asked != seen["calls"]:
         raise Fault(f"{seen['calls']} calls were answered, but the upstream was asked {asked} times")
     return seen
 
@@ -164,7 +166,7 @@ def put(load: Load, way: Way, mock: Mock) -> dict[str, Any]:
 @contextmanager
 def open_streams(count: int, seconds: float, way: Way, mock: Mock) -> Iterator[None]:
     """Hold that many streams open, an event a second in each; hang up afterwards."""
-    mock.streams(1000, 1.0)
+    mock.set(1000, 1.0)
     options = ["--connections", str(count), "--seconds", str(seconds), "--chunks", "1000", "--ramp", "0.2", "--hold"]
     command = [str(compiled("load")), *way.arguments(), *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

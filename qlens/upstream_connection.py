@@ -137,7 +137,7 @@ class Connection(asyncio.BufferedProtocol):
 
         `bare` says that the answer to this request has no body: HEAD, CONNECT.
         """
-        if self._stage != _Stage.IDLE:
+        if self._stage is not _Stage.IDLE:
             raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
         self._begin(bare)
         if len(body) <= _WRITE_BYTES:
@@ -145,7 +145,7 @@ class Connection(asyncio.BufferedProtocol):
         else:
             self._transport.write(head)
             await self._write_in_parts(body, until)
-        while self._stage is _Stage.HEAD:
+        while self._is_unanswered():
             await self.wait(until)
         if self.error is not None and not self.status:
             raise self.error
@@ -319,9 +319,9 @@ class Connection(asyncio.BufferedProtocol):
     async def _write_in_parts(self, body: bytes, until: float) -> None:
         view = memoryview(body)
         for start in range(0, len(body), _WRITE_BYTES):
-            while self._undrained and self._stage is _Stage.HEAD:
+            while self._undrained and self._is_unanswered():
                 await self.wait(until)
-            if self._stage is not _Stage.HEAD:
+            if not self._is_unanswered():
                 self._reusable = False  # answered, or gone, before it has read the request
                 return
             self._transport.write(view[start : start + _WRITE_BYTES])
@@ -349,6 +349,9 @@ class Connection(asyncio.BufferedProtocol):
         elif self._stage is _Stage.BODY:
             self.error = UpstreamTruncated("The provider closed the connection in the middle of its answer.")
         self._stage = _Stage.LOST
+
+    def _is_unanswered(self) -> bool:
+        return self._stage is _Stage.HEAD
 
     def _is_whole(self) -> bool:
         return self._inflater is None or self._inflater.is_at_end()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import socket
+import struct
 import tracemalloc
 import zlib
 from collections.abc import AsyncIterator, Iterable
@@ -290,6 +291,30 @@ async def test_body_that_is_compressed_unasked_is_read(http: Upstream, up: FakeU
     assert await fetch(http, up.url) == text
     assert await fetch(http, up.url) == b"next"
     assert up.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("raw", "reset"),
+    [
+        pytest.param(OK + b"\r\nhel", True, id="reset"),
+        pytest.param(OK + b"content-encoding: gzip\r\n\r\n" + gzip.compress(b"hello")[:12], False, id="half a gzip"),
+    ],
+)
+async def test_body_without_a_length_is_truncated_unless_it_ends_in_order(
+    http: Upstream, raw: bytes, reset: bool
+) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n{}")
+        writer.write(raw)
+        await asyncio.sleep(0.05)
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            writer.transport.abort()
+
+    async with listening(talk) as port:
+        with pytest.raises(UpstreamTruncated):
+            await fetch(http, f"http://127.0.0.1:{port}/")
 
 
 async def test_what_came_before_the_framing_broke_is_read_first(http: Upstream, up: FakeUpstream) -> None:
