@@ -76,6 +76,8 @@ class Server(asyncio.Protocol):
             b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         )
         for _ in range(EVENTS):
+            if self.transport.is_closing():
+                return
             self.transport.write(b"%x\r\n%s\r\n" % (len(EVENT), EVENT))
             await asyncio.sleep(0.002)
         self.transport.write(b"0\r\n\r\n")

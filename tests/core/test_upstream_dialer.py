@@ -400,13 +400,17 @@ async def test_proxy_that_makes_no_tunnel_is_named(answer: bytes, words: str) ->
 
 
 async def test_silent_proxy_times_out_as_a_connection() -> None:
+    left = asyncio.Event()
+
     async def mute(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
         await reader.read()
+        left.set()
 
     async with listening(mute) as port:
         http = Upstream(proxy=f"http://127.0.0.1:{port}")
         with pytest.raises(UpstreamTimedOut, match="No connection"):
             await fetch(http, "https://provider.example/", deadlines=Deadlines(connect_seconds=0.2))
+        await asyncio.wait_for(left.wait(), 5)
         await http.aclose()
 
 
