@@ -63,4 +63,3 @@ class Retry:
     def explain(self) -> list[str]:
         """Say what the call may do."""
         return [f"up to {self.config.attempts} attempts over all targets and fallbacks"]
-
