@@ -1,0 +1,9 @@
+"""What holds for all tests."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# Tests say nothing about speed: not of the code, and not of drawing examples on a busy machine.
+settings.register_profile("qlens", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("qlens")
