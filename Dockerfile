@@ -1,13 +1,14 @@
-# The gateway in an image: nothing but the runtime dependencies, each checked by hash, and QLens itself.
+# The gateway in an image: the runtime dependencies with those of every plugin, each checked by hash, and QLens
+# itself.
 #   docker build -t qlens .
 #   docker run -p 8080:8080 -v ./config:/etc/qlens:ro -v qlens:/var/lib/qlens -e OPENAI_API_KEY ... qlens
 
 FROM python:3.13-slim AS build
 WORKDIR /src
-COPY requirements/run.txt requirements/build.txt requirements/
+COPY requirements/all.txt requirements/build.txt requirements/
 RUN python -m venv /tools && /tools/bin/pip install --no-cache-dir --require-hashes -r requirements/build.txt \
  && python -m venv --without-pip /opt/qlens \
- && /tools/bin/pip --python /opt/qlens/bin/python install --no-cache-dir --require-hashes -r requirements/run.txt
+ && /tools/bin/pip --python /opt/qlens/bin/python install --no-cache-dir --require-hashes -r requirements/all.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY qlens qlens
 COPY plugins plugins

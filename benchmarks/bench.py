@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import asdict, define, evolve, field, frozen
 
-from benchmarks import report, soak, stages
+from benchmarks import instructions, report, soak, stages
 from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
 from benchmarks.install import default_install
 from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
@@ -235,7 +235,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gateways", default=",".join(DEFAULT), help="which ones (default: %(default)s)")
     parser.add_argument("--peers", default="", help=f"more of them, installed first: {','.join(PEERS)}")
     parser.add_argument("--stages", action="store_true", help="what each stage of config/qlens.yaml costs, and no more")
-    parser.add_argument("--chunks", type=int, default=0, help="with --stages: streams of that many events")
+    parser.add_argument("--instructions", action="store_true", help="the same in Python instructions, and no more")
+    parser.add_argument(
+        "--chunks", type=int, default=0, help="with --stages or --instructions: streams of that many events"
+    )
     parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
     parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(
@@ -256,6 +259,9 @@ def main() -> None:
     # So that every gateway is stopped, whoever ends the run.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: told to stop"))
     try:
+        if args.instructions:
+            print(instructions.measure(args.chunks))
+            return
         cores = take_cores()
         if args.stages:
             rounds = args.rounds or (3 if args.quick else stages.ROUNDS)

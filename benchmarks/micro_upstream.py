@@ -1,5 +1,7 @@
 """Measures what one exchange with a provider costs: qlens.Upstream beside aiohttp's ClientSession, in turns.
 
+`small` and `chunk` are the clients alone; `post` and `event` are post_openai, a stream with the meter behind it.
+
 Both ask the same server, which runs in a process of its own; CPU time is that of this process alone.
 """
 
@@ -19,14 +21,28 @@ from multiprocessing.connection import Connection
 import aiohttp
 from attrs import frozen
 
-from qlens import Deadlines, Upstream
+from qlens import Call, CallError, Cost, Deadlines, Outgoing, Upstream, post_openai
+from qlens.metering import Meter
+from qlens.operations import OPERATIONS
 
-ANSWER = json.dumps({"choices": [{"message": {"role": "assistant", "content": "x" * 1000}}]}).encode()
+ANSWER = json.dumps(
+    {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "model": "gpt-4o-mini",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "x" * 800}, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 120, "completion_tokens": 33, "total_tokens": 153},
+    }
+).encode()
 REQUEST = json.dumps({"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "x" * 850}]}).encode()
 FIELDS = b"content-type: application/json\r\nx-request-id: req-1\r\n" + b"".join(
     b"X-Ratelimit-Number-%d: 1000\r\n" % number for number in range(12)
 )
-EVENT = b"data: " + b"x" * 209 + b"\n\n"
+EVENT = (
+    b'data: {"id":"chatcmpl-1234567890","object":"chat.completion.chunk","created":1700000000,"model":"gpt-4o-mini",'
+    b'"choices":[{"index":0,"delta":{"content":" hello"},"logprobs":null,"finish_reason":null}],"usage":null}\n\n'
+)
+END = b"data: [DONE]\n\n"
 EVENTS = 100
 HEADERS = {"content-type": "application/json", "authorization": "Bearer sk-example-bench", "accept": "application/json"}
 DEADLINES = Deadlines()
@@ -80,7 +96,7 @@ class Server(asyncio.Protocol):
                 return
             self.transport.write(b"%x\r\n%s\r\n" % (len(EVENT), EVENT))
             await asyncio.sleep(0.002)
-        self.transport.write(b"0\r\n\r\n")
+        self.transport.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(END), END))
 
 
 def serve(ready: Connection, core: int | None) -> None:
@@ -143,6 +159,35 @@ def theirs(session: aiohttp.ClientSession) -> Exchange:
     return exchange
 
 
+def posted(http: Upstream) -> Exchange:
+    """With post_openai, whose stream passes the meter."""
+    (chat,) = (operation for operation in OPERATIONS if operation.name == "chat")
+    body = json.loads(REQUEST)
+
+    async def never() -> bytes:
+        raise NotImplementedError
+
+    async def exchange(url: str) -> int:
+        stream = url.endswith("/stream")
+        outgoing = Outgoing(chat, "chat", body, stream)
+        reply = await post_openai(http, url, headers=HEADERS, outgoing=outgoing, deadlines=DEADLINES)
+        if reply.chunks is None:
+            return 1
+        call = Call("1", chat, "", {}, {}, {}, None, None, 0, 0, 0, never)
+        meter = Meter(call, reply, price=lambda _: Cost(0), ended=lambda _: asyncio.sleep(0), failed=_failed)
+        pieces = 0
+        async for _ in meter.watch(reply.chunks):
+            pieces += 1
+        await reply.aclose()
+        return pieces
+
+    return exchange
+
+
+def _failed(error: BaseException) -> CallError:
+    raise error
+
+
 async def cost(exchange: Exchange, url: str, count: int, at_once: int) -> tuple[float, int]:
     """The CPU microseconds of this process for each exchange, and all the pieces that came."""
     numbers = iter(range(count))
@@ -159,20 +204,24 @@ async def cost(exchange: Exchange, url: str, count: int, at_once: int) -> tuple[
 
 
 async def measure(url: str, rounds: int, count: int, at_once: int) -> list[Row]:
-    """Both sides in turns, in each case; microseconds for an exchange, or for a chunk of a stream."""
+    """All sides in turns, in each case; microseconds for an exchange, or for a chunk of a stream."""
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=60)
     connector = aiohttp.TCPConnector(limit=0)
     session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=timeout)
     http = Upstream()
-    sides = {"qlens": ours(http), "ClientSession": theirs(session)}
-    rows = {(case, side): Row(side, case, []) for case in ("small", "chunk") for side in sides}
+    sides = [
+        ("qlens", ours(http), "small", "chunk"),
+        ("ClientSession", theirs(session), "small", "chunk"),
+        ("post_openai", posted(http), "post", "event"),
+    ]
+    rows = {(side, case): Row(side, case, []) for side, _, *cases in sides for case in cases}
     try:
         for _ in range(rounds + 1):
-            for side, exchange in sides.items():
+            for side, exchange, whole, part in sides:
                 small, _ = await cost(exchange, f"{url}/v1", count, at_once)
                 stream, _ = await cost(exchange, f"{url}/stream", count // EVENTS, at_once // 2)
-                rows["small", side].microseconds.append(small)
-                rows["chunk", side].microseconds.append(stream / EVENTS)
+                rows[side, whole].microseconds.append(small)
+                rows[side, part].microseconds.append(stream / EVENTS)
     finally:
         await session.close()
         await http.aclose()

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         UpstreamUnreachable,
     )
     from qlens.exchange import Mend, post_openai
+    from qlens.exchange_messages import post_messages
     from qlens.gateway import Gateway
     from qlens.hookspecs import hookimpl
     from qlens.money import picos, usd
@@ -71,6 +72,7 @@ _HOMES = {
         "UpstreamUnreachable"
     ),
     "qlens.exchange": "Mend post_openai",
+    "qlens.exchange_messages": "post_messages",
     "qlens.gateway": "Gateway",
     "qlens.hookspecs": "hookimpl",
     "qlens.money": "picos usd",
@@ -136,6 +138,7 @@ __all__ = [
     "hookimpl",
     "http_url",
     "picos",
+    "post_messages",
     "post_openai",
     "read_yaml",
     "usd",

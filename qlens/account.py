@@ -6,16 +6,16 @@ import asyncio
 import logging
 import sys
 import time
-from collections.abc import Callable, Coroutine
-from types import TracebackType
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, evolve, field
+from attrs import define, field
 
+from qlens import returned
 from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
 from qlens.errors import Blocked, CallError, QuotaExceeded, frames
 from qlens.metering import Meter
-from qlens.usage import NO_USAGE, together
+from qlens.usage import NO_USAGE, Usage, together
 
 if TYPE_CHECKING:
     from qlens.pipeline import Pipeline
@@ -42,12 +42,10 @@ def run_apart(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
 
 @define(eq=False)
 class Account:
-    """What a call holds, tries and owes. `async with` it: leaving settles."""
+    """What a call holds, tries and owes. Whoever made one leaves it, whatever happens: leaving settles."""
 
     pipeline: Pipeline
     call: Call
-    timed_out: Callable[[], bool]
-    """Whether a cancellation is the call's own deadline."""
     admitted: bool = False
     holds: dict[str, object] = field(factory=dict)
     """What each plugin reserved, by instance."""
@@ -65,18 +63,24 @@ class Account:
     """Whether the client was handed the whole answer."""
     _opened: list[Reply] = field(factory=list, init=False)
 
-    async def __aenter__(self) -> Account:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def leave(self, error: BaseException | None) -> None:
+        """Close what is open and settle; `error` is what ended the call, None its good end."""
+        if self.pipeline.settles_at_once and not self._holds_open():
+            # Nothing in it waits, so nothing can cancel it half-way.
+            await self._finish(error)
+            return
         finishing = run_apart(self._finish(error))
         if finishing.done():
             return
         self.pipeline.settling.add(finishing)
         finishing.add_done_callback(self.pipeline.settling.discard)
         await asyncio.shield(finishing)
+
+    def _holds_open(self) -> bool:
+        for reply in self._opened:  # noqa: SIM110 - a generator costs as much as all the rest
+            if reply.is_open:
+                return True
+        return False
 
     async def _finish(self, error: BaseException | None) -> None:
         ending = self._ending(error)  # before anything is waited for, which may change the reasons
@@ -95,9 +99,15 @@ class Account:
 
     def hold_open(self, reply: Reply) -> Reply:
         """Take charge of a reply: it is closed with the account, whatever becomes of it."""
-        if not any(known is reply for known in self._opened):
-            self._opened.append(reply)
+        for known in self._opened:
+            if known is reply:
+                return reply
+        self._opened.append(reply)
         return reply
+
+    def take(self, reply: Reply) -> Reply:
+        """Look at what a plugin returned as the answer and take charge of it; TypeError when it is none."""
+        return self.hold_open(returned.reply(reply))
 
     def open(self, reply: Reply) -> None:
         """Take a reply of a cache or a provider as the call's answer, whoever stands in front of it."""
@@ -115,18 +125,15 @@ class Account:
 
     def failed(self, place: int, error: CallError | str) -> None:
         """Note that an attempt ended without an answer; it is not billed."""
-        now = time.monotonic()
+        attempt = self.call.attempts[place]
+        attempt.ended = time.monotonic()
         if isinstance(error, str):
-            self._note(place, ended=now, error=error)
+            attempt.error = error
             return
-        self._note(
-            place,
-            ended=now,
-            error=error.code or error.type,
-            status=error.status,
-            retry_after=error.retry_after,
-            upstream_id=error.upstream_id,
-        )
+        attempt.error = error.code or error.type
+        attempt.status = error.status
+        attempt.retry_after = error.retry_after
+        attempt.upstream_id = error.upstream_id
 
     async def rest(self, until: float) -> None:
         """Wait until a target may be asked again."""
@@ -136,39 +143,48 @@ class Account:
 
     def cut_off(self, place: int) -> None:
         """Note that an attempt was cancelled; why, is known when the call ends."""
-        self._note(place, ended=time.monotonic())
+        self.call.attempts[place].ended = time.monotonic()
 
     def answered(self, place: int, reply: Reply, meter: Meter | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
-        now = time.monotonic()
         self.open(reply)
+        attempt = self.call.attempts[place]
+        attempt.first_byte = now = time.monotonic()
+        attempt.status, attempt.upstream_id = reply.status, reply.upstream_id
+        attempt.billed = True
+        attempt.target = reply.target or attempt.target
         if meter is not None:
             self.meters[place] = meter
-        self._note(place, first_byte=now, status=reply.status, upstream_id=reply.upstream_id, billed=True)
-        if meter is None:
-            usage = reply.usage or NO_USAGE
-            cost = self.pipeline.cost(self.call, self.call.attempts[place].target, usage)
-            self._note(place, ended=now, usage=usage, cost=cost)
-
-    def _note(self, place: int, **changes: Any) -> None:
-        self.call.attempts[place] = evolve(self.call.attempts[place], **changes)
+            return
+        attempt.ended = now
+        attempt.usage = reply.usage or NO_USAGE
+        attempt.cost = self.pipeline.cost(self.call, attempt.target, attempt.usage)
 
     def _close_attempts(self, error: str | None) -> None:
         """Bill streams for what they delivered, and say why what was cut off ended."""
         for place, attempt in enumerate(self.call.attempts):
-            meter, ended = self.meters.get(place), attempt.ended or time.monotonic()
-            if attempt.billed and meter is not None:
-                usage = meter.usage()
-                cost = self.pipeline.cost(self.call, attempt.target, usage)
-                self._note(place, ended=ended, usage=usage, cost=cost, error=error)
-            elif not attempt.billed and attempt.error is None:
-                self._note(place, ended=ended, error=error or "unanswered")
+            if attempt.billed:
+                meter = self.meters.get(place)
+                if meter is None:
+                    continue
+                attempt.usage = meter.usage()
+                attempt.target = meter.reply.target or attempt.target
+                attempt.cost = self.pipeline.cost(self.call, attempt.target, attempt.usage)
+                attempt.error = error
+            elif attempt.error is None:
+                attempt.error = error or "unanswered"
+            else:
+                continue
+            attempt.ended = attempt.ended or time.monotonic()
 
     # --- the receipt ---------------------------------------------------------------------------
 
     def cost(self) -> Cost:
         """What the billed attempts cost so far; unpriced as soon as one of them is."""
-        costs = [attempt.cost for attempt in self.call.attempts if attempt.billed]
+        attempts = self.call.attempts
+        if len(attempts) == 1 and attempts[0].billed:
+            return attempts[0].cost
+        costs = [attempt.cost for attempt in attempts if attempt.billed]
         if not costs:
             return FREE
         if len(costs) == 1:
@@ -182,6 +198,12 @@ class Account:
             lines=tuple(line for cost in costs for line in cost.lines),
         )
 
+    def _usage(self) -> Usage:
+        attempts = self.call.attempts
+        if len(attempts) == 1 and attempts[0].billed:
+            return attempts[0].usage or NO_USAGE
+        return together([a.usage for a in attempts if a.billed and a.usage is not None])
+
     def saved(self) -> int:
         """What an answer from the cache would have cost, in picodollars."""
         reply = self.source
@@ -191,7 +213,10 @@ class Account:
 
     def waited(self, until: float) -> float:
         """Seconds spent waiting for providers, between attempts too: all else is the gateway's own."""
-        return self.rested + sum((attempt.ended or until) - attempt.started for attempt in self.call.attempts)
+        waited = self.rested
+        for attempt in self.call.attempts:
+            waited += (attempt.ended or until) - attempt.started
+        return waited
 
     def _receipt(self, outcome: Outcome, status: int, code: str | None) -> Receipt:
         call, now = self.call, time.monotonic()
@@ -211,13 +236,13 @@ class Account:
             outcome=outcome,
             status=status,
             error=code,
-            usage=together([a.usage for a in call.attempts if a.billed and a.usage is not None]),
+            usage=self._usage(),
             cost=self.cost(),
             saved_picos=self.saved() if outcome == "cached" else 0,
             cache=call.cache,
             streamed=call.stream,
             attempts=tuple(call.attempts),
-            tags={**call.known.tags, **call.tags},
+            tags={**call.known.tags, **call.tags} if call.tags else call.known.tags,
             wall_ns=call.wall_ns,
             ttft_us=None if self.first_byte is None else _micros(self.first_byte - call.started),
             total_us=_micros(total),
@@ -233,7 +258,7 @@ class Account:
         if error is None:
             return self._well_ended()
         if isinstance(error, asyncio.CancelledError):
-            if self.timed_out():
+            if self.pipeline.deadlines.over(self.call):
                 return "failed", 504, "call_timeout"
             if self.pipeline.stopping():
                 return "failed", 503, "shutting_down"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import orjson
 from attrs import Factory, define, field, frozen
 
 from qlens import dialects, sse
@@ -104,9 +105,12 @@ class Limit:
     reset_seconds: float
 
 
-@frozen
+@define
 class Attempt:
-    """One send to one target. Times are monotonic seconds; `ended` is None while it runs."""
+    """One send to one target. Times are monotonic seconds; `ended` is None while it runs.
+
+    The core fills it in while the attempt runs; everybody else reads it.
+    """
 
     n: int
     target: Target
@@ -157,8 +161,24 @@ class Outgoing:
 
     operation: Operation
     dialect: str
-    body: Body
+    _given: Body = field(alias="body", repr=False)
     stream: bool
+    _own: Body | None = field(default=None, init=False, repr=False)
+
+    @property
+    def body(self) -> Body:
+        """The body, the provider's own to edit at any depth: what is nested is copied when it is first asked for."""
+        if self._own is None:
+            self._own = orjson.loads(orjson.dumps(self._given))
+        return self._own
+
+    @body.setter
+    def body(self, body: Body) -> None:
+        self._own = body
+
+    def fields(self) -> Body:
+        """The body's fields in a new dict. What is nested in them may be the call's own: it is only to be read."""
+        return dict(self._given if self._own is None else self._own)
 
 
 @define(eq=False)

@@ -226,13 +226,30 @@ class UpstreamRejected(CallError):
 
     status, type = 400, "invalid_request_error"
 
-    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        verdict: Mapping[str, object] | None = None,
+    ) -> None:
         super().__init__(message, param=param, code=code)
         self.status = status
+        self.verdict = verdict
+        """What a content filter found, as Azure's clients read it."""
         if code == "context_length_exceeded":
             self.fallback = "context_length"
         elif code in {"content_filter", "content_policy_violation"}:
             self.fallback = "content_filter"
+
+    def body(self) -> dict[str, object]:
+        """OpenAI's error object, with the verdict of a content filter under Azure's name for it."""
+        if self.verdict is None:
+            return super().body()
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": {**error, "innererror": self.verdict}}
 
 
 # --- start-up ----------------------------------------------------------------------------------

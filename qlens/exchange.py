@@ -8,10 +8,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
 
 import orjson
-from attrs import frozen
+from attrs import define, field, frozen
 
 from qlens import dialects, sse
 from qlens.call import Body, Outgoing, Reply
+from qlens.dialects import responses, typed
 from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
@@ -21,9 +22,12 @@ __all__ = ["FORWARDED", "Mend", "error_from", "post_openai"]
 FORWARDED = frozenset({"openai-processing-ms", "x-ms-region"})
 """The headers of a provider's answer that the client may see."""
 
+_ASKING = {"content-type": "application/json", "accept": "application/json"}
+_ASKING_FOR_EVENTS = {**_ASKING, "accept": "text/event-stream"}
 _ERROR_BODY_BYTES = 64 * 1024
-_ITEMS = {"chat": "choices", "completions": "choices", "embeddings": "data"}
+_ITEMS = {"chat": "choices", "completions": "choices", "embeddings": "data", "responses": "output"}
 """Under which key a dialect's answer has its list, without which no client can read it."""
+_OBJECTS = frozenset({dict})
 
 
 @frozen
@@ -50,19 +54,14 @@ async def post_openai(
     `ask_usage` asks a stream for its usage event; False is for servers that refuse `stream_options`.
     Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
     """
-    _set_stream_fields(outgoing, ask_usage)
     answer = await http.open(
         "POST",
         url,
-        headers={
-            "content-type": "application/json",
-            "accept": "text/event-stream" if outgoing.stream else "application/json",
-            **{name.lower(): value for name, value in headers.items()},
-        },
-        body=_written(outgoing.body),
+        headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
+        body=_written(_asked(outgoing, ask_usage)),
         deadlines=deadlines,
     )
-    upstream_id = _plain(answer.headers.get("x-request-id")) or _plain(answer.headers.get("apim-request-id"))
+    upstream_id = _plain(answer.headers, "x-request-id") or _plain(answer.headers, "apim-request-id")
     try:
         reply = await _read(answer, outgoing, mend)
     except BaseException as error:
@@ -70,7 +69,7 @@ async def post_openai(
         if isinstance(error, CallError):
             error.upstream_id = upstream_id
         raise
-    reply.headers = {name: value for name in forward if (value := _plain(answer.headers.get(name)))}
+    reply.headers = {name: value for name in forward if (value := _plain(answer.headers, name))}
     reply.upstream_id = upstream_id
     return reply
 
@@ -78,18 +77,21 @@ async def post_openai(
 # --- the request -------------------------------------------------------------------------------
 
 
-def _set_stream_fields(outgoing: Outgoing, ask_usage: bool) -> None:
-    body = outgoing.body
+def _asked(outgoing: Outgoing, ask_usage: bool) -> Body:
+    body = outgoing.fields()
     if not outgoing.stream:
         # Servers refuse stream_options without stream, and some know no `stream` for embeddings.
         body.pop("stream", None)
         body.pop("stream_options", None)
-        return
+        return body
     body["stream"] = True
+    if ask_usage and outgoing.dialect in typed.NAMES:
+        return body  # their last event always has it
     if ask_usage:
         body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
     else:
         body.pop("stream_options", None)
+    return body
 
 
 def _written(body: Body) -> bytes:
@@ -106,8 +108,10 @@ def _written(body: Body) -> bytes:
 async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
     if not 200 <= answer.status < 300:
         raise await _refusal(answer)
+    if not outgoing.stream:
+        return _full(await answer.read(), outgoing)
     media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not outgoing.stream or media_type == "application/json":
+    if media_type == "application/json":
         return _full(await answer.read(), outgoing)
     if media_type != "text/event-stream":
         raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
@@ -133,9 +137,10 @@ def _full(body: bytes, outgoing: Outgoing) -> Reply:
         raise UpstreamInvalid("The provider's answer is not a JSON object.")
     key = _ITEMS.get(outgoing.dialect)
     items = parsed.get(key) if key else None
-    if parsed.get("error") and not items:
-        raise error_from(parsed)
-    if key and not (isinstance(items, list) and all(isinstance(item, dict) for item in items)):
+    error = _error_in(parsed, outgoing.dialect)
+    if error is not None and (not items or parsed.get("status") == "failed"):
+        raise error_from(error)
+    if key and not (isinstance(items, list) and _OBJECTS.issuperset(map(type, items))):
         raise UpstreamInvalid(f"The provider's answer has no list of {key}.")
     dialect = dialects.named(outgoing.dialect)
     return Reply(
@@ -147,32 +152,40 @@ def _full(body: bytes, outgoing: Outgoing) -> Reply:
     )
 
 
+def _error_in(payload: Body, dialect: str) -> Body | None:
+    """What the provider says is wrong, in an answer or an event; None when it says nothing of the kind."""
+    if dialect in typed.NAMES:
+        return typed.typed(dialect).event_error(payload)
+    return payload if payload.get("error") else None
+
+
 async def _stream(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
+    answer.put_back(await _to_first_event(answer, outgoing.dialect))
     chunks = answer.chunks()
-    begun = await _to_first_event(chunks)
-    resumed = _resumed(begun, chunks)
-    reply = Reply(chunks=resumed, dialect=outgoing.dialect, close=answer.close)
+    reply = Reply(chunks=chunks, dialect=outgoing.dialect, close=answer.close)
     if mend is not None:
-        reply.replace(chunks=_mended(resumed, mend))
+        reply.replace(chunks=_Mended(chunks, mend))
     return reply
 
 
-async def _to_first_event(chunks: AsyncIterator[bytes]) -> bytes:
+async def _to_first_event(answer: Answer, dialect: str) -> bytes:
     """Read until the first good event is whole; everything that was read."""
     splitter = sse.Splitter()
     begun = bytearray()
-    async for chunk in chunks:
-        begun += chunk
-        if any(_is_good(event) for event in splitter.feed(chunk)):
+    async for piece in answer.chunks():
+        if not begun and b"\r" not in piece and b"\n\n" in piece and _is_good(sse.first(piece), dialect):
+            return piece  # as nearly all streams begin
+        begun += piece
+        if any(_is_good(event, dialect) for event in splitter.feed(piece)):
             return bytes(begun)
         if len(begun) > sse.MAX_EVENT_BYTES:
             raise UpstreamInvalid("The provider's stream has no event at its beginning.")
-    if any(_is_good(event) for event in splitter.flush()):
+    if any(_is_good(event, dialect) for event in splitter.flush()):
         return bytes(begun)
     raise UpstreamTruncated("The provider ended its stream before the first event.")
 
 
-def _is_good(event: bytes) -> bool:
+def _is_good(event: bytes, dialect: str) -> bool:
     """Whether this event is an answer's beginning (a comment is not); raises what the provider says is wrong."""
     data = sse.data(event)
     if data is None or not data.strip():
@@ -185,28 +198,38 @@ def _is_good(event: bytes) -> bool:
         raise UpstreamInvalid("The provider's stream begins with an event that is not valid JSON.") from None
     if not isinstance(payload, dict):
         raise UpstreamInvalid("The provider's stream begins with an event that is not a JSON object.")
-    if payload.get("error") or event.startswith(b"event: error"):
-        raise error_from(payload)
-    return True
+    error = _error_in(payload, dialect)
+    if error is not None or event.startswith(b"event: error"):
+        raise error_from(error or payload)
+    # A response is said to be created before anything has been tried.
+    return dialect != "responses" or responses.event_begins(payload)
 
 
-async def _resumed(begun: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield begun
-    async for chunk in chunks:
-        yield chunk
+@define(eq=False)
+class _Mended:
+    # Not a generator: it takes every piece from the provider without a layer in between.
+    _chunks: AsyncIterator[bytes]
+    _mend: Mend
+    _splitter: sse.Splitter = field(init=False, factory=sse.Splitter)
+    _ended: bool = field(init=False, default=False)
 
+    def __aiter__(self) -> _Mended:
+        return self
 
-async def _mended(chunks: AsyncIterator[bytes], mend: Mend) -> AsyncIterator[bytes]:
-    splitter = sse.Splitter()
-    async for chunk in chunks:
-        if events := splitter.take(chunk):
-            yield _mend_events(events, mend) if mend.mark in events else events
-    for event in splitter.flush():
-        yield _mend_events(event, mend)
+    async def __anext__(self) -> bytes:
+        while not self._ended:
+            try:
+                events = self._splitter.take(await self._chunks.__anext__())
+            except StopAsyncIteration:
+                self._ended = True
+                events = b"".join(self._splitter.flush())
+            if events:
+                return _mend_events(events, self._mend) if self._mend.mark in events else events
+        raise StopAsyncIteration
 
 
 def _mend_events(events: bytes, mend: Mend) -> bytes:
-    return b"".join(_mend_event(event, mend) if mend.mark in event else event for event in sse.Splitter().feed(events))
+    return b"".join([_mend_event(event, mend) if mend.mark in event else event for event in sse.cut(events)])
 
 
 def _mend_event(event: bytes, mend: Mend) -> bytes:
@@ -220,7 +243,8 @@ def _mend_event(event: bytes, mend: Mend) -> bytes:
     return sse.write(payload)
 
 
-def _plain(value: str | None) -> str | None:
+def _plain(headers: Mapping[str, str], name: str) -> str | None:
+    value = headers.get(name)
     return value if value and len(value) <= 128 and value.isascii() and value.isprintable() else None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 from attrs import define, field
@@ -44,6 +44,18 @@ class Generation:
     admin: Paths[Served]
     running: int = 0
     idle: asyncio.Event = field(factory=asyncio.Event)
+
+    def enter(self) -> None:
+        """Hold on to this configuration for one call."""
+        if not self.running:
+            self.idle.clear()
+        self.running += 1
+
+    def leave(self) -> None:
+        """Let go of it."""
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
 
     async def settled(self) -> None:
         """Wait until none of its calls runs and every receipt has settled."""
@@ -168,19 +180,6 @@ class Gateway:
     def ready(self) -> bool:
         """Whether new calls are welcome."""
         return self._current is not None and not self.draining
-
-    @contextmanager
-    def serving(self) -> Iterator[Generation]:
-        """Hold on to the current configuration for one call."""
-        generation = self.current
-        generation.running += 1
-        generation.idle.clear()
-        try:
-            yield generation
-        finally:
-            generation.running -= 1
-            if not generation.running:
-                generation.idle.set()
 
     def health(self) -> dict[str, Health]:
         """How every plugin is that says so, by stage and name."""

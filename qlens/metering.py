@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -22,6 +22,13 @@ from qlens.usage import Usage, larger
 _NOTABLE = re.compile(
     rb'"usage"\s*:\s*\{|"choices"\s*:\s*\[\s*\]|"finish_reason"\s*:\s*"|"error"\s*:\s*["{\[t]|\[DONE\]'
 )
+_TEXT = b'"content":"'
+# What makes bytes in the place of a text more than one, or the end mark.
+_NO_TEXT = re.compile(rb'["\[\r\n]')
+# Where every event differs in something else as well, it is of no use to remember one.
+_MOST_NOTED = 16
+_MOST_LOOKED_AT = 4
+"""How many events of a block are looked at alone, to learn what the others look like."""
 _BYTES_PER_TOKEN = 4
 
 
@@ -40,62 +47,168 @@ class Meter:
     """Events with data that passed."""
     passed: int = 0
     """Their bytes."""
-    _envelope: int = 0
-    _finished: set[int] = field(factory=set)
-    _usage_event: dict[str, Any] | None = None
-    _head: dict[str, Any] = field(factory=dict)
-    _kept: list[bytes] = field(factory=list)
-    _kept_bytes: int = 0
-    _done: bool = False
+    _source: AsyncIterator[bytes] = field(init=False, repr=False)
+    _splitter: sse.Splitter = field(init=False, factory=sse.Splitter, repr=False)
+    _envelope: int = field(init=False, default=0)
+    """The bytes of the first event, which carries the role and hardly any text."""
+    _finished: set[int] = field(init=False, factory=set)
+    _usage_event: dict[str, Any] | None = field(init=False, default=None)
+    _head: dict[str, Any] = field(init=False, factory=dict)
+    _kept: list[bytes] = field(init=False, factory=list, repr=False)
+    _kept_bytes: int = field(init=False, default=0)
+    _before: bytes = field(init=False, default=b"", repr=False)
+    """How an event began that was not notable, up to its text."""
+    _after: bytes = field(init=False, default=b"", repr=False)
+    """How it went on after its text."""
+    _noted: int = field(init=False, default=0)
+    _done: bool = field(init=False, default=False)
+    """Whether the end mark was seen."""
+    _ended: bool = field(init=False, default=False)
+    """Whether nothing more is read."""
+    _over: bool = field(init=False, default=False)
+    """Whether nothing more is passed."""
+    _closed: bool = field(init=False, default=False)
+    _error: CallError | None = field(init=False, default=None)
+    """What ends the stream after the events in front of it."""
 
-    async def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
+        self._source = chunks
+        return self
+
+    # An iterator of its own and no generator: it takes every piece from its source without a layer in between.
+    def __aiter__(self) -> Meter:
+        return self
+
+    async def __anext__(self) -> bytes:
         try:
-            async for events in sse.batches(chunks):
-                passing, error = self._look(events)
+            while not self._ended:
+                try:
+                    block = self._splitter.take(await self._source.__anext__())
+                except StopAsyncIteration:
+                    self._ended = True
+                    passing = self._sift(self._splitter.flush())
+                else:
+                    passing = self._look(block) if block else b""
                 if passing:
-                    yield self._pass(passing)
-                if error is not None:
-                    raise error
-                if self._done:
-                    break
-        except CallError:
-            raise
-        except mistakes() as mistake:
+                    return passing
+        except BaseException as mistake:
+            self._ended = self._over = True
+            if isinstance(mistake, CallError) or not isinstance(mistake, mistakes()):
+                raise
             raise self.failed(mistake) from mistake
+        return await self._last()
+
+    async def aclose(self) -> None:
+        """Pass nothing more, and let go of what was needed for that; how much was used can still be asked."""
+        if not self._closed:
+            self._closed = self._ended = self._over = True
+            # What refers back to this object would leave a cycle to the collector.
+            del self._source, self.price, self.ended, self.failed
+            if self.reply.chunks is self:
+                self.reply.chunks = None
+
+    async def _last(self) -> bytes:
+        """What the stream ends with."""
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        if self._error is not None:
+            raise self._error
         if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
         self.reply.complete = True
         if self.call.keep and self._kept_bytes <= self.call.keep:
             await self._hand_over()
-        yield self._usage() + sse.DONE
+        return self._usage() + sse.DONE
 
-    def _look(self, events: list[bytes]) -> tuple[list[bytes], CallError | None]:
-        """The events that go to the client, and what ends the stream after them."""
-        self._keep(events)
+    def _look(self, block: bytes) -> bytes:
+        """What of a block of whole events goes to the client: all of it, most of the time."""
+        size, events = self._alike(block)
+        if size == len(block):
+            return self._pass(block, events)
+        passing, looked_at = [], 0
+        while block and not self._ended:
+            if size:
+                passing.append(self._pass(block[:size], events))
+            elif looked_at < _MOST_LOOKED_AT and b"\r" not in block:
+                looked_at += 1
+                passing.append(self._scan(event := sse.first(block)))
+                size = len(event)
+            else:
+                passing.append(self._scan(block))
+                break
+            block = block[size:]
+            size, events = self._alike(block)
+        return b"".join(passing)
+
+    def _pass(self, block: bytes, events: int) -> bytes:
+        """Count what goes to the client as it is."""
+        self._keep(block)
+        self.events += events
+        self.passed += len(block)
+        return block
+
+    def _alike(self, block: bytes) -> tuple[int, int]:
+        """The bytes and the number of the events in front that differ from one before in nothing but a plain text.
+
+        That one was not notable, so they are not. Most events are alike, and to compare costs a quarter of a search.
+        """
+        before, after = self._before, self._after
+        if not before or not block.startswith(before):
+            return 0, 0
+        begin, end = len(before), len(block) - len(after)
+        if begin <= end and block.endswith(after) and _NO_TEXT.search(block, begin, end) is None:
+            return (0, 0) if block.endswith(b"\\", 0, end) else (len(block), 1)
+        *texts, rest = block[begin:].split(after + before)
+        if (end := rest.find(after)) >= 0:
+            texts.append(rest[:end])
+        size = len(texts) * (len(before) + len(after)) + sum(map(len, texts))
+        # A backslash in front of a quote makes it a part of the text.
+        if _NO_TEXT.search(b"".join(texts)) is not None or block.find(b"\\" + after, 0, size) >= 0:
+            return 0, 0
+        return size, len(texts)
+
+    def _scan(self, block: bytes) -> bytes:
+        """Search a block for what is notable, and remember how an event of it that is not looks."""
+        if _is_notable(block):
+            begin = _start_of_the_notable(block)
+            return (self._scan(block[:begin]) if begin else b"") + self._sift(sse.cut(block[begin:]))
+        if self._noted < _MOST_NOTED:
+            self._note(sse.first(block))
+        return self._pass(block, sse.count(block))
+
+    def _note(self, event: bytes) -> None:
+        """Remember what surrounds the text of an event that is not notable."""
+        if not self._envelope:
+            self._envelope = len(event)
+        if (around := _around_text(event)) is not None:
+            self._before, self._after = around
+            self._noted += 1
+
+    def _sift(self, events: list[bytes]) -> bytes:
+        """What of these events goes to the client, each looked into."""
         passing: list[bytes] = []
+        self._keep(b"".join(events))
         try:
             for event in events:
                 if seen := self._see(event):
                     passing.append(seen)
         except CallError as error:
-            return passing, error
-        return passing, None
-
-    def _pass(self, events: list[bytes]) -> bytes:
-        """Count what goes to the client."""
-        if not self._envelope:
-            self._envelope = len(events[0])  # the first event carries the role and hardly any text
-        self.events += len(events)
-        block = b"".join(events)
+            self._ended, self._error = True, error
+        self._ended = self._ended or self._done
+        if passing and not self._envelope:
+            self._envelope = len(passing[0])
+        block = b"".join(passing)
+        self.events += len(passing)
         self.passed += len(block)
         return block
 
-    def _keep(self, events: list[bytes]) -> None:
+    def _keep(self, block: bytes) -> None:
         if self.call.keep and self._kept_bytes <= self.call.keep:
-            self._kept.extend(events)
-            self._kept_bytes += sum(map(len, events))
+            self._kept.append(block)
+            self._kept_bytes += len(block)
 
     def _see(self, event: bytes) -> bytes:
         """Look into one event; what is returned goes to the client."""
@@ -168,8 +281,68 @@ class Meter:
         await self.ended(body)
 
     def _assembled(self) -> bytes:
-        payloads = [parsed(data) for event in self._kept if (data := sse.data(event)) and not data.startswith(b"[DONE")]
+        found = [sse.data(event) for event in merged(sse.cut(b"".join(self._kept)))]
+        payloads = [parsed(data) for data in found if data and not data.startswith(b"[DONE")]
         return orjson.dumps(dialects.named(self.reply.dialect).assemble(payloads))
+
+
+def _around_text(event: bytes) -> tuple[bytes, bytes] | None:
+    """What stands in front of and behind the text of an event."""
+    begin = event.find(_TEXT) + len(_TEXT)
+    end = event.find(b'"', begin)
+    # A value is followed by a comma or a brace; with a colon it would be a name, and might become a notable one.
+    if begin < len(_TEXT) or event[end + 1 : end + 2] not in {b",", b"}"}:
+        return None
+    return event[:begin], event[end:]
+
+
+def _between(block: bytes, before: bytes, after: bytes) -> bytes | None:
+    """What a block has between a beginning and an end; None when it has not both, or the end's quote is a text's."""
+    end = len(block) - len(after)
+    if not before or not block.startswith(before) or not block.endswith(after) or len(before) > end:
+        return None
+    return None if b"\\" + after in block else block[len(before) : end]
+
+
+def merged(events: Iterable[bytes]) -> Iterator[bytes]:
+    """The same answer in fewer events: of those that differ only in a plain text, one with all of it."""
+    before = after = b""
+    texts: list[bytes] = []
+    for event in events:
+        text = _between(event, before, after)
+        if text is not None and _NO_TEXT.search(text) is None:
+            texts.append(text)
+            continue
+        if texts:
+            yield before + b"".join(texts) + after
+        texts, (before, after) = [], _around_text(event) or (b"", b"")
+        text = event[len(before) : len(event) - len(after)]
+        if before and _NO_TEXT.search(text) is None:
+            texts.append(text)
+        else:
+            before = after = b""
+            yield event
+    if texts:
+        yield before + b"".join(texts) + after
+
+
+def _is_notable(block: bytes) -> bool:
+    """Whether one of these events is. Where each has only what nearly all have, the slow search is spared."""
+    return (
+        b"[DONE]" in block
+        or b'"error"' in block
+        or block.count(b'"usage"') != block.count(b'"usage":null')
+        or block.count(b'"finish_reason"') != block.count(b'"finish_reason":null')
+        or block.count(b'"choices"') != block.count(b'"choices":[{')
+    ) and _NOTABLE.search(block) is not None
+
+
+def _start_of_the_notable(block: bytes) -> int:
+    """Where the first notable event begins, or one in front of it."""
+    found = _NOTABLE.search(block)
+    assert found is not None
+    boundary = -1 if b"\r" in block else block.rfind(b"\n\n", 0, found.start())
+    return boundary + 2 if boundary >= 0 else 0
 
 
 def parsed(data: bytes) -> dict[str, Any]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from operator import add
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from attrs import define, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from qlens import errors
-from qlens.usage import BUCKETS
+from qlens.usage import BUCKETS, counts_of
 
 if TYPE_CHECKING:
     from qlens.call import Attempt, Receipt
@@ -89,41 +95,63 @@ class Labelled(Generic[M]):
         return child
 
 
+class Tally:
+    """A histogram of a call's path: plain numbers, which cost a fraction of a metric object's locks and labels."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count a value; a bucket holds what is not above its bound."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return sum(self.counts)
+
+    def buckets(self) -> list[tuple[str, float]]:
+        """The cumulative counts by upper bound, as Prometheus shows them."""
+        bounds = [*map(floatToGoString, self.bounds), "+Inf"]
+        return list(zip(bounds, map(float, accumulate(self.counts)), strict=True))
+
+
+@define(eq=False)
+class _Spent:
+    """What the billed attempts for one model at one provider used."""
+
+    tokens: list[int] = field(factory=lambda: [0] * len(BUCKETS))
+    """In the order of BUCKETS."""
+    picos: int = 0
+    unpriced: int = 0
+
+
 class CallMetrics:
-    """The metrics of every call. Labels come from the configuration only, never from a client's text."""
+    """The metrics of every call. Labels come from the configuration only, never from a client's text.
+
+    What is counted for each call is kept as plain numbers on the event loop's thread and turned into metrics when
+    somebody asks for them.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
-        call = ("operation", "model", "outcome")
-        self.calls = Labelled(
-            metrics.counter("qlens_calls_total", "Calls that were authenticated, by how they ended.", call)
-        )
+        self.running = 0
+        """Calls on their way."""
+        self._seconds: dict[tuple[str, str, str], Tally] = {}
+        self._overhead = Tally(OVERHEAD)
+        self._first: dict[str, Tally] = {}
+        self._attempts: dict[tuple[str, str], int] = {}
+        self._spent: dict[tuple[str, str], _Spent] = {}
+        self._saved: dict[str, int] = {}
+        metrics.registry.register(_Collected(self.families))
         self.refused = Labelled(
             metrics.counter(
                 "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
             )
-        )
-        self.running = metrics.gauge("qlens_calls_running", "Calls on their way.")
-        self.seconds = Labelled(metrics.histogram("qlens_call_seconds", "Time from request to end of answer.", call))
-        self.overhead = metrics.histogram(
-            "qlens_overhead_seconds", "Time of a call that was not spent waiting for a provider.", buckets=OVERHEAD
-        )
-        self.first = Labelled(
-            metrics.histogram("qlens_first_byte_seconds", "Time to the first byte of a streamed answer.", ("model",))
-        )
-        self.attempts = Labelled(
-            metrics.counter("qlens_attempts_total", "Sends to targets, by provider and result.", ("provider", "result"))
-        )
-        self.tokens = Labelled(
-            metrics.counter("qlens_tokens_total", "Tokens used, in disjoint buckets.", ("model", "provider", "bucket"))
-        )
-        self.cost = Labelled(
-            metrics.counter("qlens_cost_usd_total", "Cost of billed attempts in USD.", ("model", "provider"))
-        )
-        self.unpriced = Labelled(
-            metrics.counter("qlens_unpriced_total", "Billed attempts whose price is unknown.", ("model", "provider"))
-        )
-        self.saved = Labelled(
-            metrics.counter("qlens_saved_usd_total", "What cached answers would have cost in USD.", ("model",))
         )
         self.failures = Labelled(
             metrics.counter("qlens_plugin_failures_total", "Hooks that failed by themselves.", ("plugin", "hook"))
@@ -133,13 +161,16 @@ class CallMetrics:
     def settled(self, receipt: Receipt) -> None:
         """Count a finished call."""
         model = receipt.model or NONE
-        self.calls.labels(receipt.operation, model, receipt.outcome).inc()
-        self.seconds.labels(receipt.operation, model, receipt.outcome).observe(receipt.total_us / 1e6)
-        self.overhead.observe(receipt.overhead_us / 1e6)
-        if receipt.ttft_us is not None and receipt.streamed:
-            self.first.labels(model).observe(receipt.ttft_us / 1e6)
+        key = receipt.operation, model, receipt.outcome
+        seconds = self._seconds.get(key)
+        if seconds is None:
+            seconds = self._seconds[key] = Tally(SECONDS)
+        seconds.observe(receipt.total_us / 1e6)
+        self._overhead.observe(receipt.overhead_us / 1e6)
+        if receipt.streamed and receipt.ttft_us is not None:
+            self._first.setdefault(model, Tally(SECONDS)).observe(receipt.ttft_us / 1e6)
         if receipt.saved_picos:
-            self.saved.labels(model).inc(receipt.saved_picos / PICOS)
+            self._saved[model] = self._saved.get(model, 0) + receipt.saved_picos
         for attempt in receipt.attempts:
             self._attempt(model, attempt)
 
@@ -147,14 +178,95 @@ class CallMetrics:
         provider = attempt.target.provider
         # A provider may put anything into the code of its errors, what a client wrote to it included.
         result = "ok" if attempt.error is None else attempt.error if attempt.error in _RESULTS else OTHER
-        self.attempts.labels(provider, result).inc()
+        self._attempts[provider, result] = self._attempts.get((provider, result), 0) + 1
         if not attempt.billed or attempt.usage is None:
             return
-        used = attempt.usage
-        for bucket in BUCKETS:
-            if count := getattr(used, bucket):
-                self.tokens.labels(model, provider, bucket).inc(count)
+        spent = self._spent.get((model, provider))
+        if spent is None:
+            spent = self._spent[model, provider] = _Spent()
+        spent.tokens = list(map(add, spent.tokens, counts_of(attempt.usage)))
         if attempt.cost.picos is None:
-            self.unpriced.labels(model, provider).inc()
+            spent.unpriced += 1
         else:
-            self.cost.labels(model, provider).inc(attempt.cost.picos / PICOS)
+            spent.picos += attempt.cost.picos
+
+    def families(self) -> Iterator[Metric]:
+        """Everything that was counted, as Prometheus' metrics."""
+        call = ("operation", "model", "outcome")
+        yield _counter(
+            "qlens_calls",
+            "Calls that were authenticated, by how they ended.",
+            call,
+            {key: tally.count for key, tally in self._seconds.items()},
+        )
+        yield GaugeMetricFamily("qlens_calls_running", "Calls on their way.", self.running)
+        yield _histogram("qlens_call_seconds", "Time from request to end of answer.", call, self._seconds)
+        yield _histogram(
+            "qlens_overhead_seconds",
+            "Time of a call that was not spent waiting for a provider.",
+            (),
+            {(): self._overhead},
+        )
+        yield _histogram(
+            "qlens_first_byte_seconds",
+            "Time to the first byte of a streamed answer.",
+            ("model",),
+            {(model,): tally for model, tally in self._first.items()},
+        )
+        yield _counter(
+            "qlens_attempts", "Sends to targets, by provider and result.", ("provider", "result"), self._attempts
+        )
+        target = ("model", "provider")
+        yield _counter(
+            "qlens_tokens",
+            "Tokens used, in disjoint buckets.",
+            (*target, "bucket"),
+            {
+                (*key, bucket): count
+                for key, spent in self._spent.items()
+                for bucket, count in zip(BUCKETS, spent.tokens, strict=True)
+                if count
+            },
+        )
+        yield _counter(
+            "qlens_cost_usd",
+            "Cost of billed attempts in USD.",
+            target,
+            {key: spent.picos / PICOS for key, spent in self._spent.items()},
+        )
+        yield _counter(
+            "qlens_unpriced",
+            "Billed attempts whose price is unknown.",
+            target,
+            {key: spent.unpriced for key, spent in self._spent.items() if spent.unpriced},
+        )
+        yield _counter(
+            "qlens_saved_usd",
+            "What cached answers would have cost in USD.",
+            ("model",),
+            {(model,): picos / PICOS for model, picos in self._saved.items()},
+        )
+
+
+class _Collected(Collector):
+    """What the registry asks at every scrape."""
+
+    def __init__(self, families: Callable[[], Iterator[Metric]]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterator[Metric]:
+        return self._families()
+
+
+def _counter(name: str, doc: str, labels: Sequence[str], counts: Mapping[Any, float]) -> Metric:
+    family = CounterMetricFamily(name, doc, labels=labels)
+    for key, count in counts.items():
+        family.add_metric(key, count)
+    return family
+
+
+def _histogram(name: str, doc: str, labels: Sequence[str], tallies: Mapping[Any, Tally]) -> Metric:
+    family = HistogramMetricFamily(name, doc, labels=labels)
+    for key, tally in tallies.items():
+        family.add_metric(key, tally.buckets(), tally.sum)
+    return family

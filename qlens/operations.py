@@ -23,7 +23,7 @@ class Operation:
     name: str
     method: str
     path: str
-    """A `{parameter}` stands for one segment; at the end of the path, for the rest, slashes included."""
+    """A `{parameter}` stands for one segment; the last of them for all that are left, slashes included."""
     runs: Literal["full", "affinity", "local"]
     """full: all stages; affinity: bound to the target that made an object; local: answered by the gateway."""
     dialect: str = ""
@@ -31,6 +31,23 @@ class Operation:
     streams: bool = False
     meters: tuple[str, ...] = ()
     local: Callable[[Call, Models], Body] | None = field(default=None, repr=False)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Where it is served: at OpenAI's path, and at Azure's two surfaces, so that Azure's clients find it.
+
+        `{deployment}` is the name of the model asked for; it wins over the body's.
+        """
+        place = self.path.removeprefix("/v1")
+        classic = "/openai/deployments/{deployment}" if place in _OF_DEPLOYMENTS else "/openai"
+        return self.path, f"/openai/v1{place}", classic + place
+
+
+# As Azure's SDK builds its URLs; all else stands under /openai itself. The api-version in the query says nothing here.
+_OF_DEPLOYMENTS = {
+    *("/chat/completions", "/completions", "/embeddings", "/images/generations", "/images/edits"),
+    *("/audio/transcriptions", "/audio/translations", "/audio/speech"),
+}
 
 
 def _card(model: Model) -> Body:
@@ -100,12 +117,18 @@ class Paths(Generic[T]):
         self._patterns.append((parts, {}))
         return self._patterns[-1][1]
 
+    def exactly(self, method: str, path: str) -> T | None:
+        """What is served at a path without parameters; None: `find` knows more."""
+        methods = self._exact.get(path)
+        return None if methods is None else methods.get(method)
+
     def find(self, method: str, path: str) -> tuple[T, Mapping[str, str]]:
         """What is served at a path, with the path's parameters; raises UnknownPath or WrongMethod."""
         methods, params = self._exact.get(path), {}
         if methods is None:
+            given = path.split("/")
             for parts, candidates in self._patterns:
-                found = _match(parts, path)
+                found = _match(parts, given)
                 if found is not None:
                     methods, params = candidates, found
                     break
@@ -123,22 +146,19 @@ def _shape(parts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple("{}" if part.startswith("{") else part for part in parts)
 
 
-def _match(parts: tuple[str, ...], path: str) -> dict[str, str] | None:
-    """The parameters of a path that fits; the last parameter takes the rest of the path."""
-    given = path.split("/")
-    if len(given) < len(parts) or (len(given) > len(parts) and not parts[-1].startswith("{")):
+def _match(parts: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
+    """The parameters of a path that fits; the last parameter takes all segments that are left."""
+    spare = len(given) - len(parts)
+    if spare < 0:
         return None
+    last = max(index for index, part in enumerate(parts) if part.startswith("{"))
+    values = [*given[:last], "/".join(given[last : last + spare + 1]), *given[last + spare + 1 :]]
     params = {}
-    for index, part in enumerate(parts):
-        if not part.startswith("{"):
-            if part != given[index]:
-                return None
-            continue
-        last = index == len(parts) - 1
-        value = "/".join(given[index:]) if last else given[index]
-        if not value:
+    for part, value in zip(parts, values, strict=True):
+        if part.startswith("{") and value:
+            params[part[1:-1]] = unquote(value)
+        elif part != value:
             return None
-        params[part[1:-1]] = unquote(value)
     return params
 
 

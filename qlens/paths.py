@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -29,7 +29,9 @@ def has_role(roles: Iterable[str], needed: str) -> bool:
 
 def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served], Paths[Served]]:
     """The paths of the client and of the admin listener; raises ConfigError when a plugin takes one that is taken."""
-    client: Paths[Served] = Paths.of((operation.method, operation.path, operation) for operation in OPERATIONS)
+    client: Paths[Served] = Paths.of(
+        (operation.method, path, operation) for operation in OPERATIONS for path in operation.paths
+    )
     admin: Paths[Served] = Paths()
     for endpoint in own_endpoints(gateway):
         (client if endpoint.listener == "client" else admin).add(endpoint.method, endpoint.path, endpoint)
@@ -56,18 +58,15 @@ def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         return _json({"status": "ok"})
 
     async def readyz(call: Call) -> Reply:
-        health = {name: _shown(state.ok, state.detail) for name, state in gateway.health().items()}
         if gateway.ready:
-            return _json({"status": "ready", "plugins": health})
-        return _json({"status": "draining", "plugins": health}, 503)
+            return _json({"status": "ready", "plugins": _plugins(gateway)})
+        return _json({"status": "draining", "plugins": _plugins(gateway)}, 503)
 
     async def metrics(call: Call) -> Reply:
         return Reply(headers={"content-type": "text/plain; version=0.0.4; charset=utf-8"}, body=gateway.metrics.text())
 
     async def health(call: Call) -> Reply:
-        plugins = {name: _shown(state.ok, state.detail) for name, state in gateway.health().items()}
-        running = gateway.current.running
-        return _json({"ready": gateway.ready, "config": gateway.config.version, "running": running, "plugins": plugins})
+        return _json(health_of(gateway))
 
     admin = gateway.config.server.admin
     open_metrics = admin.metrics == "open" or is_loopback(admin.host)
@@ -81,8 +80,18 @@ def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     )
 
 
-def _shown(ok: bool, detail: str) -> dict[str, object]:
-    return {"ok": ok, "detail": detail}
+def health_of(gateway: Gateway) -> dict[str, Any]:
+    """How a gateway is: what /admin/health shows of one process."""
+    return {
+        "ready": gateway.ready,
+        "config": gateway.config.version,
+        "running": gateway.current.running,
+        "plugins": _plugins(gateway),
+    }
+
+
+def _plugins(gateway: Gateway) -> dict[str, Any]:
+    return {name: {"ok": state.ok, "detail": state.detail} for name, state in gateway.health().items()}
 
 
 def _json(body: object, status: int = 200) -> Reply:

@@ -16,6 +16,7 @@ from attrs import field, frozen
 from qlens import dialects, returned, sse
 from qlens.account import Account, run_apart
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
+from qlens.deadlines import Deadlines
 from qlens.errors import (
     CallError,
     CallTimedOut,
@@ -47,6 +48,10 @@ MOST_COLLECTED_BYTES = 32 * 1024 * 1024
 """The longest stream that is made into a body for a client that asked for one."""
 
 
+Step = Callable[[Account], Awaitable[Reply]]
+Ask = Callable[[Account, Target], Awaitable[Reply]]
+
+
 class Relay(Protocol):
     """Writes a reply to the client; raises ClientLeft when nobody reads it."""
 
@@ -70,26 +75,64 @@ class Pipeline:
     """Whether calls are being cut off because the gateway stops."""
     settling: set[asyncio.Task[None]] = field(factory=set)
     """What still accounts or stores on its own; shutdown and reload wait for it."""
+    deadlines: Deadlines = field(factory=Deadlines)
+    stores_at_once: bool = field(init=False)
+    """Whether no cache waits for anything when it keeps an answer: no task is needed then, nor a bound on its time."""
+    settles_at_once: bool = field(init=False)
+    """The same of those that settle."""
+    _wrapped: Step = field(init=False)
+    _sent: Ask = field(init=False)
+
+    @stores_at_once.default
+    def _stores_at_once(self) -> bool:
+        return not any(hook.waits for hook in self.hooks.store)
+
+    @settles_at_once.default
+    def _settles_at_once(self) -> bool:
+        return not any(hook.waits for hook in self.hooks.settle)
+
+    @_wrapped.default
+    def _around_found(self) -> Step:
+        """`found` inside the layers of `wrap_call`, the first listed outermost."""
+        step: Step = self.found
+        for hook in reversed(self.hooks.wrap_call):
+            step = self._layer(hook, step)
+        return step
+
+    @_sent.default
+    def _around_attempt(self) -> Ask:
+        """`attempt` inside the layers of `wrap_send`."""
+        ask: Ask = self.attempt
+        for hook in reversed(self.hooks.wrap_send):
+            ask = self._send_layer(hook, ask)
+        return ask
 
     # --- the story -----------------------------------------------------------------------------
 
     async def run(self, call: Call, relay: Relay) -> None:
         """Take a call from its head to its last byte and its receipt."""
         call.config = self.version
-        self.metrics.running.inc()
+        self.metrics.running += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self.deadlines.begin(call, task)
         try:
-            async with asyncio.timeout_at(call.deadline) as timer:
-                call.caller = await self.authenticate(call)
-                # From here on every exit settles, whatever it is and wherever it happens.
-                async with Account(self, call, timer.expired) as account:
-                    reply = await self.answer(account)
-                    await relay(account, reply)
-        except TimeoutError:
-            if not timer.expired():
+            call.caller = await self.authenticate(call)
+            # From here on every exit settles, whatever it is and wherever it happens.
+            account = Account(self, call)
+            try:
+                await relay(account, await self.answer(account))
+            except BaseException as error:
+                await account.leave(error)
+                raise
+            await account.leave(None)
+        except asyncio.CancelledError:
+            if not self.deadlines.over(call) or task.uncancel():
                 raise
             raise CallTimedOut("The call took longer than this gateway allows.") from None
         finally:
-            self.metrics.running.dec()
+            self.deadlines.end(call)
+            self.metrics.running -= 1
 
     async def authenticate(self, call: Call) -> Caller:
         """Who is it: the first plugin that answers wins; only the head was read so far."""
@@ -117,17 +160,22 @@ class Pipeline:
             return _local(call.operation.local(call, self.models))
         await self.open(call)
         await self.admit(account)
-        reply = await self.wrapped(account)
-        return self.shaped(account, await self.collected(account, reply))
+        reply = account.reply = await self._wrapped(account)
+        if (reply.chunks is None) is call.stream:
+            reply = await self.shaped(account, reply)
+        return reply
 
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
         call.body = await _json_body(call)
+        if (named := call.path_params.get("deployment")) is not None:
+            call.body["model"] = named  # Azure's clients name it in the path, whatever the body says
         dialect = dialects.named(call.operation.dialect)
         dialect.validate(call.body)
         name = call.asked_model = call.body["model"]
         model = self.models.resolve(name)
-        if model is None or not call.known.may_use(name):
+        caller = call.known
+        if model is None or not (caller.models is None or caller.may_use(name)):
             raise model_not_found(name)
         call.model = model
         call.targets = model.candidates
@@ -144,20 +192,23 @@ class Pipeline:
 
     def bound_cost(self, call: Call) -> Cost:
         """The most the call can cost: the dearest over candidates and fallbacks, unpriced if one of them is."""
-        if not self.hooks.price:
+        if not self.hooks.price or not call.bounded:
             return UNPRICED
         dearest = FREE
-        for target in (target for model in self.reachable(call) for target in model.candidates):
-            cost = self.cost(call, target, call.bound)
-            if cost.picos is None or not call.bounded:
-                return UNPRICED
-            if cost.picos >= (dearest.picos or 0):
-                dearest = cost
+        for model in self.reachable(call):
+            for target in model.candidates:
+                cost = self.cost(call, target, call.bound)
+                if cost.picos is None:
+                    return UNPRICED
+                if cost.picos >= (dearest.picos or 0):
+                    dearest = cost
         return dearest
 
     def reachable(self, call: Call) -> list[Model]:
         """The call's model and the fallbacks that the caller may use."""
         assert call.model is not None
+        if not call.model.fallbacks:
+            return [call.model]
         names = {name for names in call.model.fallbacks.values() for name in names if call.known.may_use(name)}
         return [call.model, *(model for name in names if (model := self.models.resolve(name)) is not None)]
 
@@ -183,35 +234,30 @@ class Pipeline:
                 account.holds[hook.instance] = hold
         account.admitted = True
 
-    async def wrapped(self, account: Account) -> Reply:
-        """Guards, coalescing, idempotency: an onion around the search for an answer, cached ones included."""
+    def _layer(self, hook: Bound, inner: Step) -> Step:
+        async def layer(account: Account) -> Reply:
+            try:
+                return account.take(await hook.fn(account.call, lambda: inner(account)))
+            except CallError:
+                raise
+            except mistakes() as error:
+                raise self.misguided(hook, error) from error
 
-        async def layer(depth: int) -> Reply:
-            if depth == len(self.hooks.wrap_call):
-                return await self.found(account)
-            hook = self.hooks.wrap_call[depth]
-            return await self._peel(account, hook, hook.fn(account.call, lambda: layer(depth + 1)))
+        return layer
 
-        reply = account.reply = await layer(0)
-        return reply
-
-    async def _peel(self, account: Account, hook: Bound, layer: Awaitable[Reply]) -> Reply:
-        """One layer of an onion: what goes wrong deeper is a CallError already, so all else is this plugin's own."""
-        try:
-            return account.hold_open(returned.reply(await layer))
-        except CallError:
-            raise
-        except mistakes() as error:
-            raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
+    def misguided(self, hook: Bound, error: BaseException) -> CallError:
+        """The error for a layer of an onion that fails: what goes wrong deeper is a CallError already."""
+        return self.failure(hook, error, PluginFailed(f"{hook.plugin} failed."))
 
     async def found(self, account: Account) -> Reply:
         """The cache's answer, or else a provider's, which the caches may keep."""
-        known = await self.lookup(account.call)
-        if known is not None:
-            account.open(known)
-            return known
+        if self.hooks.lookup:
+            known = await self.lookup(account.call)
+            if known is not None:
+                account.open(known)
+                return known
         reply = await self.ask(account)
-        if reply.body is not None and reply.complete:
+        if self.hooks.store and reply.body is not None and reply.complete:
             await self.store(account.call, reply)
         return reply
 
@@ -255,7 +301,7 @@ class Pipeline:
                 raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
             target, before = waiting.pop(0), len(call.attempts)
             try:
-                return await self.send(account, target)
+                return await self._sent(account, target)
             except CallError as raised:
                 if len(call.attempts) == before:  # refused before it was sent: no attempt
                     error = error if call.attempts else _latest(error, raised)
@@ -282,7 +328,7 @@ class Pipeline:
             except CallError:
                 raise
             except mistakes() as error:
-                raise self.failure(hook, error, PluginFailed(f"{hook.plugin} failed.")) from error
+                raise self.misguided(hook, error) from error
         return list(model.candidates)
 
     async def fall_back(self, call: Call, error: CallError, reached: set[str]) -> list[Target]:
@@ -312,17 +358,16 @@ class Pipeline:
                 return wait
         return None
 
-    async def send(self, account: Account, target: Target) -> Reply:
-        """Ask one target, inside the layers of `wrap_send`."""
+    def _send_layer(self, hook: Bound, inner: Ask) -> Ask:
+        async def layer(account: Account, target: Target) -> Reply:
+            try:
+                return account.take(await hook.fn(account.call, target, lambda other: inner(account, other)))
+            except CallError:
+                raise
+            except mistakes() as error:
+                raise self.misguided(hook, error) from error
 
-        async def layer(depth: int, target: Target) -> Reply:
-            if depth == len(self.hooks.wrap_send):
-                return await self.attempt(account, target)
-            hook = self.hooks.wrap_send[depth]
-            peeled = hook.fn(account.call, target, lambda other: layer(depth + 1, other))
-            return await self._peel(account, hook, peeled)
-
-        return await layer(0, target)
+        return layer
 
     async def attempt(self, account: Account, target: Target) -> Reply:
         """One attempt: from here to its end the account knows about it."""
@@ -330,8 +375,8 @@ class Pipeline:
         outgoing = _outgoing(call, target, provider, self.models.named(target.public))
         place = account.begin(target)
         try:
-            reply = account.hold_open(returned.reply(await provider.send.fn(call, target, outgoing)))
-            reply.target = target
+            reply = account.take(await provider.send.fn(call, target, outgoing))
+            reply.target = reply.target or target  # a provider may know better which model it was
             meter = self.metered(account, reply)
         except CallError as error:
             account.failed(place, error)
@@ -363,7 +408,7 @@ class Pipeline:
         meter = Meter(
             call,
             reply,
-            price=lambda usage: self.cost(call, target, usage),
+            price=lambda usage: self.cost(call, reply.target or target, usage),
             ended=keep,
             failed=lambda error: self.provider_failure(self.providers[target.provider], error),
         )
@@ -377,6 +422,9 @@ class Pipeline:
     async def store(self, call: Call, reply: Reply) -> None:
         """Hand a complete answer to the caches; a slow one goes on alone."""
         if not self.hooks.store or reply.status != 200:
+            return
+        if self.stores_at_once:
+            await self._store(call, reply)
             return
         storing = run_apart(self._store(call, reply))
         if not storing.done():
@@ -397,9 +445,11 @@ class Pipeline:
 
     # --- the way back --------------------------------------------------------------------------
 
-    async def collected(self, account: Account, reply: Reply) -> Reply:
-        """Make one body of a stream that the client did not ask for."""
-        if account.call.stream or reply.chunks is None:
+    async def shaped(self, account: Account, reply: Reply) -> Reply:
+        """Make a stream of one body or one body of a stream: what the client asked for."""
+        if account.call.stream:
+            reply.replace(chunks=sse.chunks_of(exploded(account.call, reply, account.cost())))
+            reply.body = None
             return reply
         payloads, size = [], 0
         async for event in reply.events():
@@ -414,13 +464,6 @@ class Pipeline:
         if said is not None and not body.get("usage"):
             body["usage"] = as_openai(said)  # its event was withheld, as from any client that did not ask for it
         reply.body, reply.chunks = orjson.dumps(body), None
-        return reply
-
-    def shaped(self, account: Account, reply: Reply) -> Reply:
-        """Make a stream of one body, when that is what the client asked for."""
-        if account.call.stream and reply.body is not None:
-            reply.replace(chunks=sse.chunks_of(exploded(account.call, reply, account.cost())))
-            reply.body = None
         return reply
 
     def cost(self, call: Call, target: Target, usage: Usage) -> Cost:
@@ -483,8 +526,9 @@ def _outgoing(call: Call, target: Target, provider: Provider, model: Model | Non
             f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",
             code="unsupported_operation",
         )
-    body = {**orjson.loads(orjson.dumps(call.body)), **target.params, "model": target.model}
-    if model is not None:  # a fallback may allow less than the model that was asked for
+    body = {**call.body, **target.params, "model": target.model}
+    if model is not None and (target.params or model is not call.model):
+        # A fallback may allow less than the model that was asked for, and params may ask for more.
         dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
     return Outgoing(call.operation, dialect, body, call.stream)
 

@@ -21,6 +21,8 @@ from qlens.errors import (
 
 _READ_CHARS = 4096
 _SHOWN_CHARS = 512
+_CATEGORIES = 32
+"""How many categories of a content filter are shown."""
 
 _MISSING_MODEL = {"model_not_found", "DeploymentNotFound"}
 _SPENT_QUOTA = {"insufficient_quota", "credit_balance_exhausted", "billing_hard_limit_reached", "billing_not_active"}
@@ -106,6 +108,8 @@ class _Error:
     code: str | None
     numbers: tuple[int, ...]
     """What it gives as a number where OpenAI gives a name."""
+    inner: Mapping[str, Any] | None
+    """What Azure adds: an error in the error."""
 
     @classmethod
     def of(cls, payload: Mapping[str, Any]) -> _Error:
@@ -120,6 +124,7 @@ class _Error:
             names=frozenset(name for name in named if isinstance(name, str)),
             code=_identifier(code),
             numbers=tuple(_number(value) for value in (fields.get("status"), code, fields.get("status_code"))),
+            inner=innermost if isinstance(innermost, Mapping) else None,
         )
 
     def status(self) -> int:
@@ -145,10 +150,32 @@ def _rejected(error: _Error, status: int) -> UpstreamRejected:
     message = (_masked(error.message) or plain) if status in {400, 413, 422} else plain
     if error.names & _FILTERED:
         code = "content_policy_violation" if "content_policy_violation" in error.names else "content_filter"
-        return UpstreamRejected(message, param=error.param, code=code)
+        return UpstreamRejected(message, param=error.param, code=code, verdict=_verdict(error.inner))
     if error.names & _OVERFLOW or (status in {400, 413, 422} and _OVERFLOW_WORDING.search(error.message[:_READ_CHARS])):
         return UpstreamRejected(message, param=error.param, code="context_length_exceeded")
     return UpstreamRejected(message, status=status, param=error.param, code=error.code)
+
+
+def _verdict(inner: Mapping[str, Any] | None) -> dict[str, object] | None:
+    """What a content filter found: its code, and for each category flags and one word; nothing else of it."""
+    if inner is None:
+        return None
+    code = _identifier(inner.get("code"))
+    results = inner.get("content_filter_result") or inner.get("content_filter_results")
+    found = _findings(results) if isinstance(results, Mapping) else {}
+    return {**({"code": code} if code else {}), **({"content_filter_result": found} if found else {})} or None
+
+
+def _findings(results: Mapping[str, Any]) -> dict[str, dict[str, object]]:
+    found = {}
+    for category, finding in list(results.items())[:_CATEGORIES]:
+        if not _identifier(category) or not isinstance(finding, Mapping):
+            continue
+        shown = {name: finding[name] for name in ("filtered", "detected") if isinstance(finding.get(name), bool)}
+        if severity := _identifier(finding.get("severity")):
+            shown["severity"] = severity
+        found[category] = shown
+    return found
 
 
 def _masked(message: str) -> str:

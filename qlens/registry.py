@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import importlib
 import inspect
 import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from ipaddress import ip_address
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -71,6 +73,8 @@ class Bound:
     fn: Callable[..., Any] = field(repr=False)
     bounded: bool = False
     """Whether the plugin must know how much a call can generate."""
+    waits: bool = True
+    """Whether it may wait for anything: an `async def` without an await in it cannot."""
 
 
 @frozen
@@ -338,6 +342,8 @@ def _misplaced(config: Config, instances: Iterable[Instance]) -> Iterable[Fault]
                 f"{instance.entry.plugin} is set up for this machine only, but server.host is {config.server.host}: "
                 "bind to 127.0.0.1, or take the setting that makes it so (a demo key, say) out",
             )
+        if config.server.workers > 1 and _limits_alone(instance):
+            yield Fault(instance.entry.path, _too_generous(instance, config.server.workers))
     admin = config.server.admin
     if not is_loopback(admin.host) and not any(
         instance.entry.stage == "auth" and not getattr(instance.plugin, "needs_no_credential", False)
@@ -348,6 +354,25 @@ def _misplaced(config: Config, instances: Iterable[Instance]) -> Iterable[Fault]
             f"{admin.host} can be reached from other machines, and no auth plugin asks for a credential: "
             "bind to 127.0.0.1, or add an auth plugin such as api_keys",
         )
+
+
+def _limits_alone(instance: Instance) -> bool:
+    """Whether it may refuse calls by what its own process counted: caches and breakers may know less, limits not."""
+    return (
+        instance.entry.stage in {"rate_limit", "cost"}
+        and hasattr(instance.cls, "admit")
+        and getattr(instance.plugin, "shares", "process") != "store"
+    )
+
+
+def _too_generous(instance: Instance, workers: int) -> str:
+    way = "a store that they share"
+    if hasattr(getattr(instance.config, "store", None), "per_worker"):
+        way = "`store: {kind: memory, per_worker: true}`, which gives each its part of the limits"
+    return (
+        f"{instance.entry.plugin} counts in each process by itself, so {workers} workers would together allow "
+        f"{workers} times its limits: give it {way}, or set server.workers to 1"
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -389,7 +414,13 @@ def _bound(name: str, impl: pluggy.HookImpl, owner: Instance) -> Bound:
         instance=owner.key,
         fn=_adapted(impl.function, expected, tuple(impl.argnames)),
         bounded=bool(getattr(owner.plugin, "bounded", False)),
+        waits=_waits(impl.function),
     )
+
+
+def _waits(function: Callable[..., Any]) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is None or any(step.opname == "SEND" for step in dis.get_instructions(code))
 
 
 def _adapted(function: Callable[..., Any], given: tuple[str, ...], taken: tuple[str, ...]) -> Callable[..., Any]:
@@ -397,7 +428,13 @@ def _adapted(function: Callable[..., Any], given: tuple[str, ...], taken: tuple[
     if given == taken:
         return function
     places = [given.index(name) for name in taken]
-    return lambda *args: function(*(args[place] for place in places))
+    if not places:
+        return lambda *args: function()
+    if len(places) == 1:
+        place = places[0]
+        return lambda *args: function(args[place])
+    pick = itemgetter(*places)
+    return lambda *args: function(*pick(args))
 
 
 def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faults: list[Fault]) -> dict[str, Provider]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qlens.call import Caller, Cost, Reply, Target
 from qlens.registry import Health
-from qlens.usage import BUCKETS, Usage
+from qlens.usage import Usage, counts_of
 
 
 def mistakes() -> tuple[type[BaseException], ...]:
@@ -33,9 +33,9 @@ def reply(value: Any) -> Reply:
     """What an answering hook returned; TypeError when there is nothing in it to relay."""
     if not isinstance(value, Reply):
         raise TypeError(f"{_kind(value)} was returned, not a Reply")
-    if not (isinstance(value.body, bytes) if value.chunks is None else hasattr(value.chunks, "__aiter__")):
-        raise TypeError("a Reply was returned with neither a body of bytes nor an asynchronous iterator of chunks")
-    return value
+    if type(value.body) is bytes if value.chunks is None else hasattr(value.chunks, "__aiter__"):
+        return value
+    raise TypeError("a Reply was returned with neither a body of bytes nor an asynchronous iterator of chunks")
 
 
 def targets(value: Any, providers: Container[str]) -> list[Target]:
@@ -69,7 +69,10 @@ def usage(value: Any) -> Usage | None:
     """What a provider says was used; TypeError when it counts less than nothing, or not in whole tokens."""
     if value is None:
         return None
-    if not isinstance(value, Usage) or not all(_is_count(getattr(value, bucket)) for bucket in BUCKETS):
+    if not isinstance(value, Usage):
+        raise TypeError(f"usage is {value!r}, not a Usage")
+    counts = counts_of(value)
+    if type(sum(counts)) is not int or min(counts) < 0:
         raise TypeError(f"usage is {value!r}, not a Usage of whole tokens")
     return value
 

@@ -19,17 +19,24 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 _BOM = b"\xef\xbb\xbf"
 
 
-def _after_blank_line(buffer: bytes | bytearray, position: int) -> int:
+def _cut_at_blank_lines(buffer: bytes | bytearray, position: int) -> tuple[list[bytes], int]:
+    """The whole events, and where the rest begins; no blank line ends in front of `position`."""
     # A CR that ends the buffer is taken as a line end at once: waiting for a possible LF would hold the event back.
     # The LF then starts the next event, where it is an empty line and does no harm.
-    match = _BLANK_LINE.search(buffer, position)
-    return match.end() if match else -1
+    events, start = [], 0
+    while (match := _BLANK_LINE.search(buffer, position)) is not None:
+        position = match.end()
+        events.append(bytes(buffer[start:position]))
+        start = position
+    return events, start
 
 
-def _after_two_feeds(buffer: bytes | bytearray, position: int) -> int:
-    # What all providers send, and ten times as fast.
-    found = buffer.find(b"\n\n", position)
-    return found + 2 if found >= 0 else -1
+def _cut_at_two_feeds(buffer: bytes | bytearray, position: int) -> tuple[list[bytes], int]:
+    """The same for what all providers send, and ten times as fast."""
+    if buffer.find(b"\n\n", position) < 0:
+        return [], 0
+    *events, rest = bytes(buffer).split(b"\n\n")
+    return [event + b"\n\n" for event in events], len(buffer) - len(rest)
 
 
 class Splitter:
@@ -51,12 +58,10 @@ class Splitter:
         if self._pending:
             self._pending += data
             buffer = self._pending
-        after_blank = _after_blank_line if buffer.find(b"\r", position) >= 0 else _after_two_feeds
-        events = []
-        start = 0
-        while (position := after_blank(buffer, position)) >= 0:
-            events.append(bytes(buffer[start:position]))
-            start = position
+        if buffer.find(b"\r", position) >= 0:
+            events, start = _cut_at_blank_lines(buffer, position)
+        else:
+            events, start = _cut_at_two_feeds(buffer, position)
         if buffer is data:
             self._pending += data[start:]
         else:
@@ -67,7 +72,24 @@ class Splitter:
 
     def take(self, data: bytes) -> bytes:
         """Take bytes; return all events that are whole now as one block."""
-        return b"".join(self.feed(data))
+        pending = self._pending
+        end = data.rfind(b"\n\n") + 2
+        if (
+            b"\r" in data
+            or data.endswith(b"\n\n\n", 0, end)
+            or pending.endswith((b"\r", b"\n"))
+            or len(pending) + len(data) > self._max
+        ):
+            return b"".join(self.feed(data))
+        # Only the last blank line must be found: it is two line feeds, neither is pending, and none is in front of it.
+        if end == 1:
+            pending += data
+            return b""
+        if end == len(data) and not pending:
+            return data
+        block = bytes(pending) + data[:end]
+        pending[:] = data[end:]
+        return block
 
     def flush(self) -> list[bytes]:
         """End the stream: an event that lacks only its blank line is completed, so that it is not lost.
@@ -89,21 +111,29 @@ def _is_whole(payload: bytes) -> bool:
     return True
 
 
-async def batches(chunks: AsyncIterator[bytes]) -> AsyncIterator[list[bytes]]:
-    """Iterate over the events of a stream of chunks, those that became whole together in one list."""
-    splitter = Splitter()
-    async for chunk in chunks:
-        if events := splitter.feed(chunk):
-            yield events
-    if events := splitter.flush():
-        yield events
-
-
 async def split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """Iterate over the events of a stream of chunks."""
-    async for events in batches(chunks):
-        for event in events:
+    splitter = Splitter()
+    async for chunk in chunks:
+        for event in splitter.feed(chunk):
             yield event
+    for event in splitter.flush():
+        yield event
+
+
+def cut(block: bytes) -> list[bytes]:
+    """The events of a block of whole events."""
+    return Splitter(len(block)).feed(block)
+
+
+def first(block: bytes) -> bytes:
+    """The first event of a block of whole events."""
+    return cut(block)[0] if b"\r" in block else block[: block.find(b"\n\n") + 2]
+
+
+def count(block: bytes) -> int:
+    """How many events a block of whole events has."""
+    return len(cut(block)) if b"\r" in block else block.count(b"\n\n")
 
 
 def data(event: bytes) -> bytes | None:

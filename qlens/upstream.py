@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from attrs import define, field, frozen
@@ -23,6 +23,8 @@ MAX_BODY_BYTES = 32 * 1024 * 1024
 # A request is framed here alone: a second opinion in a header is how two requests are made out of one.
 _FRAMING = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+# Requests by method, URL and headers: those of a configuration are few, those that change with the call may be many.
+_MAX_KNOWN = 256
 _DEFAULTS = (("user-agent", f"qlens/{__version__}"), ("accept", "*/*"), ("accept-encoding", "identity"))
 
 
@@ -71,6 +73,7 @@ class Upstream:
     """`http://[user:password@]host:port` of a proxy that every connection goes through."""
     _dialer: Dialer = field(init=False, repr=False)
     _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
+    _known: dict[tuple[object, ...], _Known] = field(init=False, factory=dict, repr=False)
     _closed: bool = field(init=False, default=False)
 
     def __attrs_post_init__(self) -> None:
@@ -90,13 +93,13 @@ class Upstream:
 
         Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
-        origin, path = _split(url, tls)
-        if self.proxy is not None and origin.scheme == "http":
-            path = f"http://{origin.authority}{path}"
-            headers = {**headers, **self._dialer.proxy_headers}
-        request = _Request(method, _head(method, path, origin.authority, headers, body), body or b"", deadlines)
+        origin, head = self._known_request(method, url, headers, tls)
+        if body is None and method in _WITHOUT_BODY:
+            head += b"\r\n"
+        else:
+            head = b"%bcontent-length: %d\r\n\r\n" % (head, len(body or b""))
         try:
-            return await self._peer(origin).send(request)
+            return await self._peer(origin).send(head, body or b"", deadlines, bare=method == "HEAD")
         except UpstreamError as error:
             # For logs only: the message goes to clients, whom the provider's address does not concern.
             error.add_note(f"host: {origin.host}")
@@ -107,6 +110,20 @@ class Upstream:
         self._closed = True
         for peer in self._peers.values():
             await peer.aclose()
+
+    def _known_request(self, method: str, url: str, headers: Mapping[str, str], tls: Tls | None) -> _Known:
+        """What all requests with these have in common, worked out once."""
+        key = method, url, tls, *headers.items()
+        if (known := self._known.get(key)) is None:
+            origin, path = _split(url, tls)
+            if self.proxy is not None and origin.scheme == "http":
+                path = f"http://{origin.authority}{path}"
+                headers = {**headers, **self._dialer.proxy_headers}
+            known = _Known(origin, _head(method, path, origin.authority, headers))
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[key] = known
+        return known
 
     def _peer(self, origin: Origin) -> _Peer:
         if (peer := self._peers.get(origin)) is not None:
@@ -135,110 +152,100 @@ class Answer:
     _first_byte_at: float = field(repr=False)
     _begun: bool = field(init=False, default=False, repr=False)
     _ended: bool = field(init=False, default=False, repr=False)
+    _returned: bytes = field(init=False, default=b"", repr=False)
 
     async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
         """Read the whole body and close; raises UpstreamInvalid when it is larger than `limit` bytes."""
-        parts: list[bytes] = []
+        pieces: list[bytes] = []
         size = 0
         try:
-            while chunk := await self._next():
-                size += len(chunk)
+            async for piece in self:
+                size += len(piece)
                 if size > limit:
                     raise UpstreamInvalid(f"The provider sent a body of more than {limit} bytes.")
-                parts.append(chunk)
+                if self._ended and not pieces:
+                    return piece  # as with most answers, all of it is here
+                pieces.append(piece)
         finally:
-            await self.close()
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            self._release()
+        return b"".join(pieces)
 
     def chunks(self) -> AsyncIterator[bytes]:
         """Iterate over the body in the pieces in which it arrives."""
-        return _Chunks(self)
+        return self
+
+    def put_back(self, piece: bytes) -> None:
+        """Let what was taken come once more, as the next piece."""
+        self._returned = piece
 
     async def close(self) -> None:
         """Let the connection go; may be called more than once."""
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
-            self._peer.give_back(connection)
+        self._release()
 
-    async def _next(self) -> bytes:
-        """The next piece of the body, b"" at its end."""
-        connection = self._connection
-        if connection is None:
-            if self._ended:
-                return b""
-            raise UpstreamTruncated("The provider's answer was closed before its end.")
-        try:
-            if (chunk := connection.take()) is None:
-                chunk = await self._arrival(connection)
-        except TimeoutError:
-            await self.close()
-            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
-        except UpstreamError:
-            await self.close()
-            raise
-        self._begun = True
-        if not chunk:
-            self._ended = True
-            await self.close()
-        return chunk
-
-    async def _arrival(self, connection: Connection) -> bytes:
-        # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
-        until = asyncio.get_running_loop().time() + self._deadlines.idle_seconds
-        if not self._begun:
-            until = max(until, self._first_byte_at)
-        while (chunk := connection.take()) is None:
-            await connection.wait(until)
-        return chunk
-
-
-@define(eq=False)
-class _Chunks:
     # Not a generator: one that is left in the middle would be closed by a task of the event loop, later.
-    _answer: Answer
-
-    def __aiter__(self) -> _Chunks:
+    def __aiter__(self) -> Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        if chunk := await self._answer._next():
-            return chunk
-        raise StopAsyncIteration
+        if self._returned:
+            piece, self._returned = self._returned, b""
+            return piece
+        connection = self._connection
+        if connection is None:
+            if self._ended:
+                raise StopAsyncIteration
+            raise UpstreamTruncated("The provider's answer was closed before its end.")
+        try:
+            if (taken := connection.take()) is None:
+                until = self._wait_until()
+                while (taken := connection.take()) is None:
+                    await connection.wait(until)
+        except TimeoutError:
+            self._release()
+            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
+        except UpstreamError:
+            self._release()
+            raise
+        self._begun = True
+        if connection.is_over:
+            self._ended = True
+            self._release()
+        if not taken:
+            raise StopAsyncIteration
+        return taken
+
+    def _wait_until(self) -> float:
+        # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
+        until = asyncio.get_running_loop().time() + self._deadlines.idle_seconds
+        return until if self._begun else max(until, self._first_byte_at)
+
+    def _release(self) -> None:
+        if self._connection is not None:
+            connection, self._connection = self._connection, None
+            self._peer.give_back(connection)
 
 
 # --- requests ----------------------------------------------------------------------------------
 
 
-@define(eq=False)
-class _Request:
-    method: str
+class _Known(NamedTuple):
+    """Where a request goes, and its head but for the length of its body."""
+
+    origin: Origin
     head: bytes
-    body: bytes
-    deadlines: Deadlines
-
-    async def send(self, connection: Connection) -> float:
-        """Send it and wait for the head of the answer; until when the answer's first byte may take."""
-        until = asyncio.get_running_loop().time() + self.deadlines.first_byte_seconds
-        try:
-            await connection.ask(self.head, self.body, until, bare=self.method == "HEAD")
-        except TimeoutError:
-            raise _unanswered(self.deadlines) from None
-        return until
 
 
-def _head(method: str, path: str, authority: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) -> bytes:
     fields = {name.lower(): value for name, value in headers.items()}
     if not _FRAMING.isdisjoint(fields):
         raise ValueError(f"header {min(_FRAMING & fields.keys())!r} follows from the body: leave it out")
     fields.setdefault("host", authority)
     for name, value in _DEFAULTS:
         fields.setdefault(name, value)
-    if body is not None or method not in _WITHOUT_BODY:
-        fields["content-length"] = str(len(body or b""))
     text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
     if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
         raise _broken_header(fields)
-    return f"{method} {path} HTTP/1.1\r\n{text}\r\n".encode("utf-8", "surrogateescape")
+    return f"{method} {path} HTTP/1.1\r\n{text}".encode("utf-8", "surrogateescape")
 
 
 def _broken_header(fields: Mapping[str, str]) -> ValueError:
@@ -283,25 +290,32 @@ class _Peer:
     def is_unused(self) -> bool:
         return not self._users and not self._connections
 
-    async def send(self, request: _Request) -> Answer:
-        await self._enter(request.deadlines)
-        connection: Connection | None = None
+    async def send(self, head: bytes, body: bytes, deadlines: Deadlines, *, bare: bool) -> Answer:
+        if self._slots is not None:
+            await self._take_slot(self._slots, deadlines)
+        self._users += 1
+        connection = self._last_used()
         try:
-            connection = self._last_used() or await self._dial(request.deadlines)
+            if connection is None:
+                connection = await self._dial(deadlines)
+            until = asyncio.get_running_loop().time() + deadlines.first_byte_seconds
             try:
-                until = await request.send(connection)
+                await connection.ask(head, body, until, bare=bare)
             except UpstreamUnreachable:
                 if not connection.reused or connection.answered:
                     raise
                 # The peer had closed the idle connection before the request arrived there: nobody has read it.
-                connection = await self._dial(request.deadlines)
-                until = await request.send(connection)
-        except BaseException:
+                connection = await self._dial(deadlines)
+                until = asyncio.get_running_loop().time() + deadlines.first_byte_seconds
+                await connection.ask(head, body, until, bare=bare)
+        except BaseException as error:
             if connection is not None:
                 connection.abort()
             self._leave()
+            if isinstance(error, TimeoutError):
+                raise _unanswered(deadlines) from None
             raise
-        return Answer(connection.status, connection.headers, connection, self, request.deadlines, until)
+        return Answer(connection.status, connection.headers, connection, self, deadlines, until)
 
     def give_back(self, connection: Connection) -> None:
         if connection.free():
@@ -315,14 +329,12 @@ class _Peer:
         if self._connections:
             await self._all_lost.wait()
 
-    async def _enter(self, deadlines: Deadlines) -> None:
-        if self._slots is not None:
-            try:
-                async with asyncio.timeout(deadlines.connect_seconds):
-                    await self._slots.acquire()
-            except TimeoutError:
-                raise _unconnected(deadlines) from None
-        self._users += 1
+    async def _take_slot(self, slots: asyncio.Semaphore, deadlines: Deadlines) -> None:
+        try:
+            async with asyncio.timeout(deadlines.connect_seconds):
+                await slots.acquire()
+        except TimeoutError:
+            raise _unconnected(deadlines) from None
 
     def _leave(self) -> None:
         self._users -= 1

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Callable
-from enum import IntEnum
-from itertools import chain
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any, cast
 
 import httptools
@@ -39,30 +38,40 @@ _COMPRESSED = "The provider's answer is compressed in a way that cannot be read.
 _BROKEN = "The framing of the provider's answer is broken."
 
 
-class Headers(dict[str, str]):
+@define(eq=False)
+class Headers(Mapping[str, str]):
     """The headers of an answer by lower-cased name, found in any case; of a name that came twice, the first."""
 
+    # Of the many headers of an answer few are read: their text is made then.
+    _values: dict[str, bytes] = field(factory=dict, repr=False)
+
     def __getitem__(self, name: str) -> str:
-        return super().__getitem__(name.lower())
+        return _text(self._values[name.lower()])
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and super().__contains__(name.lower())
+        return isinstance(name, str) and name.lower() in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
     def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
         """The value of a header, or the default."""
-        return super().get(name.lower(), default)
+        value = self._values.get(name.lower())
+        return default if value is None else _text(value)
 
 
-class _Stage(IntEnum):
-    IDLE = 0  # no request is out: whatever arrives now is not asked for
-    HEAD = 1
-    BODY = 2
-    OVER = 3  # the whole answer is here, and may be still to be taken
-    LOST = 4
+# The stages of a connection. Numbers and no enum: they are compared several times for every piece that arrives.
+_IDLE = 0  # no request is out: whatever arrives now is not asked for
+_HEAD = 1
+_BODY = 2
+_OVER = 3  # the whole answer is here, and may be still to be taken
+_LOST = 4
 
-
-_UNFINISHED = (_Stage.HEAD, _Stage.BODY)
-_UNASKED = (_Stage.IDLE, _Stage.LOST)
+_UNFINISHED = (_HEAD, _BODY)
+_UNASKED = (_IDLE, _LOST)
 
 
 class _Malformed(Exception):
@@ -116,7 +125,7 @@ class Connection(asyncio.BufferedProtocol):
     _parser: httptools.HttpResponseParser = field(
         init=False, default=Factory(httptools.HttpResponseParser, takes_self=True), repr=False
     )
-    _stage: _Stage = field(init=False, default=_Stage.IDLE)
+    _stage: int = field(init=False, default=_IDLE)
     _waiter: asyncio.Future[None] | None = field(init=False, default=None, repr=False)
     _until: float = field(init=False, default=math.inf, repr=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
@@ -132,12 +141,17 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- for the one who has it ----------------------------------------------------------------
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the whole answer is here: what is left of it is one more `take`."""
+        return self._stage == _OVER
+
     async def ask(self, head: bytes, body: bytes, until: float, *, bare: bool = False) -> None:
         """Send a request and wait for the head of its answer; TimeoutError at `until`, by the loop's clock.
 
         `bare` says that the answer to this request has no body: HEAD, CONNECT.
         """
-        if self._stage is not _Stage.IDLE:
+        if self._stage != _IDLE:
             raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
         self._begin(bare)
         if len(body) <= _WRITE_BYTES:
@@ -161,22 +175,18 @@ class Connection(asyncio.BufferedProtocol):
             return piece
         if self.error is not None:
             raise self.error
-        return b"" if self._stage is _Stage.OVER else None
+        return b"" if self._stage == _OVER else None
 
-    async def wait(self, until: float) -> None:
-        """Sleep until something has happened; TimeoutError at `until`."""
+    def wait(self, until: float) -> asyncio.Future[None]:
+        """What to await until something has happened; TimeoutError at `until`."""
         self._watch(until)
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            # The timer stays: it costs less to find nothing to do than to be made anew for every piece.
-            self._waiter, self._until = None, math.inf
+        self._waiter = waiter = self._loop.create_future()
+        return waiter
 
     def free(self) -> bool:
         """End the exchange; False when the connection cannot be used for another one and was closed."""
         if (
-            self._stage is not _Stage.OVER
+            self._stage != _OVER
             or not self._reusable
             or self._pieces
             or self._transport.is_closing()
@@ -184,7 +194,7 @@ class Connection(asyncio.BufferedProtocol):
         ):
             self.abort()
             return False
-        self._stage = _Stage.IDLE
+        self._stage, self._waiter = _IDLE, None
         self._watch(self._loop.time() + _IDLE_SECONDS)
         return True
 
@@ -194,11 +204,11 @@ class Connection(asyncio.BufferedProtocol):
 
     def is_open(self) -> bool:
         """Whether a request can be sent."""
-        return self._stage is _Stage.IDLE and not self._transport.is_closing()
+        return self._stage == _IDLE and not self._transport.is_closing()
 
     def detach(self) -> asyncio.Transport:
         """Give the transport away, for TLS through a tunnel."""
-        self._stage = _Stage.LOST
+        self._stage = _LOST
         self._stop_watching()
         del self._parser
         return self._transport
@@ -226,7 +236,7 @@ class Connection(asyncio.BufferedProtocol):
             self._break(error)
         if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
             self._fail(_BROKEN)
-        if self._waiting > _MAX_WAITING_BYTES and self._stage is _Stage.BODY:
+        if self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
             self._transport.pause_reading()
         self._wake()
 
@@ -243,9 +253,9 @@ class Connection(asyncio.BufferedProtocol):
         """Asyncio's callback; also at the end of a body without a length."""
         self._stop_watching()
         self._reusable = False
-        if self._stage is _Stage.BODY and self._to_the_end and exc is None and self._is_whole():
-            self._stage = _Stage.OVER
-        elif self._stage is not _Stage.OVER:
+        if self._stage == _BODY and self._to_the_end and exc is None and self._is_whole():
+            self._stage = _OVER
+        elif self._stage != _OVER:
             self._lose()
         del self._parser  # which refers back to this object
         self._wake()
@@ -255,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_message_begin(self) -> None:
         """The parser's callback."""
-        if self._stage is not _Stage.HEAD:
+        if self._stage != _HEAD:
             raise _Malformed(_BROKEN)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -271,25 +281,26 @@ class Connection(asyncio.BufferedProtocol):
         fields, self._fields = self._fields, []
         if status < 200:
             return
-        self.headers = headers = _headers(fields)
-        length, encoding = headers.get("content-length"), headers.get("transfer-encoding")
-        if encoding is not None and (length is not None or version == "1.0" or encoding.lower() != "chunked"):
+        self.headers = headers = Headers(_values(fields, self._silent))
+        without_length = "content-length" not in headers
+        encoding = headers.get("transfer-encoding")
+        if encoding is not None and (not without_length or version == "1.0" or encoding.lower() != "chunked"):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
-        self._to_the_end = length is None and encoding is None and not self._bare
+        self._to_the_end = without_length and encoding is None and not self._bare
         self._reusable = self._reusable and self._parser.should_keep_alive()
         self.status = status
-        self._stage = _Stage.BODY
+        self._stage = _BODY
         self._silent = 0
         coding = headers.get("content-encoding") or "identity"
         if self._bare:
-            self._stage = _Stage.OVER
+            self._stage = _OVER
         elif coding != "identity":
             self._inflater = _Inflater(coding)
 
     def on_body(self, data: bytes) -> None:
         """The parser's callback."""
-        if self._stage is not _Stage.BODY:
+        if self._stage != _BODY:
             raise _Malformed(_BROKEN)
         self._silent = 0
         if self._inflater is not None and not (data := self._inflater.feed(data)):
@@ -299,15 +310,15 @@ class Connection(asyncio.BufferedProtocol):
 
     def on_message_complete(self) -> None:
         """The parser's callback, for interim answers as well."""
-        if self._stage is _Stage.BODY:
+        if self._stage == _BODY:
             if not self._is_whole():
                 raise _Malformed(_BROKEN)
-            self._stage = _Stage.OVER
+            self._stage = _OVER
 
     # --- inside --------------------------------------------------------------------------------
 
     def _begin(self, bare: bool) -> None:
-        self._stage = _Stage.HEAD
+        self._stage = _HEAD
         self._bare = bare
         # After a head without the body that it announces, the parser would wait for one.
         self._reusable = not bare
@@ -331,34 +342,43 @@ class Connection(asyncio.BufferedProtocol):
         if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed):
             raise error  # a mistake of ours
         self._reusable = False
-        if self._stage is _Stage.OVER and not self._bare:
+        if self._stage == _OVER and not self._bare:
             return  # what follows an answer is not a part of it
         if isinstance(cause, _Malformed):
             self._fail(str(cause))
         else:
-            self._fail(_NOT_HTTP if self._stage is _Stage.HEAD else _BROKEN)
+            self._fail(_NOT_HTTP if self._stage == _HEAD else _BROKEN)
 
     def _fail(self, message: str) -> None:
         self.error = UpstreamInvalid(message)
-        self._stage = _Stage.LOST
+        self._stage = _LOST
         self.abort()
 
     def _lose(self) -> None:
-        if self._stage is _Stage.HEAD:
+        if self._stage == _HEAD:
             self.error = UpstreamUnreachable("The provider closed the connection before it answered.")
-        elif self._stage is _Stage.BODY:
+        elif self._stage == _BODY:
             self.error = UpstreamTruncated("The provider closed the connection in the middle of its answer.")
-        self._stage = _Stage.LOST
+        self._stage = _LOST
 
     def _is_unanswered(self) -> bool:
-        return self._stage is _Stage.HEAD
+        return self._stage == _HEAD
 
     def _is_whole(self) -> bool:
         return self._inflater is None or self._inflater.is_at_end()
 
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def _wake(self, error: Exception | None = None) -> None:
+        waiter = self._waiter
+        if waiter is None:
+            return
+        # The timer stays: it costs less to find nothing to do than to be made anew for every piece.
+        self._waiter, self._until = None, math.inf
+        if waiter.done():
+            return  # cancelled
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(error)
 
     def _watch(self, until: float) -> None:
         self._until = until
@@ -375,8 +395,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._watch(self._until)
         elif self._waiter is None:
             self.abort()  # idle for long enough
-        elif not self._waiter.done():
-            self._waiter.set_exception(TimeoutError())
+        else:
+            self._wake(TimeoutError())
 
     def _stop_watching(self) -> None:
         if self._timer is not None:
@@ -384,16 +404,36 @@ class Connection(asyncio.BufferedProtocol):
             self._timer = None
 
 
-def _headers(fields: list[tuple[bytes, bytes]]) -> Headers:
-    if len(fields) > _MAX_FIELDS or sum(map(len, chain.from_iterable(fields))) > _MAX_FRAMING_BYTES:
+# Their names are few, and come again with every answer.
+@lru_cache(maxsize=256)
+def _lowered(name: bytes) -> str:
+    return name.decode("latin-1").lower()
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "surrogateescape").rstrip(" \t")
+
+
+def _values(fields: list[tuple[bytes, bytes]], arrived: int) -> dict[str, bytes]:
+    """The values of a head by lower-cased name; `arrived`, at least the size of the head, spares most the measuring."""
+    if len(fields) > _MAX_FIELDS or (arrived > _MAX_FRAMING_BYTES and sum(_sizes(fields)) > _MAX_FRAMING_BYTES):
         raise _Malformed("The provider's answer has too many headers.")
-    headers: dict[str, str] = {}
+    if arrived > _MAX_FIELD_BYTES and max(_sizes(fields), default=0) > _MAX_FIELD_BYTES:
+        raise _Malformed("The provider's answer has a header that is too long.")
+    values = {_lowered(name): value for name, value in fields}
+    return values if len(values) == len(fields) else _first_values(fields)
+
+
+def _sizes(fields: list[tuple[bytes, bytes]]) -> Iterator[int]:
+    return (len(name) + len(value) for name, value in fields)
+
+
+def _first_values(fields: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
+    values: dict[str, bytes] = {}
     for name, value in fields:
-        if len(name) + len(value) > _MAX_FIELD_BYTES:
-            raise _Malformed("The provider's answer has a header that is too long.")
-        key = name.decode("latin-1").lower()
-        if key not in headers:
-            headers[key] = value.decode("utf-8", "surrogateescape").rstrip(" \t")
+        key = _lowered(name)
+        if key not in values:
+            values[key] = value
         elif key in _FRAMING:
             raise _Malformed(_BROKEN)
-    return Headers(headers)
+    return values

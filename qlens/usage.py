@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from operator import attrgetter
+from typing import Literal, TypeGuard
 
 from attrs import field, frozen
 
@@ -48,28 +49,32 @@ NO_USAGE = Usage()
 
 BUCKETS = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "output", "reasoning", "audio_in", "audio_out")
 """The names of the token buckets."""
+counts_of = attrgetter(*BUCKETS)
+"""The token counts of a usage, in the order of BUCKETS."""
 
 
 _SANE = 2**31
 """No call uses as many tokens: a provider that says so is wrong, and the money for it would not fit 64 bits."""
 
 
-def _count(source: object, name: str) -> int | None:
-    """A sane token count of an object; None when it states none, and 0 only when it says 0."""
-    value = source.get(name) if isinstance(source, Mapping) else None
-    if isinstance(value, float) and value.is_integer():
+def _count(value: object) -> int | None:
+    """A sane token count; None when it is none, and 0 only when it says 0."""
+    if type(value) is float and value.is_integer():
         value = int(value)
     return value if type(value) is int and 0 <= value < _SANE else None
 
 
-def _part(source: object, name: str) -> int:
-    return _count(source, name) or 0
+def _part(details: Mapping[str, object], name: str) -> int:
+    return _count(details.get(name)) or 0
 
 
-def _split(whole: int, *parts: int) -> int:
+def _is_object(value: object) -> TypeGuard[Mapping[str, object]]:
+    return type(value) is dict or isinstance(value, Mapping)  # asking an abstract class costs ten times as much
+
+
+def _rest(whole: int, parts: int) -> int:
     """What of a whole is none of its parts. Parts larger than the whole are exclusive of it: nothing is negative."""
-    rest = whole - sum(parts)
-    return rest if rest >= 0 else whole
+    return whole - parts if whole >= parts else whole
 
 
 def from_openai(raw: object, tier: object = None) -> Usage | None:
@@ -77,21 +82,28 @@ def from_openai(raw: object, tier: object = None) -> Usage | None:
 
     OpenAI counts cached and audio tokens inside prompt_tokens, reasoning and audio inside completion_tokens.
     """
-    if not isinstance(raw, Mapping):
+    if not _is_object(raw):
         return None
-    prompt, completion = _count(raw, "prompt_tokens"), _count(raw, "completion_tokens")
+    prompt, said = _count(raw.get("prompt_tokens")), raw.get("completion_tokens")
+    completion = 0 if said is None else _count(said)
     # Embeddings have no completion. A count that is there and is nonsense makes the whole unbelievable.
-    if prompt is None or (completion is None and raw.get("completion_tokens") is not None):
+    if prompt is None or completion is None:
         return None
+    cached = written = hour = audio_in = reasoning = audio_out = 0
     inside, outside = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
-    cached, written = _part(inside, "cached_tokens"), _part(inside, "cache_write_tokens")
-    audio_in, audio_out = _part(inside, "audio_tokens"), _part(outside, "audio_tokens")
-    reasoning = _part(outside, "reasoning_tokens")
+    if inside and _is_object(inside):
+        cached, written = _part(inside, "cached_tokens"), _part(inside, "cache_write_tokens")
+        # OpenAI has one price for writes; providers with two say how much of them is kept for an hour.
+        hour = min(written, _part(inside, "cache_write_1h_tokens"))
+        audio_in = _part(inside, "audio_tokens")
+    if outside and _is_object(outside):
+        reasoning, audio_out = _part(outside, "reasoning_tokens"), _part(outside, "audio_tokens")
     return Usage(
-        input=_split(prompt, cached, written, audio_in),
+        input=_rest(prompt, cached + written + audio_in),
         cached_input=cached,
-        cache_write_5m=written,
-        output=_split(completion or 0, reasoning, audio_out),
+        cache_write_5m=written - hour,
+        cache_write_1h=hour,
+        output=_rest(completion, reasoning + audio_out),
         reasoning=reasoning,
         audio_in=audio_in,
         audio_out=audio_out,
@@ -100,14 +112,65 @@ def from_openai(raw: object, tier: object = None) -> Usage | None:
     )
 
 
+def from_anthropic(raw: object) -> Usage | None:
+    """Read the `usage` object of Anthropic's messages; None when it states no sane counts.
+
+    Anthropic counts what was read from a cache or written to one apart from input_tokens, and thinking inside
+    output_tokens. The later events of a stream leave out what has not changed.
+    """
+    if not _is_object(raw):
+        return None
+    known = {name: raw[name] for name in _ANTHROPIC if raw.get(name) is not None}
+    counts = {name: _count(value) for name, value in known.items()}
+    if not counts or None in counts.values():
+        return None
+    output, written = counts.get("output_tokens") or 0, counts.get("cache_creation_input_tokens") or 0
+    split, details, tier = raw.get("cache_creation"), raw.get("output_tokens_details"), raw.get("service_tier")
+    hour = fresh = thought = 0
+    if split and _is_object(split):
+        hour, fresh = _part(split, "ephemeral_1h_input_tokens"), _part(split, "ephemeral_5m_input_tokens")
+    if details and _is_object(details):
+        thought = min(output, _part(details, "thinking_tokens"))
+    written = max(written, hour + fresh)
+    return Usage(
+        input=counts.get("input_tokens") or 0,
+        cached_input=counts.get("cache_read_input_tokens") or 0,
+        cache_write_5m=written - hour,
+        cache_write_1h=hour,
+        output=output - thought,
+        reasoning=thought,
+        source="provider",
+        # A mode of its own, at a price of its own.
+        tier="fast" if raw.get("speed") == "fast" else tier if isinstance(tier, str) else None,
+    )
+
+
+_ANTHROPIC = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
+
+
+def from_responses(raw: object, tier: object = None) -> Usage | None:
+    """Read the `usage` object of OpenAI's Responses: what chat counts, under other names."""
+    if not _is_object(raw):
+        return None
+    renamed = {
+        "prompt_tokens": raw.get("input_tokens"),
+        "completion_tokens": raw.get("output_tokens"),
+        "prompt_tokens_details": raw.get("input_tokens_details"),
+        "completion_tokens_details": raw.get("output_tokens_details"),
+    }
+    return from_openai(renamed, tier)
+
+
 def larger(one: Usage | None, other: Usage) -> Usage:
     """The field-wise maximum: providers that report usage several times send running totals, not parts."""
     if one is None:
         return other
+    # A later total of cache writes may not say again how many of them are kept for an hour.
+    unsaid = max(0, one.cache_write_1h - other.cache_write_1h)
     return Usage(
         input=max(one.input, other.input),
         cached_input=max(one.cached_input, other.cached_input),
-        cache_write_5m=max(one.cache_write_5m, other.cache_write_5m),
+        cache_write_5m=max(one.cache_write_5m, other.cache_write_5m - unsaid),
         cache_write_1h=max(one.cache_write_1h, other.cache_write_1h),
         output=max(one.output, other.output),
         reasoning=max(one.reasoning, other.reasoning),

@@ -38,6 +38,7 @@ HOOKS = ("tests/core/test_attacks_hooks.py",)
 ACCOUNT = ("tests/core/test_attacks_account.py",)
 HTTP = ("tests/core/test_attacks_http.py",)
 LIFE = ("tests/core/test_attacks_life.py",)
+BEDROCK = ("tests/plugins/provider/bedrock",)
 
 MUTANTS = (
     Mutant(
@@ -112,6 +113,20 @@ MUTANTS = (
         ("tests/core/test_metering.py",),
     ),
     Mutant(
+        "an event that looks much like others is not looked into",
+        "qlens/metering.py",
+        "_NO_TEXT.search(block, begin, end) is None:\n",
+        "True:\n",
+        ("tests/core/test_metering.py",),
+    ),
+    Mutant(
+        "a request is sent with another one's headers",
+        "qlens/upstream.py",
+        "        key = method, url, tls, *headers.items()\n",
+        "        key = method, url, tls, *headers\n",
+        ("tests/core/test_upstream.py",),
+    ),
+    Mutant(
         "a cut stream counts as complete",
         "qlens/metering.py",
         '            raise UpstreamTruncated("The provider\'s answer stopped before its end.")\n',
@@ -135,15 +150,15 @@ MUTANTS = (
     Mutant(
         "an abandoned stream is free",
         "qlens/account.py",
-        "            if attempt.billed and meter is not None:\n",
-        "            if attempt.billed and meter is not None and error is None:\n",
+        "                if meter is None:\n                    continue\n                attempt.usage",
+        "                if meter is None or error is not None:\n                    continue\n                attempt.usage",
         ("tests/core/test_account.py",),
     ),
     Mutant(
         "an attempt that failed is billed",
         "qlens/account.py",
-        "            upstream_id=error.upstream_id,\n",
-        "            upstream_id=error.upstream_id,\n            billed=True,\n",
+        "        attempt.upstream_id = error.upstream_id\n",
+        "        attempt.upstream_id = error.upstream_id\n        attempt.billed = True\n",
         ACCOUNT,
     ),
     Mutant(
@@ -164,9 +179,8 @@ MUTANTS = (
     Mutant(
         "a model that is not allowed is told apart from an unknown one",
         "qlens/pipeline.py",
-        "        if model is None or not call.known.may_use(name):\n            raise model_not_found(name)\n",
-        "        if model is None:\n            raise model_not_found(name)\n        if not call.known.may_use(name):\n"
-        '            raise InvalidRequest("not allowed")\n',
+        "        if model is None or not (caller.models is None or caller.may_use(name)):\n            raise model_not_found(name)\n",
+        '        if model is None:\n            raise model_not_found(name)\n        if not caller.may_use(name):\n            raise InvalidRequest("not allowed")\n',
         ("tests/core/test_server.py",),
     ),
     Mutant(
@@ -178,23 +192,23 @@ MUTANTS = (
     ),
     Mutant(
         "attempts share one body",
-        "qlens/pipeline.py",
-        "{**orjson.loads(orjson.dumps(call.body)), **target.params",
-        "{**call.body, **target.params",
+        "qlens/call.py",
+        "self._own = orjson.loads(orjson.dumps(self._given))",
+        "self._own = self._given",
         PIPELINE,
     ),
     Mutant(
         "the body is read before authentication",
         "qlens/pipeline.py",
-        "                call.caller = await self.authenticate(call)\n",
-        "                await call.read()\n                call.caller = await self.authenticate(call)\n",
+        "            call.caller = await self.authenticate(call)\n",
+        "            await call.read()\n            call.caller = await self.authenticate(call)\n",
         ("tests/core/test_server.py",),
     ),
     Mutant(
         "a cached answer is stored again",
         "qlens/pipeline.py",
-        "            account.open(known)\n            return known\n",
-        "            account.open(known)\n            await self.store(account.call, known)\n            return known\n",
+        "                account.open(known)\n                return known\n",
+        "                account.open(known)\n                await self.store(account.call, known)\n                return known\n",
         PIPELINE,
     ),
     Mutant(
@@ -255,7 +269,7 @@ MUTANTS = (
     ),
     Mutant(
         "a failed stream ends as if it were complete",
-        "qlens/server.py",
+        "qlens/connection.py",
         'await self._write(b"data: " + _written(error) + b"\\n\\n")\n',
         'await self._write(b"data: " + _written(error) + b"\\n\\ndata: [DONE]\\n\\n")\n',
         ("tests/core/test_account.py",),
@@ -270,7 +284,7 @@ MUTANTS = (
     Mutant(
         "a provider's nonsense is believed",
         "qlens/pipeline.py",
-        "account.hold_open(returned.reply(await provider.send.fn(call, target, outgoing)))",
+        "account.take(await provider.send.fn(call, target, outgoing))",
         "account.hold_open(await provider.send.fn(call, target, outgoing))",
         HOOKS,
     ),
@@ -303,11 +317,11 @@ MUTANTS = (
         HOOKS,
     ),
     Mutant(
-        "a time-out inside a stream is taken for the call's own",
-        "qlens/pipeline.py",
-        "            if not timer.expired():\n                raise\n",
-        "",
-        ACCOUNT,
+        "a call's deadline ends nothing",
+        "qlens/deadlines.py",
+        "            task.cancel()\n",
+        "            pass\n",
+        ("tests/core/test_account.py",),
     ),
     Mutant(
         "retrying never ends",
@@ -319,15 +333,15 @@ MUTANTS = (
     Mutant(
         "only the last answer is closed",
         "qlens/account.py",
-        "            self._opened.append(reply)\n",
-        "            self._opened[:] = [reply]\n",
+        "        self._opened.append(reply)\n",
+        "        self._opened[:] = [reply]\n",
         ACCOUNT,
     ),
     Mutant(
         "every stream is billed by the last one's meter",
         "qlens/account.py",
-        "self.meters.get(place), ",
-        "next(reversed(self.meters.values()), None), ",
+        "meter = self.meters.get(place)\n",
+        "meter = next(reversed(self.meters.values()), None)\n",
         ACCOUNT,
     ),
     Mutant(
@@ -360,16 +374,16 @@ MUTANTS = (
     ),
     Mutant(
         "an error is written into an answer that is whole",
-        "qlens/server.py",
-        "        elif self._events and not self._over:\n",
-        "        elif not self.response._eof_sent:\n",
+        "qlens/connection.py",
+        "        if not self.begun:\n            await self.whole(",
+        "        if not self.begun or not self._events:\n            await self.whole(",
         HTTP,
     ),
     Mutant(
         "a plugin's headers are sent whatever they are",
-        "qlens/server.py",
-        "        if texts and name.lower() not in _FRAMING and not _UNSENDABLE.search(name + value):\n",
-        "        if texts:\n",
+        "qlens/heads.py",
+        "        if lower not in without and _may_be_sent(lower) and not _UNSENDABLE.search(value):\n",
+        "        if lower not in without:\n",
         HTTP,
     ),
     Mutant(
@@ -381,9 +395,9 @@ MUTANTS = (
     ),
     Mutant(
         "a stream in HTTP/1.0 has no end",
-        "qlens/server.py",
-        "        if self.gateway.draining or (",
-        "        if self.gateway.draining and (",
+        "qlens/connection.py",
+        "            self.keep_alive = False  # a client of HTTP/1.0",
+        "            pass  # a client of HTTP/1.0",
         HTTP,
     ),
     Mutant(
@@ -413,6 +427,62 @@ MUTANTS = (
         '    try:\n        return host == "localhost"',
         '    if host.startswith("127."):\n        return True\n    try:\n        return host == "localhost"',
         LIFE,
+    ),
+    Mutant(
+        "a model's id is not escaped once more in the canonical request",
+        "plugins/qlens_plugins/provider/bedrock/signing.py",
+        '    return quote(path, safe="/~")\n',
+        "    return path\n",
+        BEDROCK,
+    ),
+    Mutant(
+        "what was read from Bedrock's cache is billed as fresh input",
+        "plugins/qlens_plugins/provider/bedrock/usage.py",
+        '        cached_input=_count(raw, "cacheReadInputTokens") or 0,\n',
+        "        cached_input=0,\n",
+        BEDROCK,
+    ),
+    Mutant(
+        "a stream of Bedrock that stops early counts as complete",
+        "plugins/qlens_plugins/provider/bedrock/converse.py",
+        "        if self.writer.finish is None or not self._reader.is_between:\n",
+        "        if not self._reader.is_between:\n",
+        BEDROCK,
+    ),
+    Mutant(
+        "calls of tools are counted by Bedrock's blocks",
+        "plugins/qlens_plugins/provider/bedrock/converse_stream.py",
+        '        self._parts[block] = _Part("call", self._calls)\n',
+        '        self._parts[block] = _Part("call", block)\n',
+        BEDROCK,
+    ),
+    Mutant(
+        "an exception as a stream's first frame is met after the status was sent",
+        "plugins/qlens_plugins/provider/bedrock/converse.py",
+        '            if event_name(frame) != "messageStart":\n',
+        '            if frame.headers.get(":event-type") != "messageStart":\n',
+        BEDROCK,
+    ),
+    Mutant(
+        "expired credentials are not renewed",
+        "plugins/qlens_plugins/provider/bedrock/exchange.py",
+        "            if not await self.credentials.renew(headers):\n                raise\n",
+        "            raise\n",
+        BEDROCK,
+    ),
+    Mutant(
+        "a client replaces the operator's guardrail",
+        "plugins/qlens_plugins/provider/bedrock/converse_request.py",
+        "        if asked is not None:\n            raise",
+        "        if asked is None:\n            raise",
+        BEDROCK,
+    ),
+    Mutant(
+        "results of tools stand where they were said",
+        "plugins/qlens_plugins/provider/bedrock/messages.py",
+        "        entries.sort(key=_rank)\n",
+        "        pass\n",
+        BEDROCK,
     ),
 )
 

@@ -26,14 +26,6 @@ def _not_empty(_: object, __: attrs.Attribute[Any], value: Any) -> None:
         raise ValueError("must not be empty")
 
 
-def _one_worker(_: object, __: attrs.Attribute[int], workers: int) -> None:
-    if workers > 1:
-        raise ValueError(
-            "more than one worker is not supported yet by this version; "
-            "to scale, leave it at 1 and run several replicas of the gateway"
-        )
-
-
 _PORT = and_(ge(0), le(65535))
 
 
@@ -59,8 +51,8 @@ class Server:
     """The port; 0 takes any free one."""
     admin: Admin = Admin()
     """The listener for operators."""
-    workers: int = field(default=1, validator=and_(ge(1), _one_worker))
-    """How many processes serve; more than one is not supported yet."""
+    workers: int = field(default=1, validator=ge(1))
+    """How many processes serve the address: one for each core. Limits need a store that they share, or `per_worker`."""
     max_body_bytes: int = field(default=32 * 1024 * 1024, validator=ge(1))
     """The largest request body that is read."""
     drain_seconds: float = field(default=30.0, validator=ge(0))

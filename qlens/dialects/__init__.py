@@ -12,7 +12,8 @@ Body = dict[str, Any]
 Ref = tuple[str | int, ...]
 """Where a text stands in a body: the keys and indices that lead to it."""
 Strand = tuple[str | int, ...]
-"""Which of a stream's interleaved texts a delta belongs to: choice index, field, tool index."""
+"""Which of a stream's interleaved texts a delta belongs to: choice index, field, tool index. An empty one stands for a
+text that is whole in its event."""
 
 
 class Dialect(Protocol):
@@ -73,9 +74,15 @@ class Dialect(Protocol):
 @cache
 def named(name: str) -> Dialect:
     """The dialect of this name; KeyError if there is none."""
-    from qlens.dialects import chat, completions, embeddings
+    from qlens.dialects import chat, completions, embeddings, messages, responses
 
-    table: dict[str, Dialect] = {"chat": chat, "completions": completions, "embeddings": embeddings}
+    table: dict[str, Dialect] = {
+        "chat": chat,
+        "completions": completions,
+        "embeddings": embeddings,
+        "messages": messages,
+        "responses": responses,
+    }
     return table[name]
 
 

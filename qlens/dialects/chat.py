@@ -118,18 +118,17 @@ _REQUEST = fields.record(
 
 def validate(body: Body) -> None:
     """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
-    _REQUEST(body, ())
+    _REQUEST(body, None)
     fields.check_stream_options(body)
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
     """List the texts a model will read: messages with their tool calls, and the prediction; no names, no tools."""
-    found = [(ref, text) for _, ref, text in texts.leaves(body.get("messages"), (), ("messages",))]
+    found: list[tuple[Ref, str]] = []
+    texts.gather(body.get("messages"), ("messages",), found)
     prediction = body.get("prediction")
     if type(prediction) is dict:
-        found += [
-            (ref, text) for _, ref, text in texts.leaves(prediction.get("content"), (), ("prediction", "content"))
-        ]
+        texts.gather(prediction.get("content"), ("prediction", "content"), found)
     return found
 
 
@@ -163,7 +162,8 @@ def input_bound(body: Body) -> tuple[int, int]:
     size, items = 0, 1
     for name, value in body.items():
         if name == "messages":
-            size += sum(map(_message_size, value))
+            for message in value:
+                size += _message_size(message)
             items += len(value)
         elif name not in _SETTINGS and value is not None:
             size += len(orjson.dumps(value))
@@ -172,20 +172,19 @@ def input_bound(body: Body) -> tuple[int, int]:
 
 
 def _message_size(message: dict[str, Any]) -> int:
-    return sum(
-        _content_size(value) if name == "content" else _json_size(value)
-        for name, value in message.items()
-        if value is not None
-    )
+    size = 0
+    for name, value in message.items():
+        if type(value) is str:
+            size += texts.size(value)
+        elif name == "content" and type(value) is list:
+            size += sum(map(_part_size, value))
+        elif value is not None:
+            size += len(orjson.dumps(value))
+    return size
 
 
-def _content_size(content: Any) -> int:
-    if type(content) is not list:
-        return _json_size(content)
-    return sum(
-        texts.MESSAGE_TOKENS + sum(_json_size(value) for name, value in part.items() if name not in _MEDIA)
-        for part in content
-    )
+def _part_size(part: dict[str, Any]) -> int:
+    return texts.MESSAGE_TOKENS + sum(_json_size(value) for name, value in part.items() if name not in _MEDIA)
 
 
 def _json_size(value: Any) -> int:
@@ -197,20 +196,21 @@ def media(body: Body) -> dict[str, int]:
     counts: dict[str, int] = {}
     for message in body["messages"]:
         content = message.get("content")
-        parts = content if type(content) is list else []
-        kinds = [_MEDIA[name] for part in parts for name in part if name in _MEDIA]
+        if type(content) is list:
+            for kind in [_MEDIA[name] for part in content for name in part if name in _MEDIA]:
+                counts[kind] = counts.get(kind, 0) + 1
         # An earlier spoken answer is read again.
         if message.get("audio"):
-            kinds.append("audio")
-        for kind in kinds:
-            counts[kind] = counts.get(kind, 0) + 1
+            counts["audio"] = counts.get("audio", 0) + 1
     return counts
 
 
 def output_bound(body: Body) -> tuple[str | None, int | None]:
     """The field and the number by which the client limits each choice; of two limits the smaller number counts."""
-    given = {name: body[name] for name in _LIMITS if body.get(name) is not None}
-    return (next(iter(given)), min(given.values())) if given else (None, None)
+    newer, older = body.get("max_completion_tokens"), body.get("max_tokens")
+    if newer is None:
+        return (None, None) if older is None else ("max_tokens", older)
+    return "max_completion_tokens", newer if older is None else min(newer, older)
 
 
 def choices(body: Body) -> int:
@@ -226,10 +226,12 @@ def returned(body: Body) -> int:
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
     """Lower what is asked to what the model allows, under the client's own field names."""
     # Of two limits a provider may read either: both are to say the smaller number.
-    numbers = [number for number in (output_bound(body)[1], max_output_tokens) if number is not None]
-    for name in _LIMITS:
-        if body.get(name) is not None:
-            body[name] = min(numbers)
+    asked = output_bound(body)[1]
+    if asked is not None:
+        most = asked if max_output_tokens is None else min(asked, max_output_tokens)
+        for name in _LIMITS:
+            if body.get(name) is not None:
+                body[name] = most
     if choices(body) > max_n:
         body["n"] = max_n
 

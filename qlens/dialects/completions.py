@@ -29,7 +29,7 @@ _REQUEST = fields.record(_FIELDS, required=("model",))
 
 def validate(body: Body) -> None:
     """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
-    _REQUEST(body, ())
+    _REQUEST(body, None)
     fields.check_stream_options(body)
 
 

@@ -24,7 +24,7 @@ _REQUEST = fields.record(
 
 def validate(body: Body) -> None:
     """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
-    _REQUEST(body, ())
+    _REQUEST(body, None)
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:

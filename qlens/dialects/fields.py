@@ -7,7 +7,9 @@ from typing import Any
 
 from qlens.errors import InvalidRequest
 
-Path = tuple[str | int, ...]
+Path = tuple["Path", str | int] | None
+"""Where a value stands: the path of what holds it and the last step; None for the body itself. So one more step costs
+no copy, which matters because a path is made for every value, and read for those alone that are refused."""
 Rule = Callable[[Any, Path], None]
 """Looks at a value that stands at a path, and raises InvalidRequest when it may not stand there."""
 
@@ -16,6 +18,7 @@ MAX_TOKENS = 2**31 - 1
 MAX_DEPTH = 128
 """How deep a free-form value may be nested: the JSON encoder stops at 254 levels, and dialects add some."""
 
+_NESTED = (dict, list)
 _NAMES: dict[type, str] = {
     str: "a string",
     bool: "a boolean",
@@ -29,8 +32,11 @@ _NAMES: dict[type, str] = {
 
 def written(path: Path) -> str:
     """A path as OpenAI writes it in `param`: messages[0].role."""
-    steps = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return "".join(steps).removeprefix(".")
+    steps: list[str] = []
+    while path is not None:
+        path, step = path
+        steps.append(f"[{step}]" if isinstance(step, int) else f".{step}")
+    return "".join(reversed(steps)).removeprefix(".")
 
 
 def missing(path: Path) -> InvalidRequest:
@@ -149,7 +155,7 @@ def array(item: Rule, *, of: str, least: int = 0, most: int | None = None) -> Ru
             raise wrong_type(path, f"an array of {of}", value)
         check_length(value, path, least, most)
         for index, entry in enumerate(value):
-            item(entry, (*path, index))
+            item(entry, (path, index))
 
     return rule
 
@@ -172,10 +178,15 @@ def record(known: Mapping[str, Rule], *, required: tuple[str, ...] = ()) -> Rule
             raise wrong_type(path, "an object", value)
         for name in required:
             if name not in value:
-                raise missing((*path, name))
+                raise missing((path, name))
         for name, entry in value.items():
-            if entry is not None or name in required:
-                known.get(name, anything)(entry, (*path, name))
+            if entry is None and name not in required:
+                continue
+            check = known.get(name)
+            if check is not None:
+                check(entry, (path, name))
+            elif type(entry) in _NESTED:
+                anything(entry, (path, name))
 
     return rule
 
@@ -187,11 +198,13 @@ def tagged(tag: str, rules: Mapping[str, Rule], other: Rule | None = None) -> Ru
         if type(value) is not dict:
             raise wrong_type(path, "an object", value)
         if tag not in value:
-            raise missing((*path, tag))
-        text(value[tag], (*path, tag))
-        chosen = rules.get(value[tag], other)
+            raise missing((path, tag))
+        kind = value[tag]
+        if type(kind) is not str:
+            raise wrong_type((path, tag), "a string", kind)
+        chosen = rules.get(kind, other)
         if chosen is None:
-            raise wrong_value((*path, tag), value[tag], rules)
+            raise wrong_value((path, tag), kind, rules)
         chosen(value, path)
 
     return rule
@@ -204,14 +217,14 @@ def table(entry: Rule) -> Rule:
         if type(value) is not dict:
             raise wrong_type(path, "an object", value)
         for name, item in value.items():
-            entry(item, (*path, name))
+            entry(item, (path, name))
 
     return rule
 
 
 def anything(value: Any, path: Path) -> None:
     """Any value that is not nested too deeply to be written again."""
-    level = [value] if type(value) in (dict, list) else []
+    level = [value] if type(value) in _NESTED else []
     depth = 0
     while level:
         depth += 1
@@ -224,7 +237,7 @@ def anything(value: Any, path: Path) -> None:
             child
             for node in level
             for child in (node.values() if type(node) is dict else node)
-            if type(child) in (dict, list)
+            if type(child) in _NESTED
         ]
 
 
@@ -242,7 +255,8 @@ def either(expected: str, rules: Mapping[type, Rule]) -> Rule:
         chosen = rules.get(type(value))
         if chosen is None:
             raise wrong_type(path, expected, value)
-        chosen(value, path)
+        if chosen is not text:  # of which the type says all
+            chosen(value, path)
 
     return rule
 
@@ -263,7 +277,7 @@ def prompts(*, least_text: int = 0, most: int | None = None) -> Rule:
         check_length(value, path, 1, most)
         item = tokens if type(value[0]) is list else one
         for index, entry in enumerate(value):
-            item(entry, (*path, index))
+            item(entry, (path, index))
 
     return either(expected, {str: one, list: many})
 
@@ -277,7 +291,7 @@ def tokens(value: Any, path: Path) -> None:
         return
     check = integer(0, MAX_TOKENS)
     for index, token in enumerate(value):
-        check(token, (*path, index))
+        check(token, (path, index))
 
 
 # --- fields that several APIs share ------------------------------------------------------------

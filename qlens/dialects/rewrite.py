@@ -9,7 +9,7 @@ import orjson
 from attrs import define, field
 
 from qlens import dialects, sse
-from qlens.dialects import Body, Dialect, Strand
+from qlens.dialects import Body, Dialect, Strand, typed
 from qlens.dialects.growing import Growing, Rewrite
 from qlens.errors import UpstreamInvalid
 
@@ -67,6 +67,10 @@ class _Stream:
     hold_back: int
     strands: dict[Strand, tuple[Growing, Body]] = field(factory=dict)
     """The text of each strand that has not passed yet, and the event that began it."""
+    _number: int = field(init=False, default=0)
+    """The number of the event at hand, where events are numbered."""
+    _added: int = field(init=False, default=0)
+    """How many events were put between those that came."""
 
     def feed(self, event: bytes) -> Iterator[bytes]:
         """Take an event; hand out what can pass now."""
@@ -91,11 +95,19 @@ class _Stream:
     def _let_go(self, strand: Strand) -> Iterator[bytes]:
         growing, event = self.strands.pop(strand)
         if text := growing.end():
-            yield sse.write(self.dialect.text_event(event, strand, text))
+            own = self.dialect.text_event(event, strand, text)
+            if "sequence_number" in own:
+                own["sequence_number"] = self._number + self._added
+                self._added += 1
+            # Clients of dialects with typed events read no event that has no name.
+            yield typed.write(own) if "type" in own else sse.write(own)
 
     def _rewritten(self, event: bytes, body: Body) -> Iterator[bytes]:
         places = self.dialect.event_texts(body)
-        passing = {ref: self._take(body, strand, text) for strand, ref, text in places}
+        number = body.get("sequence_number")
+        if type(number) is int:
+            self._number = number
+        passing = {ref: self._take(body, strand, text) if strand else self.fn(text) for strand, ref, text in places}
         last = {strand: ref for strand, ref, _ in places}
         ends = set(self.dialect.event_ends(body))
         for strand in [strand for strand in self.strands if strand[0] in ends]:
@@ -103,7 +115,9 @@ class _Stream:
                 passing[last[strand]] += self.strands.pop(strand)[0].end()
             else:
                 yield from self._let_go(strand)
-        changed = False
+        changed = self._added > 0 and type(number) is int
+        if changed:
+            body["sequence_number"] = self._number + self._added
         for _, ref, text in places:
             if passing[ref] != text:
                 changed = True

@@ -12,7 +12,7 @@ MESSAGE_TOKENS = 16
 
 # What a model does not read as text, or what nobody may rewrite without breaking the body. Everything else counts as
 # text, so that a field which a provider invents tomorrow does not slip past a guard.
-_OPAQUE = frozenset(
+OPAQUE = frozenset(
     {
         "cache_control",
         "data",
@@ -51,12 +51,29 @@ def leaves(node: Any, strand: Strand, ref: Ref) -> Iterator[tuple[Strand, Ref, s
         yield strand, ref, node
     elif type(node) is dict:
         for key, child in node.items():
-            if child is not None and key not in _OPAQUE:
+            if child is not None and key not in OPAQUE:
                 yield from leaves(child, (*strand, key), (*ref, key))
     elif type(node) is list:
         for position, child in enumerate(node):
             name = child.get("index", position) if type(child) is dict else position
             yield from leaves(child, (*strand, name if type(name) is int else position), (*ref, position))
+
+
+def gather(node: Any, ref: Ref, found: list[tuple[Ref, str]], opaque: frozenset[str] = OPAQUE) -> None:
+    """Add the texts below a node of a message, which stands at `ref`, to those that were found: `leaves` in a call."""
+    if type(node) is dict:
+        for key, child in node.items():
+            if child is None or key in opaque:
+                continue
+            if type(child) is str:
+                found.append(((*ref, key), child))
+            else:
+                gather(child, (*ref, key), found, opaque)
+    elif type(node) is list:
+        for position, child in enumerate(node):
+            gather(child, (*ref, position), found, opaque)
+    elif type(node) is str:
+        found.append((ref, node))
 
 
 def only(body: Any, ref: Ref, start: int, text: str) -> Any:

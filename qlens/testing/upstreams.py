@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 import orjson
@@ -112,7 +112,15 @@ class FakeUpstream:
         async with self._arrived:
             self.requests.append(request)
             self._arrived.notify_all()
-        return self._answers.popleft() if self._answers else usual_answer(request)
+        return self._answer(request)
+
+    def _answer(self, request: Recorded) -> Scripted:
+        """The next scripted answer, or else the usual one."""
+        return self._answers.popleft() if self._answers else self._usual(request)
+
+    def _usual(self, request: Recorded) -> Scripted:
+        """The answer to a request for which none is scripted."""
+        return usual_answer(request)
 
 
 @asynccontextmanager
@@ -121,7 +129,16 @@ async def upstream() -> AsyncIterator[FakeUpstream]:
 
     Unscripted, it answers chat, completions and embeddings as OpenAI does: small, always the same, JSON or a stream.
     """
-    fake = FakeUpstream()
+    async with serving(FakeUpstream()) as fake:
+        yield fake
+
+
+F = TypeVar("F", bound=FakeUpstream)
+
+
+@asynccontextmanager
+async def serving(fake: F) -> AsyncIterator[F]:
+    """Serve as this provider on a free loopback port until the block is left."""
     server = await asyncio.get_running_loop().create_server(lambda: _Connection(fake), "127.0.0.1", 0)
     fake.port = server.sockets[0].getsockname()[1]
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 
 import aiohttp
 import orjson
@@ -162,3 +163,29 @@ async def test_random_leaving_loses_no_receipt_and_no_hold() -> None:
         assert {"complete"} <= {receipt.outcome for receipt in gateway.receipts}
         await asyncio.sleep(0.05)
         assert len(asyncio.all_tasks()) <= before + 64  # the pool's idle connections, not one per call
+
+
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
+async def test_a_call_leaves_no_cycle_for_the_collector(body: dict[str, object]) -> None:
+    stages = {
+        "guard": [{"plugin": "pattern", "rules": [{"name": "x", "regex": "nothing", "action": "block"}]}],
+        "cache": [{"plugin": "exact"}],
+        "route": [{"plugin": "weighted"}, {"plugin": "retry"}, {"plugin": "circuit_breaker"}],
+        "cost": [{"plugin": "prices"}, {"plugin": "ledger"}],
+    }
+    async with running(config(stages)) as gateway:
+        await gateway.post(CHAT, body)
+        gc.collect()
+        gc.disable()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for number in range(10):
+                message = {"role": "user", "content": f"Say {number}"}
+                assert (await gateway.post(CHAT, {**body, "messages": [message]})).status == 200
+            await gateway.settled(11)
+            gc.collect()
+            assert [thing for thing in gc.garbage if type(thing).__module__.startswith("qlens")] == []
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.enable()

@@ -305,9 +305,9 @@ async def test_cancelled_again_and_again_a_call_settles_once() -> None:
         puppet.does["settle"] = slow
         one = _speak(gateway, "one", _event("Hi"), hang=True)
         asking = asyncio.create_task(gateway.post(CHAT, STREAM))
-        while not gateway.server._tasks or not puppet.held:
+        while not gateway.server.running() or not puppet.held:
             await asyncio.sleep(0.01)
-        (task,) = gateway.server._tasks
+        (task,) = gateway.server.running()
         task.cancel()
         await reached.wait()
         for _ in range(3):

@@ -405,6 +405,41 @@ async def test_a_mistake_outside_of_a_call_is_no_mistake_of_the_client(monkeypat
         assert "secret" not in answer.text
 
 
+async def test_requests_sent_at_once_are_answered_one_after_another_and_all_of_them() -> None:
+    async with running(config(STAGES, SPEAKER, ONE)) as gateway:
+        speaker: Speaker = gateway.plugin("provider", "speaker")
+        together, most, number = 0, 0, 0
+
+        async def answer(*_: object) -> Reply:
+            nonlocal together, most, number
+            together += 1
+            most = max(most, together)
+            await asyncio.sleep(0)
+            together, number = together - 1, number + 1
+            return Reply(body=_big(number), complete=True)
+
+        speaker.answer = answer
+        count = 100  # more than aiohttp keeps in its queue
+        client = await Client(gateway).send(_http(HELLO) * (count - 1) + _http(HELLO, "connection: close"))
+        got = await client.rest()
+        texts = [json.loads(body[: body.index(b"]}") + 2]) for body in got.split(b"\r\n\r\n")[1:]]
+        assert [len(text["choices"][0]["message"]["content"]) for text in texts] == list(range(1, count + 1))
+        assert most == 1
+        client.close()
+
+
+async def test_an_idle_connection_and_a_slow_head_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.connection.KEEPALIVE_SECONDS", 0.3)
+    async with running(config(STAGES, SPEAKER, ONE)) as gateway:
+        gateway.plugin("provider", "speaker").answer = lambda *_: Reply(body=_big(2), complete=True)
+        for sent in (b"POST /v1", _http(HELLO), _http(HELLO) + b"POST"):
+            client = await Client(gateway).send(sent)
+            got = await client.rest()
+            assert got.count(b"200 OK") == sent.count(b"content-length")
+            assert not got.endswith(b"<still open>")
+            client.close()
+
+
 async def test_a_refusal_with_a_huge_retry_after_stays_a_number() -> None:
     async with running(config(STAGES)) as gateway:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlens import sse
 from qlens.call import Call, Cost, Reply
+from qlens.dialects import chat
 from qlens.errors import CallError, UpstreamTruncated
-from qlens.metering import Meter
+from qlens.metering import Meter, merged
 from qlens.operations import OPERATIONS
 from qlens.usage import Usage
 
@@ -201,6 +204,107 @@ async def test_many_tokens_in_one_event_are_not_counted_as_one() -> None:
     assert meter.usage().output >= 400
 
 
+PLAIN_CHOICE = b'data: {"choices":[{"finish_reason":null,"content":"%s","x":1}]}\n\n'
+FINISH_LAST = b'data: {"choices":[{"content":"%s","finish_reason":null}]}\n\n'
+A_NAME = b'data: {"content":"%s":{},"choices":[{}]}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("plain", "odd"),
+    [
+        (PLAIN_CHOICE, PLAIN_CHOICE % b'","finish_reason":"stop'),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b'"}],"usage":{"prompt_tokens":5,"completion_tokens":2},"x":[{"y":"'),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b"a\n\ndata: [DONE]\n\ndata: b"),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b"a\r\rdata: [DONE]\r\rdata: b"),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b"a\n\ndata: b"),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b"a\r\rdata: b"),
+        (PLAIN_CHOICE, PLAIN_CHOICE % b"not JSON: \\x [DONE]"),
+        (PLAIN_CHOICE, PLAIN_CHOICE.replace(b"null", b'"ok"')),
+        (FINISH_LAST, FINISH_LAST.replace(b"null", b'"ok"')),
+        (A_NAME, A_NAME % b"usage"),
+    ],
+)
+async def test_an_event_that_looks_much_like_others_is_looked_into(plain: bytes, odd: bytes) -> None:
+    pieces = [plain % b"a", plain % b"b", odd, plain % b"c", _event(b"[DONE]")]
+    apart, together = [await _passed(given) for given in (pieces, [b"".join(pieces)])]
+    assert apart == together
+
+
+async def _passed(pieces: list[bytes]) -> tuple[object, ...]:
+    """All that can be seen of a stream."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for piece in pieces:
+            yield piece
+
+    async def ended(_: bytes) -> None:
+        raise AssertionError
+
+    reply = Reply(chunks=chunks())
+    meter = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed"))
+    received, error = b"", None
+    try:
+        async for block in meter.watch(chunks()):
+            received += block
+    except CallError as raised:
+        error = str(raised)
+    return received, error, reply.complete, reply.finish, meter.usage(), meter.events, meter.passed
+
+
+@pytest.mark.parametrize("space", [b"", b" ", b"\t ", b"\r\n"])
+@pytest.mark.parametrize(
+    ("name", "value"), [(b"usage", b"{}"), (b"finish_reason", b'"stop"'), (b"choices", b"[ ]"), (b"error", b"true")]
+)
+async def test_white_space_around_a_colon_hides_nothing(name: bytes, value: bytes, space: bytes) -> None:
+    null = b"[{}]" if name == b"choices" else b"null"
+    plain = b'data: {"%s":%s,"%s":%s}\n\n' % (name, null, name, null)
+    odd = b'data: {"%s"%s:%s%s,not JSON}\n\n' % (name, space, space, value)
+    for pieces in ([plain, plain, odd], [plain * 2 + odd], [plain + odd + plain]):
+        _, _, _, error = await _run(list(pieces))
+        assert isinstance(error, CallError)
+        assert error.status == 502
+
+
+async def test_nothing_comes_after_a_stream_that_failed_or_was_cancelled() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield _event(_delta("hi"))
+        await asyncio.sleep(60)
+
+    async def ended(_: bytes) -> None:
+        raise AssertionError
+
+    reply = Reply(chunks=chunks())
+    stream = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed")).watch(chunks())
+    await anext(stream)
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert [block async for block in stream] == []
+
+
+async def test_a_closed_stream_passes_nothing_more_and_its_usage_is_known() -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield _event(_delta("hi"))
+        yield _event(_delta(" there", "stop"))
+
+    async def ended(_: bytes) -> None:
+        raise AssertionError
+
+    reply = Reply(chunks=chunks())
+    meter = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed"))
+    reply.replace(chunks=meter.watch(chunks()))
+    assert reply.chunks is not None
+    await anext(reply.chunks)
+    stream = reply.chunks
+    await reply.aclose()
+    await reply.aclose()
+    assert [block async for block in stream] == []
+    assert meter.usage().source == "partial"
+    assert reply.chunks is None
+
+
 async def test_what_comes_after_the_end_mark_is_not_passed() -> None:
     seen, _, _, error = await _run([_event(_delta("a", "stop")) + _event(b"[DONE]") + _event(_delta("late"))])
     assert error is None
@@ -228,3 +332,21 @@ async def test_an_event_that_is_not_a_json_object_is_an_error(data: bytes) -> No
     _, _, _, error = await _run([_event(_delta("hi")), _event(data)])
     assert isinstance(error, CallError)
     assert error.status == 502
+
+
+PIECES = st.text(st.sampled_from('ab \\"\n\t[],{}é😀:'), max_size=4)
+
+
+@given(st.lists(st.tuples(PIECES, st.integers(0, 1), st.sampled_from(["content", "refusal"])), max_size=12))
+def test_an_answer_is_the_same_from_fewer_events(pieces: list[tuple[str, int, str]]) -> None:
+    payloads = [
+        {**HEAD, "choices": [{"index": index, "delta": {name: text}, "finish_reason": None}]}
+        for text, index, name in pieces
+    ] + [_delta("", "stop", index) for index in (0, 1)]
+    events = [_event(payload) for payload in payloads]
+    fewer = [orjson.loads(sse.data(event) or b"") for event in merged(events)]
+    assert chat.assemble(fewer) == chat.assemble(payloads)
+
+
+def test_events_that_differ_only_in_their_text_become_one() -> None:
+    assert len(list(merged([_event(_delta("ab")) for _ in range(100)]))) == 1

@@ -215,3 +215,29 @@ def test_every_hook_is_public_and_says_when_what_and_raising() -> None:
     assert sorted(functions) == sorted(hookspecs.__all__)
     with pytest.raises(ConfigError):
         raise ConfigError([Fault("a", "b")])
+
+
+async def _counts(self: object, call: Call) -> None: ...
+
+
+@pytest.mark.parametrize("stage", ["rate_limit", "cost"])
+async def test_limits_of_one_process_are_refused_for_several_workers(authored: Any, stage: str) -> None:
+    authored.Alone = _class(admit=hookimpl(_counts))
+    authored.Together = _class(admit=hookimpl(_counts), shares="store")
+    authored.Priced = _class()
+    entries = [{"plugin": f"authored:{name}"} for name in ("Alone", "Together", "Priced")]
+    (fault,) = await _faults(config({stage: entries}, workers=3))
+    assert fault.path.endswith(f"pipeline.{stage}[0]")
+    assert "3 workers" in fault.message
+    assert "server.workers to 1" in fault.message
+    async with running(config({stage: entries}, workers=1)):
+        pass
+    async with running(config({stage: entries[1:]}, workers=3)):
+        pass
+
+
+@pytest.mark.parametrize("stage", ["guard", "cache", "route", "observe"])
+async def test_what_is_no_limit_may_be_each_workers_own(authored: Any, stage: str) -> None:
+    authored.Alone = _class(admit=hookimpl(_counts))
+    async with running(config({stage: [{"plugin": "authored:Alone"}]}, workers=2)):
+        pass

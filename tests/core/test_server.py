@@ -11,7 +11,8 @@ import orjson
 import pytest
 from yamls import CHAT, HELLO, STREAM, config, probe
 
-from qlens.server import _duration, new_id
+from qlens.connection import new_id
+from qlens.heads import duration
 from qlens.testing import Running, running
 
 
@@ -271,7 +272,7 @@ async def test_the_api_key_header_of_azure_clients_is_a_credential_too() -> None
 
 
 async def test_a_body_that_drips_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlens.server.BODY_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("qlens.connection.BODY_GRACE_SECONDS", 0.2)
     async with running(config()) as gateway:
         head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
         got = await _raw(gateway, head.encode() + b'{"model')
@@ -308,7 +309,7 @@ def test_ids_are_unique_and_in_the_order_of_time() -> None:
     ("seconds", "text"), [(0.0, "0ms"), (0.012, "12ms"), (1, "1s"), (1.5, "1.5s"), (360, "6m0s"), (3723, "1h2m3s")]
 )
 def test_durations_are_written_as_openai_does(seconds: float, text: str) -> None:
-    assert _duration(seconds) == text
+    assert duration(seconds) == text
 
 
 async def test_metrics_have_no_label_from_a_clients_text() -> None:
@@ -321,3 +322,39 @@ async def test_metrics_have_no_label_from_a_clients_text() -> None:
                 await gateway.post(CHAT, {**HELLO, "model": f"unknown{round_}{n}"})
             before.append((await gateway.get("/metrics")).text.count("\n"))
         assert before[0] == before[1]
+
+
+async def test_calls_that_are_on_their_way_when_the_gateway_stops_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.server.LAST_SECONDS", 30)
+    async with running(config()) as gateway:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        clients = [await asyncio.open_connection(host, int(port)) for _ in range(3)]
+        # They are connected, though the gateway had no turn of the loop in which to take them.
+        stopping = asyncio.create_task(gateway.server.stop(30))
+        await asyncio.sleep(0.05)
+        for reader, writer in clients:
+            writer.write(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            answer = (await reader.read()).lower()  # to the end: the connection closes by itself
+            assert answer.startswith(b"http/1.1 200 ok")
+            assert b"connection: close" in answer
+            writer.close()
+        await asyncio.wait_for(stopping, 10)
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection(host, int(port))
+
+
+async def test_a_body_that_is_still_arriving_when_the_gateway_stops_is_read() -> None:
+    async with running(config()) as gateway:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        request = _http()
+        writer.write(request[:-10])
+        while not gateway.gateway.current.running:
+            await asyncio.sleep(0.01)
+        stopping = asyncio.create_task(gateway.server.stop(30))
+        await asyncio.sleep(0.05)
+        assert gateway.gateway.draining
+        writer.write(request[-10:])
+        assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200 OK")
+        writer.close()
+        await asyncio.wait_for(stopping, 5)

@@ -114,6 +114,21 @@ def test_every_byte_comes_out_again(stream: bytes, cuts: list[int]) -> None:
     assert ended in ([], [stream[len(passed) :] + b"\n\n"])
 
 
+@given(STREAMS, st.lists(st.integers(0, 200), max_size=8))
+@example(b"data: 1\n\ndata: 2\n\n\n", [3])
+@example(b"data: 1\n\n\n\ndata: 2", [8])
+@example(b"data: 1\r\n\ndata: 2\n\n", [9])
+def test_a_block_is_the_events_that_became_whole_with_it(stream: bytes, cuts: list[int]) -> None:
+    ends = [*sorted(cuts), len(stream)]
+    splitter, other = sse.Splitter(), sse.Splitter()
+    for start, end in zip([0, *ends], ends, strict=False):
+        block, events = splitter.take(stream[start:end]), other.feed(stream[start:end])
+        assert block == b"".join(events)
+        assert sse.cut(block) == events
+        assert sse.count(block) == len(events)
+    assert splitter.flush() == other.flush()
+
+
 def test_an_event_is_not_held_back_for_a_line_feed_that_may_never_come() -> None:
     splitter = sse.Splitter()
     assert splitter.feed(b"data: 1\r\r") == [b"data: 1\r\r"]

@@ -340,6 +340,30 @@ async def test_answer_whose_end_was_received_but_not_read_leaves_its_connection(
     assert up.connections == 1
 
 
+async def test_connection_is_free_when_the_end_was_taken_though_the_answer_is_open(
+    http: Upstream, up: FakeUpstream
+) -> None:
+    up.script(Scripted(body=b"one"), Scripted(body=b"two"))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    pieces = answer.chunks()
+    assert await anext(pieces) == b"one"
+    assert await fetch(http, up.url) == b"two"
+    assert up.connections == 1
+    assert [piece async for piece in pieces] == []
+    assert await answer.read() == b""
+
+
+async def test_piece_that_was_put_back_comes_again(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(body=b"one"), Scripted(events=EVENTS, hang=True))
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    answer.put_back(await anext(answer.chunks()))
+    assert await answer.read() == b"one"
+    answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
+    answer.put_back(await anext(answer.chunks()))
+    assert (await anext(answer.chunks())).startswith(b"data: ")
+    await answer.close()
+
+
 async def test_kept_connection_that_died_after_a_byte_is_not_tried_again(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(body=b"first"), Scripted(raw=b"HTTP/1.1 2"), Scripted(body=b"never"))
     await fetch(http, up.url)
@@ -491,10 +515,35 @@ async def test_headers_of_the_caller_win_over_the_usual_ones(http: Upstream, up:
     assert (headers["user-agent"], headers["host"], headers.get("content-length")) == ("me", "provider.example", None)
 
 
+async def test_requests_that_differ_in_one_header_or_the_body_are_told_apart(http: Upstream, up: FakeUpstream) -> None:
+    asked: list[tuple[str, str, bytes | None]] = [
+        ("POST", "1", b"a"), ("POST", "2", b"a"), ("POST", "1", b"bc"), ("POST", "1", None), ("GET", "1", None)
+    ]  # fmt: skip
+    for method, number, body in asked:
+        answer = await http.open(method, up.url, headers={"x-n": number}, body=body, deadlines=PATIENT)
+        await answer.read()
+    received = [(request.method, request.headers["x-n"], request.content) for request in up.requests]
+    assert received == [(method, number, body or b"") for method, number, body in asked]
+    assert [request.headers.get("content-length") for request in up.requests] == ["1", "1", "2", "0", None]
+
+
+async def test_headers_that_change_with_every_call_are_not_remembered_for_ever(
+    http: Upstream, up: FakeUpstream
+) -> None:
+    for number in range(600):
+        answer = await http.open("GET", up.url, headers={"x-n": str(number)}, body=None, deadlines=PATIENT)
+        await answer.read()
+    assert [request.headers["x-n"] for request in up.requests] == [str(number) for number in range(600)]
+    assert len(http._known) < 300
+
+
 async def test_headers_of_an_answer_are_found_in_any_case(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(headers={"X-Request-ID": "abc"}))
     answer = await http.open("GET", up.url, headers={}, body=None, deadlines=PATIENT)
-    assert answer.headers["x-request-id"] == "abc"
+    assert answer.headers["x-request-id"] == answer.headers.get("X-REQUEST-id") == "abc"
+    assert "x-REQUEST-id" in answer.headers
+    assert "x-request" not in answer.headers
+    assert dict(answer.headers)["x-request-id"] == "abc"
     await answer.close()
 
 

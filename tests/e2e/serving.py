@@ -35,6 +35,8 @@ class Served:
     admin_url: str
     key: str = ""
     told_to_stop: bool = False
+    leaves_with: int = 0
+    """The exit code that is right."""
 
     @property
     def config(self) -> Path:
@@ -148,7 +150,7 @@ def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterato
         yield served
         if not served.told_to_stop:
             process.terminate()
-        assert process.wait(STOP_SECONDS) == 0, served.output
+        assert process.wait(STOP_SECONDS) == served.leaves_with, served.output
         assert "Traceback" not in served.output, served.output
     finally:
         _end(process)

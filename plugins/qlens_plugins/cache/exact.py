@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -14,10 +14,12 @@ import orjson
 from attrs import Attribute, define, field, frozen
 from attrs.validators import ge, gt
 
-from qlens import Call, Gateway, Reply, Target, Usage, hookimpl
+from qlens import Call, Gateway, Model, Reply, Target, Usage, hookimpl
 
 _ENTRY_OVERHEAD = 1024
 """What an entry takes besides its body: key, usage and the containers around them, measured and rounded up."""
+_REMEMBERED = 1024
+"""How many beginnings of keys are kept at most: behind a wildcard, clients choose the model names."""
 
 
 @frozen
@@ -50,7 +52,7 @@ class ExactConfig:
     """A larger answer is not kept."""
 
 
-@frozen
+@define(eq=False)
 class _Entry:
     """An answer as it was given."""
 
@@ -101,14 +103,22 @@ class _Wishes:
     max_age: float = float("inf")
 
 
+_NO_WISHES = _Wishes()
+
+
 @define(eq=False)
 class Exact:
     """Looks answers up by a hash of everything that shapes them, the tenant first."""
 
     config: ExactConfig
     name: str
-    _gateway: Gateway = field(init=False, repr=False)
+    _monotonic: Callable[[], float] = field(init=False, repr=False)
+    _count: Mapping[str, Callable[[], None]] = field(init=False, repr=False)
+    """Counts a lookup, by its result."""
+    _show_size: Callable[[float], None] = field(init=False, repr=False)
     _shelf: _Shelf = field(factory=_Shelf, init=False, repr=False)
+    _heads: dict[tuple[str, str, str | None], tuple[Model | None, bytes]] = field(factory=dict, init=False, repr=False)
+    """How keys begin: what depends on the caller and the configuration alone, and the model it was worked out for."""
     # The key is taken when the call is looked up: what is stored must answer what the client asked, even if something
     # on the way to the provider edits the body.
     _awaited: WeakKeyDictionary[Call, bytes] = field(factory=WeakKeyDictionary, init=False, repr=False)
@@ -119,7 +129,13 @@ class Exact:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock and the metrics."""
-        self._gateway = gateway
+        self._monotonic = gateway.clock.monotonic
+        lookups = gateway.metrics.counter(
+            "qlens_cache_lookups_total", "Calls looked up in a cache: hit, miss, bypass.", ("cache", "result")
+        )
+        self._count = {result: lookups.labels(self.name, result).inc for result in ("hit", "miss", "bypass")}
+        size = gateway.metrics.gauge("qlens_cache_bytes", "What a cache's answers take.", ("cache",))
+        self._show_size = size.labels(self.name).set
         yield
 
     @hookimpl
@@ -131,18 +147,19 @@ class Exact:
     @hookimpl
     async def lookup(self, call: Call) -> Reply | None:
         """Answer from memory, or ask for the provider's answer to be kept."""
-        wishes = _wishes(call.headers.get("cache-control", ""))
-        key = cache_key(call.known.tenant, call)
+        said = call.headers.get("cache-control")
+        wishes = _wishes(said) if said else _NO_WISHES
+        key = self._key(call)
         if wishes.use and (entry := self._fresh(key, wishes.max_age)):
             call.cache = "hit"
-            self._count("hit")
+            self._count["hit"]()
             return _reply(entry)
         if wishes.use or wishes.store:
             call.cache = "miss"
         if wishes.store:
             self._awaited[call] = key
             call.keep = max(call.keep, self.config.max_entry_bytes)
-        self._count("miss" if wishes.use else "bypass")
+        self._count["miss" if wishes.use else "bypass"]()
         return None
 
     @hookimpl
@@ -152,25 +169,35 @@ class Exact:
         if key is None or not self._is_worth_keeping(call, reply):
             return
         assert reply.body is not None
-        now = self._gateway.clock.monotonic()
-        entry = _Entry(reply.body, reply.usage, reply.finish, reply.target, reply.dialect, now)
+        entry = _Entry(reply.body, reply.usage, reply.finish, reply.target, reply.dialect, self._monotonic())
         self._shelf.put(key, entry, self.config.store.max_bytes)
-        self._show_size()
+        self._show_size(self._shelf.size)
 
     @hookimpl
     def explain(self, call: Call) -> list[str]:
         """Say under which key the answer is looked up."""
-        key = cache_key(call.known.tenant, call).hex()
+        key = self._key(call).hex()
         return [f"looks for an answer under {key[:16]}..., and keeps a new one for {self.config.ttl_seconds:g} s"]
+
+    def _key(self, call: Call) -> bytes:
+        """The call's `cache_key`, with a beginning that is worked out once."""
+        about = call.known.tenant, call.operation.name, call.asked_model
+        model, head = self._heads.get(about, (None, b""))
+        if not head or model is not call.model:
+            if len(self._heads) >= _REMEMBERED:
+                self._heads.clear()
+            head = _head(call.known.tenant, call)
+            self._heads[about] = call.model, head
+        return _key_of(head, call.body)
 
     def _fresh(self, key: bytes, max_age: float) -> _Entry | None:
         entry = self._shelf.get(key)
         if entry is None:
             return None
-        age = self._gateway.clock.monotonic() - entry.stored
+        age = self._monotonic() - entry.stored
         if age > self.config.ttl_seconds:
             self._shelf.drop(key)
-            self._show_size()
+            self._show_size(self._shelf.size)
             return None
         return entry if age <= max_age else None
 
@@ -182,32 +209,28 @@ class Exact:
             return False
         return len(reply.body) <= self.config.max_entry_bytes
 
-    def _count(self, result: str) -> None:
-        self._gateway.metrics.counter(
-            "qlens_cache_lookups_total", "Calls looked up in a cache: hit, miss, bypass.", ("cache", "result")
-        ).labels(self.name, result).inc()
-
-    def _show_size(self) -> None:
-        self._gateway.metrics.gauge("qlens_cache_bytes", "What a cache's answers take.", ("cache",)).labels(
-            self.name
-        ).set(self._shelf.size)
-
 
 def cache_key(tenant: str, call: Call) -> bytes:
     """The one way to name an answer: tenant, operation, model with its targets, and the whole body.
 
     The body counts without `stream` and `stream_options`: the core turns one form of an answer into the other.
     """
-    digest = hashlib.sha256()
-    for part in (tenant.encode(), call.operation.name.encode(), _canonical(_model(call)), _canonical(_asked(call))):
-        # With its length before it, no part can pass for the end of another.
-        digest.update(len(part).to_bytes(8))
-        digest.update(part)
-    return digest.digest()
+    return _key_of(_head(tenant, call), call.body)
 
 
-def _asked(call: Call) -> dict[str, object]:
-    return {name: value for name, value in call.body.items() if name not in {"stream", "stream_options"}}
+def _head(tenant: str, call: Call) -> bytes:
+    return b"".join(map(_measured, (tenant.encode(), call.operation.name.encode(), _canonical(_model(call)))))
+
+
+def _key_of(head: bytes, body: Mapping[str, object]) -> bytes:
+    if "stream" in body or "stream_options" in body:
+        body = {name: value for name, value in body.items() if name not in {"stream", "stream_options"}}
+    return hashlib.sha256(head + _measured(_canonical(body))).digest()
+
+
+def _measured(part: bytes) -> bytes:
+    """A part with its length before it, so that it cannot pass for the end of another."""
+    return len(part).to_bytes(8) + part
 
 
 def _model(call: Call) -> list[object]:
@@ -229,8 +252,6 @@ def _plain(value: object) -> object:
 
 
 def _wishes(cache_control: str) -> _Wishes:
-    if not cache_control:
-        return _Wishes()
     directives = {part.strip().lower() for part in cache_control.split(",")}
     ages = [int(match[1]) for part in directives if (match := re.fullmatch(r'max-age="?(\d{1,9})"?', part))]
     return _Wishes(

@@ -26,7 +26,12 @@ from qlens import (
 if TYPE_CHECKING:
     from attrs import Attribute
 
-PATHS = {"chat": "/chat/completions", "completions": "/completions", "embeddings": "/embeddings"}
+PATHS = {
+    "chat": "/chat/completions",
+    "completions": "/completions",
+    "embeddings": "/embeddings",
+    "responses": "/responses",
+}
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _OURS = {
@@ -60,6 +65,8 @@ class OpenAIConfig:
     """More headers for every request."""
     stream_options: bool = True
     """Ask streams for their usage; false for servers that refuse the field `stream_options`."""
+    responses: bool = True
+    """Send calls of the Responses API as they are; false for servers without it: they are then asked by chat."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
@@ -75,6 +82,7 @@ class OpenAI:
     config: OpenAIConfig
     name: str
     _http: Upstream | None = field(default=None, init=False, repr=False)
+    _urls: Mapping[str, str] = field(init=False, repr=False)
     _headers: Mapping[str, str] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
 
@@ -82,6 +90,7 @@ class OpenAI:
 
     def __attrs_post_init__(self) -> None:
         config = self.config
+        self._urls = {dialect: config.base_url.rstrip("/") + path for dialect, path in PATHS.items()}
         named = {
             "authorization": f"Bearer {config.api_key.reveal()}" if config.api_key else None,
             "openai-organization": config.organization,
@@ -93,7 +102,7 @@ class OpenAI:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
-        return tuple(PATHS)
+        return tuple(dialect for dialect in PATHS if dialect != "responses" or self.config.responses)
 
     @hookimpl
     @asynccontextmanager
@@ -108,7 +117,7 @@ class OpenAI:
         assert self._http is not None, "the lifespan is not open"
         return await post_openai(
             self._http,
-            self.config.base_url.rstrip("/") + PATHS[outgoing.dialect],
+            self._urls[outgoing.dialect],
             headers=self._headers,
             outgoing=outgoing,
             deadlines=self._deadlines,

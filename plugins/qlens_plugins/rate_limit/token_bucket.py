@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -15,7 +15,10 @@ from qlens import Call, Gateway, InvalidRequest, Limit, RateLimited, Receipt, ho
 
 _SECOND = 10**12
 """Times are whole picoseconds: fine enough that a rate's rounding is lost in a clock's own."""
+_MICROSECOND = 10**6
 _MINUTE = 60 * _SECOND
+_REMEMBERED = 4096
+"""How many scopes are kept at most: credentials that others make, such as JWTs, name callers without end."""
 
 Key = tuple[str | None, ...]
 """Names a bucket: the rule, what it counts, and whose it is."""
@@ -87,71 +90,93 @@ class TokenBucketConfig:
     """Where the buckets are kept."""
 
 
-@frozen
-class _Rate:
-    """Units a minute with room for a burst. A bucket under it is one number: the time at which it is full again."""
-
-    per_minute: int
-    capacity: int
-    unit: int
-    """Picoseconds in which one unit comes back, rounded up: never in the caller's favour."""
-
-    @classmethod
-    def of(cls, per_minute: int, burst_seconds: float) -> _Rate:
-        return cls(per_minute, max(1, int(per_minute * burst_seconds / 60)), -(-_MINUTE // per_minute))
-
-    def wait(self, full_at: int, now: int, quantity: int) -> int:
-        """How long until `quantity` units are there; 0: now. This is the generic cell rate algorithm."""
-        return max(0, max(full_at, now) + quantity * self.unit - now - self.capacity * self.unit)
-
-    def remaining(self, full_at: int, now: int) -> int:
-        """How many units are there."""
-        return max(0, (self.capacity * self.unit - max(0, full_at - now)) // self.unit)
-
-
-@frozen
+@define(eq=False)
 class _Meter:
-    """The requests or tokens a minute of one rule."""
+    """The requests or tokens a minute of one rule. A bucket under it is one number: the time when it is full again."""
 
     name: str
     """Names the meter in its buckets' keys: no two have the same, and a reload that changes numbers keeps it."""
     rule: Rule
     kind: Literal["requests", "tokens"]
-    rate: _Rate
+    per_minute: int
+    capacity: int
+    unit: int = field(init=False)
+    """Picoseconds in which one unit comes back, rounded up: never in the caller's favour."""
+    room: int = field(init=False)
+    """Picoseconds in which an empty bucket is full again."""
+
+    def __attrs_post_init__(self) -> None:
+        self.unit = -(-_MINUTE // self.per_minute)
+        self.room = self.capacity * self.unit
+
+    def wait(self, full_at: int, now: int, quantity: int) -> int:
+        """How long until `quantity` units are there; not above 0: now. This is the generic cell rate algorithm."""
+        return (full_at - now if full_at > now else 0) + quantity * self.unit - self.room
+
+    def limit(self, full_at: int, now: int) -> Limit:
+        """Where the owner of a bucket stands."""
+        missing = full_at - now if full_at > now else 0
+        remaining = (self.room - missing) // self.unit
+        return Limit(self.kind, self.name, self.per_minute, remaining if remaining > 0 else 0, missing / _SECOND)
 
 
-@frozen
+@define(eq=False)
 class _Cap:
     """The calls at a time of one rule."""
 
     name: str
     rule: Rule
     most: int
+    _limits: dict[int, Limit] = field(factory=dict, init=False, repr=False)
+
+    def limit(self, running: int) -> Limit:
+        """Where the owner of the places stands; the same for everybody who has as many calls running."""
+        limit = self._limits.get(running)
+        if limit is None:
+            limit = Limit("concurrency", self.name, self.most, max(0, self.most - running), 0)
+            self._limits[running] = limit
+        return limit
 
 
-@frozen
-class _Take:
-    """What a call takes from one bucket."""
+@define(eq=False)
+class _Bucket:
+    """One bucket that calls take from."""
 
     meter: _Meter
     key: Key
-    quantity: int
+
+    def quantity(self, tokens: int) -> int:
+        """How much a call of so many tokens takes."""
+        return tokens if self.meter.kind == "tokens" else 1
 
 
-@frozen
-class _Slot:
-    """A call's place among those that run at the same time."""
+@define(eq=False)
+class _Place:
+    """The places of calls that run at the same time."""
 
     cap: _Cap
     key: Key
 
 
-@frozen
+@define(eq=False)
+class _Scope:
+    """What holds for one caller and one model: which rules, and whose buckets. Worked out once, not for each call."""
+
+    buckets: tuple[_Bucket, ...]
+    places: tuple[_Place, ...]
+    without_tokens: tuple[_Bucket, ...] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.without_tokens = tuple(bucket for bucket in self.buckets if bucket.meter.kind != "tokens")
+
+
+@define(eq=False)
 class _Hold:
     """What a call took; corrected and given back when it settles."""
 
-    takes: tuple[_Take, ...]
-    slots: tuple[_Slot, ...]
+    buckets: tuple[_Bucket, ...]
+    tokens: int
+    places: tuple[_Place, ...]
 
 
 @define(eq=False)
@@ -159,20 +184,34 @@ class _Buckets:
     """The state: buckets that are not full, and calls that run. An instance and its successor share it."""
 
     full_at: OrderedDict[Key, int] = field(factory=OrderedDict)
-    running: Counter[Key] = field(factory=Counter)
+    running: dict[Key, int] = field(factory=dict)
 
-    def add(self, key: Key, picoseconds: int, now: int) -> None:
-        """Take from a bucket or give back to it. What goes below empty is debt; nothing goes above full."""
-        full_at = max(self.full_at.get(key, now), now) + picoseconds
-        if full_at > now:
+    def add(self, key: Key, picoseconds: int, now: int) -> int:
+        """Take from a bucket or give back to it: debt has no end, and nothing goes above full. When it is full again.
+
+        A new bucket pays for a look at the two that were not looked at for longest, so that the number of buckets
+        stays near that of those in use.
+        """
+        known = self.full_at.get(key)
+        full_at = (now if known is None or known < now else known) + picoseconds
+        if known is not None:
             self.full_at[key] = full_at
-        else:
-            self.full_at.pop(key, None)
+        elif full_at > now:
+            self.full_at[key] = full_at
+            self.sweep(2, now)
+        return full_at
+
+    def enter(self, key: Key) -> int:
+        """Begin one running call; how many there are now."""
+        running = self.running[key] = self.running.get(key, 0) + 1
+        return running
 
     def leave(self, key: Key) -> None:
         """End one running call."""
-        self.running[key] -= 1
-        if self.running[key] <= 0:
+        left = self.running[key] - 1
+        if left > 0:
+            self.running[key] = left
+        else:
             del self.running[key]
 
     def sweep(self, count: int, now: int) -> None:
@@ -189,9 +228,10 @@ class TokenBucket:
 
     config: TokenBucketConfig
     name: str
-    _gateway: Gateway = field(init=False, repr=False)
+    _monotonic: Callable[[], float] = field(init=False, repr=False)
     _meters: tuple[_Meter, ...] = field(init=False, repr=False)
     _caps: tuple[_Cap, ...] = field(init=False, repr=False)
+    _scopes: dict[tuple[str | None, ...], _Scope] = field(factory=dict, init=False, repr=False)
     _buckets: _Buckets = field(factory=_Buckets, init=False, repr=False)
 
     Config = TokenBucketConfig
@@ -213,7 +253,7 @@ class TokenBucket:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock, and this worker's share of the limits."""
-        self._gateway = gateway
+        self._monotonic = gateway.clock.monotonic
         if self.config.store.per_worker:
             self._divide(gateway.config.server.workers)
         yield
@@ -230,11 +270,10 @@ class TokenBucket:
         now = self._now()
         hold = self._wanted(call)
         refusal = self._refusal(hold, now)
-        if refusal is None:
-            self._take(hold, now)
-        call.limits.extend(self._standing(hold, now))
         if refusal is not None:
+            call.limits.extend(self._standing(hold, now))
             raise refusal
+        self._take(hold, now, call.limits)
         return hold
 
     @hookimpl
@@ -243,23 +282,25 @@ class TokenBucket:
         if not isinstance(hold, _Hold):
             return
         now = self._now()
-        for take in hold.takes:
-            if difference := _due(take, receipt) - take.quantity:
-                self._buckets.add(take.key, difference * take.meter.rate.unit, now)
-        for slot in hold.slots:
-            self._buckets.leave(slot.key)
+        for bucket in hold.buckets:
+            if difference := _owed(bucket, hold.tokens, receipt):
+                self._buckets.add(bucket.key, difference * bucket.meter.unit, now)
+        for place in hold.places:
+            self._buckets.leave(place.key)
 
     @hookimpl
     def explain(self, call: Call) -> list[str]:
         """Say what the call would take from whom."""
         hold = self._wanted(call)
-        takes = [
-            f"takes {take.quantity} of {take.meter.rate.per_minute} {take.meter.kind} a minute from {_owner(take.key)}"
-            for take in hold.takes
+        takes = [(bucket, bucket.quantity(hold.tokens)) for bucket in hold.buckets]
+        return [
+            *(
+                f"takes {quantity} of {bucket.meter.per_minute} {bucket.meter.kind} a minute from {_owner(bucket.key)}"
+                for bucket, quantity in takes
+            ),
+            *(f"takes one of {place.cap.most} places at a time from {_owner(place.key)}" for place in hold.places),
+            *(_too_large(bucket, quantity).message for bucket, quantity in takes if quantity > bucket.meter.capacity),
         ]
-        slots = [f"takes one of {slot.cap.most} places at a time from {_owner(slot.key)}" for slot in hold.slots]
-        large = [_too_large(take).message for take in hold.takes if take.quantity > take.meter.rate.capacity]
-        return [*takes, *slots, *large]
 
     def _divide(self, workers: int) -> None:
         """Set the limits to the share of one worker."""
@@ -270,67 +311,74 @@ class TokenBucket:
             for name, rule in rules
             if rule.concurrency is not None
         )
+        self._scopes.clear()
 
     def _now(self) -> int:
         # Through whole microseconds, which is as fine as seconds in a float are.
-        return round(self._gateway.clock.monotonic() * 10**6) * (_SECOND // 10**6)
+        return round(self._monotonic() * 1_000_000) * _MICROSECOND
 
     def _wanted(self, call: Call) -> _Hold:
         """What the call takes where; a bucket it takes nothing from cannot refuse it, however deep in debt."""
-        quantities = {"requests": 1, "tokens": call.estimated_input + call.bound.output}
-        return _Hold(
+        scope = self._scope(call)
+        tokens = call.estimated_input + call.bound.output
+        return _Hold(scope.buckets if tokens else scope.without_tokens, tokens, scope.places)
+
+    def _scope(self, call: Call) -> _Scope:
+        caller, model = call.known, call.model
+        name = None if model is None else model.name
+        who = (caller.tenant, caller.project, caller.key_id, caller.subject, caller.by, name)
+        scope = self._scopes.get(who)
+        if scope is None:
+            if len(self._scopes) >= _REMEMBERED:
+                self._scopes.clear()
+            scope = self._scopes[who] = self._worked_out(call)
+        return scope
+
+    def _worked_out(self, call: Call) -> _Scope:
+        return _Scope(
             tuple(
-                _Take(meter, (meter.name, *_whose(meter.rule, call)), quantities[meter.kind])
+                _Bucket(meter, (meter.name, *_whose(meter.rule, call)))
                 for meter in self._meters
-                if quantities[meter.kind] and _applies(meter.rule, call)
+                if _applies(meter.rule, call)
             ),
-            tuple(_Slot(cap, (cap.name, *_whose(cap.rule, call))) for cap in self._caps if _applies(cap.rule, call)),
+            tuple(_Place(cap, (cap.name, *_whose(cap.rule, call))) for cap in self._caps if _applies(cap.rule, call)),
         )
 
     def _refusal(self, hold: _Hold, now: int) -> InvalidRequest | RateLimited | None:
         """Why the call may not run; of several buckets that refuse, the one that takes longest speaks."""
-        for take in hold.takes:
-            if take.quantity > take.meter.rate.capacity:
-                return _too_large(take)
-        waits = [(self._wait(take, now), place) for place, take in enumerate(hold.takes)]
-        longest, place = max(waits, default=(0, 0))
-        if longest:
-            take = hold.takes[place]
-            return _limited(take, take.meter.rate.remaining(self._full_at(take), now), longest)
-        for slot in hold.slots:
-            running = self._buckets.running[slot.key]
-            if running >= slot.cap.most:
-                return _crowded(slot, running)
+        buckets, longest, slowest = self._buckets, 0, None
+        for bucket in hold.buckets:
+            meter, quantity = bucket.meter, bucket.quantity(hold.tokens)
+            if quantity > meter.capacity:
+                return _too_large(bucket, quantity)
+            wait = meter.wait(buckets.full_at.get(bucket.key, 0), now, quantity)
+            if wait > 0 and wait >= longest:
+                longest, slowest = wait, bucket
+        if slowest is not None:
+            standing = slowest.meter.limit(buckets.full_at.get(slowest.key, 0), now)
+            return _limited(slowest, slowest.quantity(hold.tokens), standing.remaining, longest)
+        for place in hold.places:
+            running = buckets.running.get(place.key, 0)
+            if running >= place.cap.most:
+                return _crowded(place, running)
         return None
 
-    def _full_at(self, take: _Take) -> int:
-        return self._buckets.full_at.get(take.key, 0)
-
-    def _wait(self, take: _Take, now: int) -> int:
-        return take.meter.rate.wait(self._full_at(take), now, take.quantity)
-
-    def _take(self, hold: _Hold, now: int) -> None:
-        for take in hold.takes:
-            self._buckets.add(take.key, take.quantity * take.meter.rate.unit, now)
-        for slot in hold.slots:
-            self._buckets.running[slot.key] += 1
-        # Twice as many as were added, so that their number stays near that of the buckets in use.
-        self._buckets.sweep(2 * len(hold.takes), now)
+    def _take(self, hold: _Hold, now: int, limits: list[Limit]) -> None:
+        """Take what the call wants, and note where its caller stands from then on."""
+        buckets = self._buckets
+        for bucket in hold.buckets:
+            meter = bucket.meter
+            full_at = buckets.add(bucket.key, bucket.quantity(hold.tokens) * meter.unit, now)
+            limits.append(meter.limit(full_at, now))
+        for place in hold.places:
+            limits.append(place.cap.limit(buckets.enter(place.key)))
 
     def _standing(self, hold: _Hold, now: int) -> Iterator[Limit]:
-        """Where the caller stands with every limit of the call."""
-        for take in hold.takes:
-            rate, full_at = take.meter.rate, self._full_at(take)
-            yield Limit(
-                kind=take.meter.kind,
-                name=take.meter.name,
-                limit=rate.per_minute,
-                remaining=rate.remaining(full_at, now),
-                reset_seconds=max(0, full_at - now) / _SECOND,
-            )
-        for slot in hold.slots:
-            left = max(0, slot.cap.most - self._buckets.running[slot.key])
-            yield Limit(kind="concurrency", name=slot.cap.name, limit=slot.cap.most, remaining=left, reset_seconds=0)
+        """Where the caller of a call that was refused stands with every limit."""
+        for bucket in hold.buckets:
+            yield bucket.meter.limit(self._buckets.full_at.get(bucket.key, 0), now)
+        for place in hold.places:
+            yield place.cap.limit(self._buckets.running.get(place.key, 0))
 
 
 def _one_of(patterns: tuple[str, ...] | None, name: str | None) -> bool:
@@ -359,8 +407,8 @@ def _meters(name: str, rule: Rule, workers: int) -> Iterator[_Meter]:
     )
     for kind, per_minute in numbers:
         if per_minute is not None:
-            rate = _Rate.of(max(1, per_minute // workers), rule.burst_seconds)
-            yield _Meter(f"{kind} per {name}", rule, kind, rate)
+            share = max(1, per_minute // workers)
+            yield _Meter(f"{kind} per {name}", rule, kind, share, max(1, int(share * rule.burst_seconds / 60)))
 
 
 def _applies(rule: Rule, call: Call) -> bool:
@@ -386,49 +434,56 @@ def _owner(key: Key) -> str:
     return f"{key[1]} {key[2]}"
 
 
-def _due(take: _Take, receipt: Receipt) -> int:
-    """What a call owes a bucket in the end."""
-    if take.meter.kind == "requests":
+def _owed(bucket: _Bucket, held: int, receipt: Receipt) -> int:
+    """What a call owes a bucket in the end, beyond what it took."""
+    if bucket.meter.kind == "requests":
         # A request that failed was one all the same, or else failing would be a way around the limit.
-        return 0 if receipt.outcome == "rejected" else take.quantity
-    if not any(attempt.billed for attempt in receipt.attempts):
+        return -1 if receipt.outcome == "rejected" else 0
+    if not _was_billed(receipt):
         # Who leaves before the first byte does not stop the provider from generating.
-        return take.quantity if receipt.outcome == "abandoned" and receipt.attempts else 0
-    if receipt.usage.source == "provider":
-        return receipt.usage.total
+        return 0 if receipt.outcome == "abandoned" and receipt.attempts else -held
+    used = receipt.usage.total - held
     # An estimate may be too low: it is never a reason to give back.
-    return max(receipt.usage.total, take.quantity)
+    return used if receipt.usage.source == "provider" else max(used, 0)
+
+
+def _was_billed(receipt: Receipt) -> bool:
+    for attempt in receipt.attempts:  # noqa: SIM110 - any() with a generator costs more than all the rest here
+        if attempt.billed:
+            return True
+    return False
 
 
 _WORDS = {"requests": "requests per min (RPM)", "tokens": "tokens per min (TPM)"}
 
 
-def _limited(take: _Take, remaining: int, picoseconds: int) -> RateLimited:
+def _limited(bucket: _Bucket, quantity: int, remaining: int, picoseconds: int) -> RateLimited:
     # Rounded up, so that who waits as long as this says is not refused again.
     milliseconds = -(-picoseconds // (_SECOND // 1000))
     return RateLimited(
-        f"Rate limit reached for {_owner(take.key)} on {_WORDS[take.meter.kind]}: "
-        f"Limit {take.meter.rate.per_minute}, Remaining {remaining}, Requested {take.quantity}. "
+        f"Rate limit reached for {_owner(bucket.key)} on {_WORDS[bucket.meter.kind]}: "
+        f"Limit {bucket.meter.per_minute}, Remaining {remaining}, Requested {quantity}. "
         f"Please try again in {_duration(milliseconds)}.",
-        kind=take.meter.kind,
+        kind=bucket.meter.kind,
         retry_after=milliseconds / 1000,
     )
 
 
-def _crowded(slot: _Slot, running: int) -> RateLimited:
+def _crowded(place: _Place, running: int) -> RateLimited:
     return RateLimited(
-        f"Rate limit reached for {_owner(slot.key)} on concurrent requests: "
-        f"Limit {slot.cap.most}, Running {running}. Please try again when one has ended.",
+        f"Rate limit reached for {_owner(place.key)} on concurrent requests: "
+        f"Limit {place.cap.most}, Running {running}. Please try again when one has ended.",
         kind="requests",
         retry_after=1.0,
     )
 
 
-def _too_large(take: _Take) -> InvalidRequest:
-    hint = " Send a shorter prompt or a smaller max_tokens." if take.meter.kind == "tokens" else ""
+def _too_large(bucket: _Bucket, quantity: int) -> InvalidRequest:
+    meter = bucket.meter
+    hint = " Send a shorter prompt or a smaller max_tokens." if meter.kind == "tokens" else ""
     return InvalidRequest(
-        f"Request too large for {_owner(take.key)} on {_WORDS[take.meter.kind]}: it needs up to {take.quantity}, and "
-        f"the limit `{take.meter.name}` never allows more than {take.meter.rate.capacity} at once.{hint}",
+        f"Request too large for {_owner(bucket.key)} on {_WORDS[meter.kind]}: it needs up to {quantity}, and "
+        f"the limit `{meter.name}` never allows more than {meter.capacity} at once.{hint}",
         code="request_too_large",
     )
 

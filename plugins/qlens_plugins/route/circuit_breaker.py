@@ -115,7 +115,11 @@ class CircuitBreaker:
 
     def _learn(self, key: tuple[str, str], is_probe: bool, is_well: bool | None) -> None:
         """Take note of how a send ended; None: that says nothing about the target."""
-        circuit = self._circuits.get(key) or _Circuit()
+        circuit = self._circuits.get(key)
+        if circuit is None:
+            if is_well is not False:
+                return  # a target that is well has no circuit
+            circuit = _Circuit()
         if circuit.open_until is not None and not is_probe:
             return  # sent before the circuit opened: only the probe says when the target is back
         circuit.probing = False

@@ -34,11 +34,14 @@ class Weighted:
     @hookimpl
     async def choose(self, model: Model) -> list[Target]:
         """The targets in drawn order; those of weight 0 come last, as listed."""
+        if len(model.candidates) == 1:
+            return list(model.candidates)
         # Exponential arrival times with the weights as rates: to sort by them is to draw by weight without replacement.
         arrivals = [
             (self._random.expovariate(target.weight), place, target)
             for place, target in enumerate(model.candidates)
             if target.weight > 0
         ]
-        drawn = [target for _, _, target in sorted(arrivals, key=lambda arrival: arrival[:2])]
+        arrivals.sort()  # no two have the same place, so targets are never compared
+        drawn = [target for _, _, target in arrivals]
         return drawn + [target for target in model.candidates if target.weight <= 0]

@@ -229,12 +229,6 @@ def test_a_number_out_of_range_is_refused(setting: str, message: str) -> None:
     assert fault(f"server: {{{setting}}}") == f"qlens.yaml:1 server.{setting.partition(':')[0]}: {message}"
 
 
-def test_more_than_one_worker_is_refused_with_the_way_to_scale() -> None:
-    found = fault("server: {workers: 2}")
-    assert found.startswith("qlens.yaml:1 server.workers: more than one worker is not supported yet by this version")
-    assert "several replicas" in found
-
-
 def test_clients_and_operators_cannot_share_a_port() -> None:
     assert "server: clients and operators cannot share one port" in fault("server: {port: 1, admin: {port: 1}}")
     assert config("server: {port: 0, admin: {port: 0}}").server.admin.port == 0

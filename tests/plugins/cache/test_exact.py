@@ -17,7 +17,7 @@ from qlens.cli import main
 from qlens.operations import OPERATIONS
 from qlens.testing import ManualClock, Response, Running, Scripted, check_plugin, running, upstream
 from qlens.testing.upstreams import FakeUpstream, chat_events
-from qlens_plugins.cache.exact import Exact, cache_key
+from qlens_plugins.cache.exact import Exact, ExactConfig, cache_key
 
 PATH = "/v1/chat/completions"
 CALL = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
@@ -357,6 +357,15 @@ def test_the_name_asked_for_is_in_the_key_even_where_the_body_does_not_have_it()
     other.asked_model = "large"
     third.model = Model("large", (TARGET,))
     assert len({cache_key("acme", which) for which in (call, other, third)}) == 3
+
+
+def test_endless_names_behind_a_wildcard_do_not_fill_the_memory() -> None:
+    plugin = Exact(ExactConfig(), "exact")
+    for number in range(3000):
+        call = made_call()
+        call.asked_model = f"open/{number}"
+        assert plugin._key(call) == cache_key("t", call)
+    assert len(plugin._heads) <= 1024
 
 
 def test_weights_and_stream_fields_are_not_in_the_key() -> None:

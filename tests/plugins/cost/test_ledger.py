@@ -367,7 +367,7 @@ def writer_of(path: Path) -> Writer:
 def test_a_batch_whose_commit_was_in_doubt_counts_once(tmp_path: Path) -> None:
     writer = writer_of(tmp_path / "x.db")
     key = rows.rejection(receipt(outcome="rejected", status=429, error="rate_limit_exceeded"))
-    batch = Batch(1, (rows.row(receipt(1)), rows.row(receipt(2))), {key: 5}, 2)
+    batch = Batch(1, (rows.row(receipt(1)), rows.row(receipt(2))), {key: 5})
     writer._write(batch)
     writer._write(batch)
     writer._write(evolve(batch, number=2))
@@ -379,7 +379,7 @@ def test_a_batch_whose_commit_was_in_doubt_counts_once(tmp_path: Path) -> None:
 def test_another_writer_s_batches_are_its_own(tmp_path: Path) -> None:
     for n in range(2):
         writer = writer_of(tmp_path / "x.db")
-        writer._write(Batch(1, (rows.row(receipt(n)),), {}, 1))
+        writer._write(Batch(1, (rows.row(receipt(n)),), {}))
         writer._disconnect()
     assert len(read(tmp_path / "x.db")) == 2
 
@@ -404,6 +404,40 @@ async def test_no_value_of_a_receipt_can_hold_up_the_others(tmp_path: Path) -> N
     assert (found["call-1"]["cost_picos"], found["call-1"]["cost_state"]) == (2**63 - 1, "estimated")
     assert found["call-2"]["tenant"] == "ten?ant"
     assert found["call-3"]["tenant"] == ""
+    assert json.loads(found["call-1"]["attempts"])[0]["usage"]["output"] == 3
+    assert json.loads(found["call-2"]["tags"]) == {"\ud800": "\udfff"}
+
+
+async def test_rows_stand_in_the_order_of_settling_whatever_is_among_them(tmp_path: Path) -> None:
+    writer = writer_of(tmp_path / "x.db")
+    await writer.open()
+    odd = {n: receipt(n, error="\ud800") for n in range(0, 3 * rows.AT_ONCE, rows.AT_ONCE // 2)}
+    for n in range(3 * rows.AT_ONCE + 1):
+        writer.keep(odd.get(n) or receipt(n))
+    assert writer.waiting == 3 * rows.AT_ONCE + 1
+    await writer.close(5)
+    assert writer.waiting == 0
+    found = read(tmp_path / "x.db", "SELECT id, error FROM receipts ORDER BY rowid")
+    assert [row["id"] for row in found] == [f"call-{n}" for n in range(3 * rows.AT_ONCE + 1)]
+    assert [row["error"] for row in found if row["error"]] == ["?"] * len(odd)
+
+
+def test_a_statement_is_not_too_long_for_an_old_sqlite() -> None:
+    database = sqlite3.connect(":memory:")
+    database.executescript(schema.MIGRATIONS[0])
+    database.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
+    rows.insert(database, [rows.row(receipt(n)) for n in range(2 * rows.AT_ONCE + 1)], {})
+    assert database.execute("SELECT count(*) FROM receipts").fetchone() == (2 * rows.AT_ONCE + 1,)
+    database.close()
+
+
+async def test_what_was_counted_for_a_name_that_is_no_text_is_kept(tmp_path: Path) -> None:
+    writer = writer_of(tmp_path / "x.db")
+    await writer.open()
+    for _ in range(3):
+        writer.count(receipt(outcome="rejected", status=404, model=None, error="\ud800"))
+    await writer.close(5)
+    assert rejections(tmp_path / "x.db") == {("", 404, "?"): 3}
 
 
 # --- reload ------------------------------------------------------------------------------------
@@ -486,8 +520,25 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StartupError, match=r"x\.db has version 99, this QLens knows up to version 1"):
+    with pytest.raises(StartupError, match=r"x\.db has version 99, this QLens knows up to version 2"):
         await start(config(url=f"sqlite:///{path}"))
+
+
+async def test_a_file_of_an_older_version_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    database = sqlite3.connect(path)
+    database.executescript(schema.MIGRATIONS[0])
+    rows.insert(database, [rows.row(receipt(1))], {})
+    database.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    database.execute("PRAGMA user_version = 1")
+    database.commit()
+    database.close()
+    async with running(config("flush_seconds: 0.01", url=f"sqlite:///{path}")) as gateway:
+        assert await call(gateway) == 200
+        await written(path, 2)
+    assert read(path, "PRAGMA user_version") == [{"user_version": len(schema.MIGRATIONS)}]
+    indexes = read(path, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+    assert [row["name"] for row in indexes] == ["receipts_by_day"]
 
 
 async def test_another_program_s_database_is_refused_and_left_alone(tmp_path: Path) -> None:

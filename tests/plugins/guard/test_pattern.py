@@ -101,6 +101,7 @@ async def test_case_is_ignored_where_the_rule_says_so() -> None:
     rules = "[{name: w, words: [falcon], action: redact, ignore_case: true}, {name: r, regex: SKY, action: redact}]"
     async with running(config(rules)) as gateway:
         assert said(await say(gateway, "FALCON Falcon sky")) == "[redacted] [redacted] sky"
+        assert said(await say(gateway, "Falconry and xFALCON")) == "Falconry and xFALCON"
 
 
 async def test_rules_apply_in_order_each_to_what_the_one_before_left() -> None:

@@ -11,10 +11,10 @@ import aiohttp
 import orjson
 import pytest
 
-from qlens import ConfigError
+from qlens import ConfigError, Target
 from qlens.testing import Scripted, check_plugin, running, upstream
 from qlens.testing.upstreams import TEXT, USAGE, chat_events, error
-from qlens_plugins.provider.openai import OpenAI
+from qlens_plugins.provider.openai import OpenAI, OpenAIConfig
 
 CHAT = "/v1/chat/completions"
 CANARY = "sk-example-canary0123456789"
@@ -72,6 +72,14 @@ async def test_packed_embeddings_arrive_packed() -> None:
         answer = await gateway.post("/v1/embeddings", body)
         vectors = [struct.unpack("<3f", b64decode(entry["embedding"])) for entry in answer.json()["data"]]
         assert vectors == [pytest.approx((0.6, 0.0, -0.8))] * 2
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_server_without_responses_is_not_asked_for_them(has: bool) -> None:
+    provider = OpenAI(OpenAIConfig(responses=has), "up")
+    spoken = provider.dialects(Target("up", "their-name", "ours"))
+    assert ("responses" in spoken) is has
+    assert {"chat", "completions", "embeddings"} < {*spoken, "responses"}
 
 
 async def test_nothing_of_the_clients_headers_goes_out() -> None:

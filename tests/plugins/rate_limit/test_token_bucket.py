@@ -610,3 +610,4 @@ async def test_buckets_of_callers_that_went_away_are_forgotten() -> None:
             clock.advance(0.1)  # each is full again a second later
         assert len(plugin._buckets.full_at) < 100
         assert not plugin._buckets.running
+        assert len(plugin._scopes) <= 4096

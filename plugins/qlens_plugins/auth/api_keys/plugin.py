@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 import re
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -46,7 +45,8 @@ class ApiKeys:
     demo_key: str | None = field(default=None, init=False, repr=False)
     """The demo key, once the gateway serves."""
     _gateway: Gateway = field(init=False, repr=False)
-    _keys: Mapping[bytes, Key] = field(factory=dict, init=False, repr=False)
+    _keys: Mapping[bytes, tuple[Key, Caller]] = field(factory=dict, init=False, repr=False)
+    """By hash, with the caller that each key stands for."""
     _seen: Signature | None = field(default=None, init=False, repr=False)
     """The state of the file that was read last, good or bad; None when it could not be read."""
     _loaded: bool = field(default=False, init=False, repr=False)
@@ -101,19 +101,19 @@ class ApiKeys:
         if credential is None:
             return None
         # Looked up by hash: how long that takes says nothing about the keys.
-        wanted = digest(credential)
-        key = self._keys.get(wanted)
-        if key is None or not hmac.compare_digest(key.digest, wanted):
+        known = self._keys.get(digest(credential))
+        if known is None:
             if _JWT.fullmatch(credential):
                 return None
             raise _refused(
                 f"Incorrect API key provided: {_masked(credential)}. Ask the operator of this gateway for a key."
             )
+        key, caller = known
         if key.revoked is not None:
             raise _refused(f"This API key ({key.id}) was revoked. Ask the operator of this gateway for a new one.")
-        if key.expires_at is not None and key.expires_at.timestamp() <= self._gateway.clock.time():
+        if caller.expires_at is not None and caller.expires_at <= self._gateway.clock.time():
             raise _refused(f"This API key ({key.id}) has expired. Ask the operator of this gateway for a new one.")
-        return self._caller(key)
+        return caller
 
     def _caller(self, key: Key) -> Caller:
         return Caller(
@@ -140,27 +140,30 @@ class ApiKeys:
             if self.demo_key is None:
                 hint = "does not exist; make the first key with: qlens keys create --tenant NAME"
                 raise StartupError([Fault(str(self.config.file), hint)]) from None
-            self._keys = self._with_demo(())
+            self._keys = self._table(())
         except OSError as error:
             raise StartupError([Fault(str(self.config.file), f"cannot be read: {error.strerror}")]) from error
 
     def _load(self) -> None:
         """Take the file's keys; raises StartupError or OSError and keeps what is known."""
         keys, self._seen = read(self.config.file)
-        self._keys = self._with_demo(keys)
+        self._keys = self._table(keys)
         self._loaded = True
 
-    def _with_demo(self, keys: Iterable[Key]) -> Mapping[bytes, Key]:
-        known = {key.digest: key for key in keys}
+    def _table(self, keys: Iterable[Key]) -> Mapping[bytes, tuple[Key, Caller]]:
+        """The table in which callers are looked up."""
+        return {key.digest: (key, self._caller(key)) for key in self._with_demo(tuple(keys))}
+
+    def _with_demo(self, keys: tuple[Key, ...]) -> tuple[Key, ...]:
         if self.demo_key is None:
-            return known
-        if any(key.id == _DEMO_ID for key in known.values()):
+            return keys
+        if any(key.id == _DEMO_ID for key in keys):
             raise StartupError(
                 [Fault(str(self.config.file), f"the id {_DEMO_ID!r} belongs to the demo key; give the key another one")]
             )
         # Whoever can read the file owns the gateway, which nobody else reaches: the key opens the operators' paths too.
         demo = Key(id=_DEMO_ID, hash=hash_text(self.demo_key), tenant=_DEMO_ID, roles=("member", "admin"))
-        return {**known, demo.digest: demo}
+        return (*keys, demo)
 
     async def _watch(self) -> None:
         """Follow the file until the lifespan ends."""

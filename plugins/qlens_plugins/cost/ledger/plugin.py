@@ -97,8 +97,9 @@ class Ledger:
     @hookimpl
     async def admit(self, call: Call) -> Literal[True] | None:
         """Keep a place for the call's receipt: what is sent to a provider must be accounted for."""
-        if not self.writer.full(self.config.queue_size):
-            self.writer.promise()
+        writer = self.writer
+        if not writer.full(self.config.queue_size):
+            writer.promise()
             return True
         if self.config.when_full == "drop":
             return None

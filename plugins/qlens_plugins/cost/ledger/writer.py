@@ -9,9 +9,8 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from itertools import islice
 from pathlib import Path
 from uuid import uuid4
 
@@ -25,6 +24,8 @@ log = logging.getLogger("qlens.ledger")
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 5.0
 """Between two tries of a batch that could not be written; each wait is twice the one before."""
+PAUSE_SECONDS = 0.00005
+"""Between a few receipts and the next. Not 0: with two cores this thread would have Python's lock back at once."""
 GRACE_SECONDS = 5.0
 """How much longer than the closing time one stuck call into SQLite or the disk is waited for."""
 
@@ -34,10 +35,8 @@ class Batch:
     """What one transaction writes. Its number makes sure that it is applied once."""
 
     number: int
-    receipts: tuple[rows.Row, ...]
+    receipts: Sequence[rows.Row]
     rejections: dict[rows.Rejection, int]
-    taken: int
-    """How many receipts of the queue it stands for."""
 
 
 @define(eq=False)
@@ -63,7 +62,8 @@ class Writer:
     _users: int = field(default=0, init=False)
     _wake: threading.Condition = field(factory=threading.Condition, init=False)
     _receipts: deque[Receipt] = field(factory=deque, init=False)
-    """Those not yet committed: a batch leaves the queue when it is written, not when it is taken."""
+    _taken: int = field(default=0, init=False)
+    """How many receipts are in the batch that is being written: they left the queue and are not in the file yet."""
     _rejections: dict[rows.Rejection, int] = field(factory=dict, init=False)
     _uncounted: int = field(default=0, init=False)
     """How many refused calls are not yet counted in the file."""
@@ -118,11 +118,11 @@ class Writer:
     @property
     def waiting(self) -> int:
         """How many receipts are not yet written."""
-        return len(self._receipts)
+        return len(self._receipts) + self._taken
 
     def full(self, places: int) -> bool:
         """Whether all places are taken, by receipts that wait or by calls that will bring one."""
-        return len(self._receipts) + self._promised >= places
+        return len(self._receipts) + self._taken + self._promised >= places
 
     def promise(self) -> None:
         """Keep a place for a call's receipt."""
@@ -134,9 +134,10 @@ class Writer:
 
     def keep(self, receipt: Receipt) -> None:
         """Put a receipt in the queue."""
-        with self._wake:
-            self._receipts.append(receipt)
-            if len(self._receipts) in (1, self.batch_size):
+        # Without the lock, which is for waking the thread: it only ever takes from the other end.
+        self._receipts.append(receipt)
+        if len(self._receipts) in (1, self.batch_size):
+            with self._wake:
                 self._wake.notify()
 
     def count(self, receipt: Receipt) -> None:
@@ -184,37 +185,42 @@ class Writer:
             self._wake.wait_for(
                 lambda: len(self._receipts) >= self.batch_size or self._closing is not None, timeout=self.flush_seconds
             )
-            receipts = list(islice(self._receipts, self.batch_size))
             rejections, self._rejections = self._rejections, {}
-        if not receipts and not rejections:
+        # Counted before they leave the queue: at no moment does it look emptier than it is.
+        self._taken = min(len(self._receipts), self.batch_size)
+        if not self._taken and not rejections:
             return None
         self._batches += 1
-        written = tuple(row for receipt in receipts if (row := self._row(receipt)) is not None)
-        return Batch(self._batches, written, rejections, len(receipts))
+        return Batch(self._batches, self._rows(self._taken), rejections)
 
-    def _row(self, receipt: Receipt) -> rows.Row | None:
-        try:
-            return rows.row(receipt)
-        except Exception:
-            # One receipt that cannot be written down must not hold up all that come after it.
-            log.exception("ledger %s: receipt %s cannot be written down and is lost", self.path, receipt.id)
-            self.dropped(1)
-            return None
+    def _rows(self, count: int) -> list[rows.Row]:
+        """Take receipts from the queue as rows, a few at a time, so that the event loop is never kept for long."""
+        found: list[rows.Row] = []
+        for start in range(0, count, rows.AT_ONCE):
+            for _ in range(min(rows.AT_ONCE, count - start)):
+                receipt = self._receipts.popleft()
+                try:
+                    found.append(rows.row(receipt))
+                except Exception:
+                    # One receipt that cannot be written down must not hold up all that come after it.
+                    log.exception("ledger %s: receipt %s cannot be written down and is lost", self.path, receipt.id)
+                    self.dropped(1)
+            time.sleep(PAUSE_SECONDS)
+        return found
 
     def _persist(self, batch: Batch) -> bool:
         """Write a batch, however often it takes; False when the end came first."""
         wait = FIRST_WAIT_SECONDS
         while not self._tried(batch):
-            self.waits(len(self._receipts))
+            self.waits(self.waiting)
             if not self._may_wait(wait):
                 return False
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+        self._taken = 0
         with self._wake:
-            for _ in range(batch.taken):
-                self._receipts.popleft()
             self._uncounted -= sum(batch.rejections.values())
         self.written(len(batch.receipts))
-        self.waits(len(self._receipts))
+        self.waits(self.waiting)
         return True
 
     def _tried(self, batch: Batch) -> bool:

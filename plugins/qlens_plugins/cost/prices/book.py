@@ -17,8 +17,6 @@ STANDARD_TIERS = frozenset({"", "auto", "default", "standard"})
 REMEMBERED = 1024
 """How many answers are kept at most: behind a wildcard, clients choose the model names."""
 
-Line = tuple[str, int, int]
-
 _quantities = attrgetter(*BUCKETS)
 _INSTEAD = {"cached_input": "input", "cache_write_5m": "input", "cache_write_1h": "input", "reasoning": "output"}
 """The price that stands in for one a row does not give."""
@@ -53,29 +51,22 @@ class Rates:
         buckets = tuple(said.get(bucket, said.get(_INSTEAD.get(bucket, bucket))) for bucket in BUCKETS)
         return cls(name, buckets, {meter: said[meter] for meter in row.meters})
 
-    def lines(self, usage: Usage) -> tuple[Line, ...] | None:
-        """Each bucket and meter that was used, once, with its price; None when one of them has none."""
-        lines: list[Line] = []
-        for name, quantity, each in zip(BUCKETS, _quantities(usage), self.buckets, strict=True):
-            if not quantity:
-                continue
-            if each is None:
-                return None
-            lines.append((name, quantity, each))
-        for name, quantity in usage.meters.items():
-            if not quantity:
-                continue
-            if name not in self.meters:
-                return None
-            lines.append((name, quantity, self.meters[name]))
-        return tuple(lines)
-
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
-        """What a usage costs; None when part of it has no price."""
-        lines = self.lines(usage)
-        if lines is None:
-            return None
-        return Cost(sum(quantity * each for _, quantity, each in lines), state, self.id, lines)
+        """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
+        picos, lines = 0, []
+        for name, quantity, each in zip(BUCKETS, _quantities(usage), self.buckets, strict=True):
+            if quantity:
+                if each is None:
+                    return None
+                picos += quantity * each
+                lines.append((name, quantity, each))
+        for name, quantity in usage.meters.items():
+            if quantity:
+                if name not in self.meters:
+                    return None
+                picos += quantity * self.meters[name]
+                lines.append((name, quantity, self.meters[name]))
+        return Cost(picos, state, self.id, tuple(lines))
 
 
 @frozen
@@ -116,14 +107,23 @@ class Sheet:
 
     def cost(self, usage: Usage) -> Cost | None:
         """What a usage costs, or None: part of it has no price."""
-        entry = next((entry for entry in self.entries if entry.holds(usage)), None)
-        return entry.cost(usage) if entry else None
+        for entry in self.entries:
+            if entry.holds(usage):
+                return entry.cost(usage)
+        return None
 
     def bound(self, usage: Usage) -> Cost | None:
         """What a usage can cost at most, while nobody knows which buckets and tier it will be counted in."""
-        costs = [entry.dearest.cost(usage, "estimated") for entry in self.entries if entry.holds(usage)]
-        known = [cost for cost in costs if cost is not None]
-        return max(known, key=lambda cost: cost.picos or 0) if known and len(known) == len(costs) else None
+        dearest: Cost | None = None
+        for entry in self.entries:
+            if not entry.holds(usage):
+                continue
+            cost = entry.dearest.cost(usage, "estimated")
+            if cost is None:
+                return None
+            if dearest is None or (cost.picos or 0) > (dearest.picos or 0):
+                dearest = cost
+        return dearest
 
 
 @define(eq=False)

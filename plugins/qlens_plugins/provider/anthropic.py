@@ -1,0 +1,133 @@
+"""Anthropic itself, and every server that speaks its messages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from attrs import define, field, frozen, validators
+
+from qlens import (
+    Call,
+    Deadlines,
+    Gateway,
+    Outgoing,
+    Reply,
+    Secret,
+    Target,
+    Upstream,
+    header_value,
+    hookimpl,
+    http_url,
+    post_messages,
+)
+
+if TYPE_CHECKING:
+    from attrs import Attribute
+
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
+_OURS = {
+    *("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "connection", "content-encoding"),
+    *("content-length", "content-type", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding"),
+    *("upgrade", "x-api-key"),
+}
+_BETA = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_SAMPLING = ("temperature", "top_k", "top_p")
+_LAST_WITH_SAMPLING = "2023-06-01"
+"""The last version of the API that takes temperature, top_p and top_k."""
+
+
+def _extra_headers(_config: object, attribute: Attribute[Mapping[str, Secret]], value: Mapping[str, Secret]) -> None:
+    for name, secret in value.items():
+        if not _HEADER_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is not the name of a header: letters, digits and hyphens")
+        if name.lower() in _OURS:
+            raise ValueError(f"{name!r} is set by the gateway itself: remove it")
+        header_value(None, attribute, secret)
+
+
+def _names(_config: object, _attribute: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
+    for name in value:
+        if not re.fullmatch(r"[A-Za-z0-9._*-]{1,128}", name):
+            raise ValueError(f"{name!r} is not the name of a beta: letters, digits, dots and hyphens")
+
+
+@frozen
+class AnthropicConfig:
+    """Sends calls to Anthropic, or to any server with an Anthropic-compatible API."""
+
+    base_url: str = field(default="https://api.anthropic.com", validator=http_url)
+    """The address in front of `/v1/messages`, as Anthropic's SDK wants it: without `/v1`."""
+    api_key: Secret | None = field(default=None, validator=header_value)
+    """Sent as `x-api-key`; leave it out for servers that want none, or another header."""
+    version: str = field(default=_LAST_WITH_SAMPLING, validator=validators.matches_re(r"\d{4}-\d\d-\d\d"))
+    """Sent as `anthropic-version`; versions after 2023-06-01 take no temperature, top_p and top_k."""
+    betas: tuple[str, ...] = field(default=(), validator=_names)
+    """Betas that every call takes part in, sent as `anthropic-beta`."""
+    client_betas: tuple[str, ...] = field(default=(), validator=_names)
+    """Betas that clients may ask for in their own `anthropic-beta`: names, or patterns (`context-*`)."""
+    headers: Mapping[str, Secret] = field(factory=dict, hash=False, validator=_extra_headers)
+    """More headers for every request."""
+    connect_seconds: float = field(default=5.0, validator=validators.gt(0))
+    """How long a connection may take to open."""
+    first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
+    """How long the server may think before the first byte of its answer."""
+    idle_seconds: float = field(default=60.0, validator=validators.gt(0))
+    """How long the server may pause within its answer."""
+
+
+@define(eq=False)
+class Anthropic:
+    """Sends messages as they are, with the gateway's own credential."""
+
+    config: AnthropicConfig
+    name: str
+    _http: Upstream | None = field(default=None, init=False, repr=False)
+    _headers: Mapping[str, str] = field(init=False, repr=False)
+    _deadlines: Deadlines = field(init=False, repr=False)
+
+    Config = AnthropicConfig
+
+    def __attrs_post_init__(self) -> None:
+        config = self.config
+        key = {"x-api-key": config.api_key.reveal()} if config.api_key else {}
+        extra = {name.lower(): secret.reveal() for name, secret in config.headers.items()}
+        self._headers = {**key, "anthropic-version": config.version, **extra}
+        self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+
+    def dialects(self, target: Target) -> tuple[str, ...]:
+        """The dialects spoken for a target."""
+        return ("messages",)
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Take the gateway's connections."""
+        self._http = gateway.http
+        yield
+
+    @hookimpl
+    async def send(self, call: Call, outgoing: Outgoing) -> Reply:
+        """Post the messages."""
+        assert self._http is not None, "the lifespan is not open"
+        if outgoing.operation.dialect != outgoing.dialect and self.config.version > _LAST_WITH_SAMPLING:
+            # Clients of other APIs cannot know that this version has no such fields; its own clients are told.
+            outgoing.body = {name: value for name, value in outgoing.fields().items() if name not in _SAMPLING}
+        betas = self._betas(call)
+        return await post_messages(
+            self._http,
+            self.config.base_url.rstrip("/") + "/v1/messages",
+            headers={**self._headers, "anthropic-beta": betas} if betas else self._headers,
+            outgoing=outgoing,
+            deadlines=self._deadlines,
+        )
+
+    def _betas(self, call: Call) -> str:
+        """Those of the operator, and of the client's those that it may ask for."""
+        asked = [name.strip() for name in call.headers.get("anthropic-beta", "").split(",")]
+        known = self.config.client_betas
+        allowed = [name for name in asked if _BETA.fullmatch(name) and any(fnmatchcase(name, each) for each in known)]
+        return ",".join(dict.fromkeys([*self.config.betas, *allowed]))

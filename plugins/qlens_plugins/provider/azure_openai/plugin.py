@@ -1,0 +1,267 @@
+"""The plugin: a call's body to a deployment's address, with a key or a token, and its answer back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from urllib.parse import quote
+
+import orjson
+from attrs import define, evolve, field
+
+from qlens import (
+    Call,
+    Deadlines,
+    Gateway,
+    Health,
+    Outgoing,
+    Reply,
+    Target,
+    Upstream,
+    UpstreamAuth,
+    UpstreamModelMissing,
+    UpstreamRejected,
+    hookimpl,
+    post_openai,
+)
+from qlens_plugins.provider.azure_openai import identities
+from qlens_plugins.provider.azure_openai.parameters import Lessons, apply_lessons, family, fit_chat, refused
+from qlens_plugins.provider.azure_openai.settings import AppServiceIdentity, AzureOpenAIConfig, ManagedIdentity
+from qlens_plugins.provider.azure_openai.stream import Mender
+from qlens_plugins.provider.azure_openai.tokens import Tokens
+
+log = logging.getLogger("qlens.azure_openai")
+
+PATHS = {"chat": "chat/completions", "completions": "completions", "embeddings": "embeddings"}
+LAST_GA = "2024-10-21"
+"""The classic surface's last api-version that is no preview."""
+PROVISIONED = "provisioned"
+"""The price tier of tokens that are paid for by the hour."""
+TARGET_PARAMS = ("provisioned", "spillover_deployment")
+"""What a target's `params` may say to this plugin; they are no fields of the body."""
+
+_HIDDEN = (None, "model-router")
+"""Base models that do not say which model answers."""
+_SPILLED = "x-ms-spillover-from-deployment"
+_FORWARDED = frozenset({"x-ms-region", _SPILLED})
+
+
+@define(eq=False)
+class AzureOpenAI:
+    """Sends a call to a deployment; a target's `model` is the deployment, its `base_model` what stands behind it."""
+
+    config: AzureOpenAIConfig
+    name: str
+    _http: Upstream | None = field(default=None, init=False, repr=False)
+    _key: Mapping[str, str] = field(init=False, repr=False)
+    _place: str = field(init=False, repr=False)
+    """The address in front of a deployment's name, or on v1 in front of the operation."""
+    _query: str = field(init=False, repr=False)
+    _deadlines: Deadlines = field(init=False, repr=False)
+    _tokens: Tokens | None = field(default=None, init=False, repr=False)
+    _before: Tokens | None = field(default=None, init=False, repr=False)
+    _lessons: Lessons = field(factory=Lessons, init=False, repr=False)
+    _missing: set[str] = field(factory=set, init=False, repr=False)
+    """Deployments that Azure did not know when it was last asked."""
+
+    Config = AzureOpenAIConfig
+
+    def __attrs_post_init__(self) -> None:
+        config = self.config
+        self._key = {"api-key": config.api_key.reveal()} if config.api_key is not None else {}
+        classic, resource = config.surface == "classic", config.endpoint.rstrip("/")
+        version = config.api_version or (LAST_GA if classic else None)
+        self._place = f"{resource}/openai/deployments/" if classic else f"{resource}/openai/v1/"
+        self._query = f"?api-version={quote(version, safe='')}" if version else ""
+        self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+
+    def dialects(self, target: Target) -> tuple[str, ...]:
+        """The dialects spoken for a target: v1 has no completions, codex and pro models speak Responses only."""
+        spoken = tuple(PATHS) if self.config.surface == "classic" else ("chat", "embeddings")
+        model = family(target.base_model)
+        return spoken if model is None or model.chats else ()
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Take the gateway's connections, and fetch a first token without waiting for it."""
+        self._http = gateway.http
+        self._warn_of_unknown_models(gateway)
+        if self.config.identity is None:
+            yield
+            return
+        # A machine's own identity service is never reached through a proxy.
+        own = Upstream() if isinstance(self.config.identity, ManagedIdentity | AppServiceIdentity) else None
+        self._tokens = tokens = self._tokens_of(gateway, own or gateway.http)
+        if self._before is not None:
+            tokens.take_over(self._before)
+            self._before = None
+        if not tokens.left():
+            tokens.renew()
+        try:
+            yield
+        finally:
+            await tokens.aclose()
+            if own is not None:
+                await own.aclose()
+
+    def _tokens_of(self, gateway: Gateway, http: Upstream) -> Tokens:
+        identity, scope, wall = self.config.identity, self.config.token_scope, gateway.clock.time
+        assert identity is not None, "tokens are for an identity"
+        counter = gateway.metrics.counter(
+            "qlens_azure_tokens_total", "Tokens asked for, by provider and by how it ended.", ("provider", "outcome")
+        )
+        return Tokens(
+            provider=self.name,
+            fetch=lambda: identities.fetch(http, self.name, identity, scope, wall),
+            now=gateway.clock.monotonic,
+            counted=lambda outcome: counter.labels(self.name, outcome).inc(),
+        )
+
+    def _warn_of_unknown_models(self, gateway: Gateway) -> None:
+        nameless = sorted(
+            target.model
+            for model in gateway.models.values()
+            for target in model.candidates
+            if target.provider == self.name and target.base_model is None
+        )
+        if nameless:
+            log.warning(
+                "%s: no base_model for %s: a deployment's name does not say which model it is, so that its price and "
+                "its parameters are only guessed",
+                self.name,
+                ", ".join(nameless),
+            )
+
+    @hookimpl
+    def adopt(self, old: object) -> None:
+        """Go on with the token of the same identity, and with what Azure refused."""
+        if not isinstance(old, AzureOpenAI):
+            return
+        mine, other = self.config, old.config
+        if (mine.identity, mine.token_scope) == (other.identity, other.token_scope):
+            self._before = old._tokens
+        if (mine.endpoint, mine.surface, mine.api_version) == (other.endpoint, other.surface, other.api_version):
+            self._lessons = old._lessons
+
+    @hookimpl
+    def health(self) -> Health:
+        """Whether there is a token, and whether Azure knows the deployments."""
+        faults = [f"unknown deployments: {', '.join(sorted(self._missing))}"] if self._missing else []
+        if self._tokens is None:
+            return Health(not faults, "; ".join(faults) or "uses a key")
+        left = self._tokens.left()
+        if self._tokens.failure is not None:
+            faults.append(self._tokens.failure.message)
+        told = [f"token for {left / 60:.0f} min" if left else "no token", *faults]
+        return Health(bool(left) and not self._missing, "; ".join(told))
+
+    @hookimpl
+    async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
+        """Post the body to the target's deployment."""
+        self._fit(target, outgoing)
+        while True:
+            try:
+                reply = await self._post(target, outgoing)
+            except UpstreamRejected as error:
+                # Each turn learns a field that this deployment refuses: there are few, and none comes twice.
+                if not self._learned(target, outgoing, error):
+                    raise
+            except UpstreamModelMissing:
+                self._not_found(target)
+                raise
+            else:
+                self._missing.discard(target.model)
+                return self._finished(call, target, outgoing, reply)
+
+    # --- the request ----------------------------------------------------------------------------
+
+    def _fit(self, target: Target, outgoing: Outgoing) -> None:
+        """Give the body the fields that the deployment's model accepts."""
+        model, lessons = family(target.base_model), self._lessons.of(target.model)
+        chat = outgoing.dialect == "chat" and model is not None
+        if not chat and not lessons and not target.params:
+            return
+        body = outgoing.fields()
+        for name in TARGET_PARAMS:
+            if name in target.params:
+                body.pop(name, None)
+        if chat and model is not None:
+            fit_chat(body, model, self.config.unsupported)
+        apply_lessons(body, lessons)
+        outgoing.body = body
+
+    def _learned(self, target: Target, outgoing: Outgoing, error: UpstreamRejected) -> bool:
+        body = outgoing.fields()
+        sent = {*body, *(("stream_options",) if outgoing.stream else ())}
+        new = refused(error, sent, self.config.unsupported) - self._lessons.of(target.model)
+        if not new:
+            return False
+        self._lessons.learn(target.model, new)
+        apply_lessons(body, self._lessons.of(target.model))
+        outgoing.body = body
+        log.warning("%s: %s refuses %s: not sent from now on", self.name, target.model, ", ".join(sorted(new)))
+        return True
+
+    async def _post(self, target: Target, outgoing: Outgoing) -> Reply:
+        assert self._http is not None, "the lifespan is not open"
+        headers = self._key if self._tokens is None else {"authorization": f"Bearer {await self._tokens.get()}"}
+        spillover = target.params.get("spillover_deployment")
+        if spillover:
+            headers = {**headers, "x-ms-spillover-deployment": str(spillover)}
+        try:
+            return await post_openai(
+                self._http,
+                self._url(target.model, PATHS[outgoing.dialect]),
+                headers=headers,
+                outgoing=outgoing,
+                deadlines=self._deadlines,
+                ask_usage=self.config.stream_options and "stream_options" not in self._lessons.of(target.model),
+                forward=_FORWARDED,
+            )
+        except UpstreamAuth:
+            if self._tokens is not None:
+                self._tokens.doubt(headers["authorization"].removeprefix("Bearer "))
+            raise
+
+    def _url(self, deployment: str, path: str) -> str:
+        if self.config.surface == "v1":
+            return f"{self._place}{path}{self._query}"
+        if deployment in {".", ".."}:
+            # Behind a wildcard, clients choose the name; these two would lead to another path.
+            raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
+        return f"{self._place}{quote(deployment, safe='')}/{path}{self._query}"
+
+    def _not_found(self, target: Target) -> None:
+        # Behind a wildcard, clients choose the name: what they invent is no fault of the configuration.
+        if target.model not in self._missing and not target.public.endswith("*"):
+            self._missing.add(target.model)
+            log.error("%s: Azure does not know the deployment %r; a new one takes minutes", self.name, target.model)
+
+    # --- the answer -----------------------------------------------------------------------------
+
+    def _finished(self, call: Call, target: Target, outgoing: Outgoing, reply: Reply) -> Reply:
+        """Note where it was answered and by what, and mend a stream."""
+        headers = dict(reply.headers)
+        spilled = headers.pop(_SPILLED, None)
+        reply.headers = headers
+        if spilled:
+            call.tags["azure_spillover_from"] = spilled
+        # Tokens that spilled over were answered, and are billed, by a standard deployment.
+        tier = PROVISIONED if target.params.get("provisioned") and not spilled else None
+        if reply.chunks is not None:
+            mender = Mender(outgoing.dialect, tier, lambda model: _answered_by(reply, target, model))
+            reply.replace(chunks=mender.mend(reply.chunks))
+            return reply
+        if tier is not None and reply.usage is not None:
+            reply.usage = evolve(reply.usage, tier=tier)
+        if target.base_model in _HIDDEN and reply.body is not None:
+            _answered_by(reply, target, orjson.loads(reply.body).get("model"))
+        return reply
+
+
+def _answered_by(reply: Reply, target: Target, model: object) -> None:
+    """Where nobody knows the model beforehand, the answer says which one is to be priced."""
+    if target.base_model in _HIDDEN and isinstance(model, str) and model:
+        reply.target = evolve(target, base_model=model)

@@ -1,0 +1,129 @@
+"""Mends what Azure's streams have that clients of OpenAI do not expect.
+
+https://learn.microsoft.com/azure/ai-services/openai/concepts/content-streaming
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import orjson
+from attrs import define, field
+
+# What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches.
+_ODD = re.compile(rb'"content_filter_offsets"|"finish_reason"\s*:\s*"|"id"\s*:\s*""')
+_ODD_OR_USAGE = re.compile(_ODD.pattern + rb'|"usage"\s*:\s*\{')
+_MAX_BYTES = 8 * 1024 * 1024
+"""A longer event is passed on in pieces, for the core to refuse."""
+_HEAD = ("id", "object", "created", "model")
+_EMPTY: dict[str, tuple[str, type]] = {"chat": ("delta", dict), "completions": ("text", str)}
+"""What a choice of each dialect must have, and the kind of value that says nothing."""
+
+
+@define(eq=False)
+class Mender:
+    """Mends one stream; events that are not odd pass as they are, byte for byte.
+
+    Results of the asynchronous content filter come as choices without a delta, in events without id and model, and may
+    end a choice that has ended already. Azure's first event, without choices, is withheld by the core.
+    """
+
+    dialect: str
+    tier: str | None = None
+    """The service tier that the usage is to be priced by; None: what Azure says."""
+    named: Callable[[object], None] = lambda model: None
+    """Told what answers, as soon as the stream says so."""
+    _source: AsyncIterator[bytes] = field(init=False, repr=False)
+    _pending: bytearray = field(factory=bytearray, init=False, repr=False)
+    _head: dict[str, Any] = field(factory=dict, init=False)
+    _finished: set[int] = field(factory=set, init=False)
+
+    def mend(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """Pass a stream on in whole events."""
+        self._source = chunks
+        return self
+
+    # An iterator of its own and no generator: it takes every piece from its source without a layer in between.
+    def __aiter__(self) -> Mender:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            try:
+                chunk = await self._source.__anext__()
+            except StopAsyncIteration:
+                if not self._pending:
+                    raise
+                rest, self._pending = bytes(self._pending), bytearray()
+                return self._block(rest)
+            # JSON has no bare CR, so that lines ending in CRLF can be read as if they ended in LF.
+            if block := self._whole(chunk.replace(b"\r", b"") if b"\r" in chunk else chunk):
+                return self._block(block)
+
+    def _whole(self, data: bytes) -> bytes:
+        """The events that are whole now; b"" while none is."""
+        pending, end = self._pending, data.rfind(b"\n\n") + 2
+        if end == 1 and not (data.startswith(b"\n") and pending.endswith(b"\n")) and len(pending) < _MAX_BYTES:
+            pending += data
+            return b""
+        if not pending and end == len(data):
+            return data
+        block = bytes(pending) + data[:end]
+        pending[:] = data[end:]
+        return block
+
+    def _block(self, block: bytes) -> bytes:
+        odd = _ODD if self.tier is None else _ODD_OR_USAGE
+        if self._head and not odd.search(block):
+            return block
+        events = block.split(b"\n\n")
+        return b"\n\n".join([self._event(event) if not self._head or odd.search(event) else event for event in events])
+
+    def _event(self, event: bytes) -> bytes:
+        try:
+            payload = orjson.loads(event.removeprefix(b"data:"))
+        except orjson.JSONDecodeError:
+            return event  # a comment, [DONE], or something for the core to judge
+        if not isinstance(payload, dict):
+            return event
+        return b"data: " + orjson.dumps(payload) if self._mend(payload) else event
+
+    def _mend(self, payload: dict[str, Any]) -> bool:
+        """Edit one event; whether there was anything to edit."""
+        mended = False
+        if self.tier is not None and isinstance(payload.get("usage"), dict):
+            payload["service_tier"], mended = self.tier, True
+        choices = payload.get("choices")
+        if not isinstance(choices, list) or not choices:
+            return mended
+        if payload.get("id"):
+            self._take_head(payload)
+        elif self._head:
+            payload.update(self._head)
+            mended = True
+        for choice in choices:
+            if isinstance(choice, dict) and self._mend_choice(choice):
+                mended = True
+        return mended
+
+    def _take_head(self, payload: dict[str, Any]) -> None:
+        if self._head:
+            return
+        self._head = {name: payload[name] for name in _HEAD if name in payload}
+        self.named(payload.get("model"))
+
+    def _mend_choice(self, choice: dict[str, Any]) -> bool:
+        mended = False
+        name, kind = _EMPTY[self.dialect]
+        if not isinstance(choice.get(name), kind):
+            choice[name], mended = kind(), True
+        index = choice.get("index", 0)
+        if choice.get("finish_reason") is None:
+            return mended
+        if index in self._finished:
+            choice["finish_reason"], mended = None, True
+        else:
+            self._finished.add(index)
+        return mended

@@ -1,0 +1,174 @@
+"""Embeddings by InvokeModel: Titan, one text a request, and Cohere, up to 96."""
+
+from __future__ import annotations
+
+import struct
+from base64 import b64encode
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import orjson
+from attrs import frozen
+
+from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage
+from qlens_plugins.provider.bedrock.converse import dumped
+from qlens_plugins.provider.bedrock.exchange import Wire, request_id_of
+from qlens_plugins.provider.bedrock.families import Family
+from qlens_plugins.provider.bedrock.fan_out import gathered
+from qlens_plugins.provider.bedrock.model_ids import ModelId
+
+Block = dict[str, Any]
+Vector = list[float]
+
+_COHERE_TEXTS = 96
+_TITAN_DIMENSIONS = (1024, 512, 256)
+_COHERE_DIMENSIONS = (1536, 1024, 512, 256)
+_INPUT_TYPES = ("search_document", "search_query", "classification", "clustering")
+
+
+@frozen
+class _Part:
+    """The answer to one request."""
+
+    vectors: list[Vector]
+    tokens: int | None
+    request_id: str | None
+
+
+async def embed(wire: Wire, model: ModelId, family: Family, body: Block, estimate: int) -> Reply:
+    """Answer an embeddings call, in as many requests as the model needs for its texts.
+
+    `estimate` is how many tokens they may have, for models that do not say.
+    """
+    texts = _texts(body)
+    path = f"/model/{model.segment}/invoke"
+    requests = _titan(texts, body, model) if family.vectors == "titan" else _cohere(texts, body, family)
+    asks = [_asking(wire, path, request, count) for request, count in requests]
+    parts = await gathered(asks)
+    vectors = [vector for part in parts for vector in part.vectors]
+    told = [part.tokens for part in parts if part.tokens is not None]
+    usage = Usage(input=sum(told), source="provider")
+    if len(told) < len(parts):
+        usage = Usage(input=estimate, source="estimated")
+    packed = body.get("encoding_format") == "base64"
+    content: Block = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _packed(vector) if packed else vector}
+            for index, vector in enumerate(vectors)
+        ],
+        "model": model.shown,
+        "usage": {"prompt_tokens": usage.prompt, "total_tokens": usage.total},
+    }
+    return Reply(
+        body=orjson.dumps(content),
+        dialect="embeddings",
+        usage=usage,
+        complete=True,
+        upstream_id=parts[0].request_id,
+    )
+
+
+def _texts(body: Block) -> list[str]:
+    given = body["input"]
+    texts = [given] if isinstance(given, str) else given
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(
+            "The model behind this name takes texts only, not tokens.", param="input", code="unsupported_value"
+        )
+    return texts
+
+
+# --- requests ----------------------------------------------------------------------------------
+
+
+def _titan(texts: list[str], body: Block, model: ModelId) -> Iterator[tuple[Block, int]]:
+    settings: Block = {}
+    if "embed-text-v2" in model.base:
+        settings = {"normalize": True, **_dimensions(body, "dimensions", _TITAN_DIMENSIONS)}
+    elif body.get("dimensions"):
+        raise _wrong_dimensions(())
+    return (({"inputText": text, **settings}, 1) for text in texts)
+
+
+def _cohere(texts: list[str], body: Block, family: Family) -> Iterator[tuple[Block, int]]:
+    input_type = body.get("input_type") or _INPUT_TYPES[0]
+    if input_type not in _INPUT_TYPES:
+        raise InvalidRequest(
+            f"Invalid value for 'input_type'. Supported values are: {', '.join(_INPUT_TYPES)}.",
+            param="input_type",
+            code="invalid_value",
+        )
+    settings: Block = {"input_type": input_type, "embedding_types": ["float"]}
+    if family.vectors == "cohere_v4":
+        settings.update(_dimensions(body, "output_dimension", _COHERE_DIMENSIONS))
+    elif body.get("dimensions") not in (None, 1024):
+        raise _wrong_dimensions((1024,))
+    if isinstance(body.get("truncate"), str):
+        settings["truncate"] = body["truncate"]
+    slices = (texts[start : start + _COHERE_TEXTS] for start in range(0, len(texts), _COHERE_TEXTS))
+    return (({"texts": part, **settings}, len(part)) for part in slices)
+
+
+def _dimensions(body: Block, name: str, allowed: tuple[int, ...]) -> Block:
+    asked = body.get("dimensions")
+    if asked is None:
+        return {}
+    if asked not in allowed:
+        raise _wrong_dimensions(allowed)
+    return {name: asked}
+
+
+def _wrong_dimensions(allowed: tuple[int, ...]) -> InvalidRequest:
+    sizes = ", ".join(map(str, allowed))
+    message = f"The model behind this name makes vectors of these dimensions only: {sizes}." if sizes else ""
+    return InvalidRequest(
+        message or "The model behind this name makes vectors of one size only: leave dimensions out.",
+        param="dimensions",
+        code="invalid_value",
+    )
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+
+def _asking(wire: Wire, path: str, request: Block, count: int) -> Callable[[], Any]:
+    async def ask() -> _Part:
+        answer = await wire.post(path, dumped(request), "application/json")
+        request_id = request_id_of(answer)
+        try:
+            return _part(await answer.read(), answer.headers.get("x-amzn-bedrock-input-token-count"), count, request_id)
+        except CallError as error:
+            error.upstream_id = request_id
+            raise
+        finally:
+            await answer.close()
+
+    return ask
+
+
+def _part(raw: bytes, counted: str | None, count: int, request_id: str | None) -> _Part:
+    try:
+        answer = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
+    if not isinstance(answer, dict):
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+    vectors = [answer["embedding"]] if "embedding" in answer else answer.get("embeddings")
+    if isinstance(vectors, dict):
+        vectors = vectors.get("float")
+    if not isinstance(vectors, list) or len(vectors) != count or not all(map(_is_vector, vectors)):
+        raise UpstreamInvalid("The provider's answer does not have a vector for each text.")
+    tokens = answer.get("inputTextTokenCount")
+    if type(tokens) is not int:
+        tokens = int(counted) if counted is not None and counted.isdecimal() and len(counted) < 10 else None
+    return _Part(vectors, tokens, request_id)
+
+
+def _is_vector(vector: object) -> bool:
+    return isinstance(vector, list) and bool(vector) and set(map(type, vector)) <= {float, int}
+
+
+def _packed(vector: Vector) -> str:
+    """As OpenAI packs them: little-endian float32 in base64."""
+    return b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()

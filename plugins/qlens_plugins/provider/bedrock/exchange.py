@@ -1,0 +1,86 @@
+"""One request to Bedrock: signed, sent, and its answer or the error it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from attrs import define, field
+
+from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid
+from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
+
+_ERROR_BODY_BYTES = 64 * 1024
+
+
+class Credentials(Protocol):
+    """What proves to Bedrock who asks."""
+
+    def headers(self, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
+        """The headers of a request; raises UpstreamAuth when there is no credential."""
+
+    async def renew(self, refused: Mapping[str, str]) -> bool:
+        """Get a fresh credential, because that of a request with these headers has expired; False: there is none."""
+
+
+@define(eq=False)
+class Wire:
+    """Sends requests to one endpoint of Bedrock."""
+
+    http: Upstream = field(repr=False)
+    base: str
+    """The endpoint without a path."""
+    credentials: Credentials = field(repr=False)
+    deadlines: Deadlines
+    _host: str = field(init=False)
+    _prefix: str = field(init=False)
+    """The path of the endpoint itself, which is signed with the rest."""
+
+    def __attrs_post_init__(self) -> None:
+        self.base = self.base.rstrip("/")
+        self._host, slash, rest = self.base.partition("://")[2].partition("/")
+        self._prefix = slash + rest
+
+    async def post(self, path: str, body: bytes, accept: str) -> Answer:
+        """Post JSON and return the answer once its status says that it is one; raises the error it is otherwise.
+
+        Credentials that were refused as expired are renewed, and the request is sent once more.
+        """
+        headers = self._headers(path, body, accept)
+        try:
+            return await self._post(path, body, headers)
+        except CredentialsExpired:
+            if not await self.credentials.renew(headers):
+                raise
+        return await self._post(path, body, self._headers(path, body, accept))
+
+    def _headers(self, path: str, body: bytes, accept: str) -> dict[str, str]:
+        return self.credentials.headers(self._host, self._prefix + path, body, accept)
+
+    async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
+        answer = await self.http.open("POST", self.base + path, headers=headers, body=body, deadlines=self.deadlines)
+        if answer.status == 200:
+            return answer
+        raise await _refusal(answer)
+
+
+async def _refusal(answer: Answer) -> CallError:
+    request_id = request_id_of(answer)
+    if answer.status < 400:
+        await answer.close()
+        return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
+    try:
+        body = await answer.read(_ERROR_BODY_BYTES)
+    except UpstreamError:
+        body = b""  # the status and the headers say enough
+    finally:
+        await answer.close()
+    error = from_answer(answer.status, answer.headers, body)
+    error.upstream_id = request_id
+    return error
+
+
+def request_id_of(answer: Answer) -> str | None:
+    """AWS's id of a request, for receipts and for AWS's support."""
+    value = answer.headers.get("x-amzn-requestid")
+    return value if value and len(value) <= 128 and value.isascii() and value.isprintable() else None

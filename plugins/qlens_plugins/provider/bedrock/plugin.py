@@ -1,0 +1,152 @@
+"""The provider `bedrock`: from the gateway's lifespan and calls to Bedrock's API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from functools import partial
+
+from attrs import define, field
+
+from qlens import Call, Deadlines, Gateway, Health, Outgoing, Reply, StartupError, Target, UpstreamRejected, hookimpl
+from qlens_plugins.provider.bedrock import credentials, model_ids, sdk
+from qlens_plugins.provider.bedrock.chain import Chain, apart
+from qlens_plugins.provider.bedrock.converse import converse, converse_stream
+from qlens_plugins.provider.bedrock.converse_request import Rules, written
+from qlens_plugins.provider.bedrock.credentials import Bearer, Fixed, Signed
+from qlens_plugins.provider.bedrock.embeddings import embed
+from qlens_plugins.provider.bedrock.exchange import Credentials, Wire
+from qlens_plugins.provider.bedrock.families import family_of
+from qlens_plugins.provider.bedrock.images import Images
+from qlens_plugins.provider.bedrock.settings import BedrockConfig
+from qlens_plugins.provider.bedrock.signing import Signer
+
+FIRST_LOOK_SECONDS = 10
+"""How long the start waits for AWS's chain; calls that come before it answers fail with 502."""
+
+_NO_NATIVE_FORM = re.compile(r"output_?config|text_?format|structured output|json_?schema", re.IGNORECASE)
+_NOT_AT_ALL = re.compile(r"(doesn.t|does not) support|extraneous key", re.IGNORECASE)
+_SCHEMA_WAYS = ("native", "tool", "prompt")
+_SUFFIXES = (("cn-", "amazonaws.com.cn"), ("eusc-", "amazonaws.eu"))
+
+
+@define(eq=False)
+class Bedrock:
+    """Sends calls to AWS Bedrock; a target's `model` is a model id, an inference profile or an ARN."""
+
+    config: BedrockConfig
+    name: str
+    _wire: Wire | None = field(default=None, init=False, repr=False)
+    _chain: Chain | None = field(default=None, init=False, repr=False)
+    _images: Images | None = field(default=None, init=False, repr=False)
+    _by_tool: set[str] = field(factory=set, init=False, repr=False)
+    """The models that refused to make an answer fit a schema by themselves."""
+
+    Config = BedrockConfig
+
+    def dialects(self, target: Target) -> tuple[str, ...]:
+        """The dialects spoken for a target: a model either makes embeddings or chats."""
+        return ("embeddings",) if family_of(_model(target).base).vectors else ("chat",)
+
+    def check(self, target: Target) -> Iterable[str]:
+        """What is wrong with a target, asked at start-up."""
+        where = f"target {self.name}/{target.model}"
+        if fault := model_ids.fault(target.model, target.base_model, self.config.region):
+            yield f"{where}: {fault}"
+        if target.params.get("structured_output", "tool") not in _SCHEMA_WAYS:
+            yield f"{where}: structured_output must be one of {', '.join(_SCHEMA_WAYS)}"
+        if not isinstance(target.params.get("additional_model_request_fields", {}), dict):
+            yield f"{where}: additional_model_request_fields must be a mapping"
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Find region and credentials, and keep the credentials fresh while serving."""
+        config = self.config
+        deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+        region = config.region or await self._region()
+        self._wire = Wire(gateway.http, _endpoint(config, region), self._credentials(region), deadlines)
+        self._images = Images(gateway.http) if config.fetch_images else None
+        if self._chain is None:
+            yield
+            return
+        watching = asyncio.create_task(self._chain.watch(), name=f"AWS credentials of {self.name}")
+        try:
+            looked = asyncio.create_task(self._chain.looked.wait())
+            await asyncio.wait({looked, watching}, timeout=FIRST_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            looked.cancel()
+            if watching.done():
+                watching.result()  # a fault of the installation
+            yield
+        finally:
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+
+    @hookimpl
+    def health(self) -> Health:
+        """Whether there are credentials."""
+        return self._chain.health() if self._chain is not None else Health(True)
+
+    @hookimpl
+    async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
+        """Write the call for the target's model, send it, and write the answer back."""
+        assert self._wire is not None, "the lifespan is not open"
+        model = _model(target)
+        family = family_of(model.base)
+        if outgoing.dialect == "embeddings":
+            return await embed(self._wire, model, family, outgoing.body, call.estimated_input)
+        if self._images is not None:
+            await self._images.put_in(outgoing.body["messages"])
+        way = target.params.get("structured_output") or family.schema
+        if way != "native" or model.base in self._by_tool or not outgoing.body.get("response_format"):
+            return await self._chat(target, outgoing, "tool" if way == "native" else way)
+        # Which models make an answer fit a schema by themselves is not written down everywhere, nor what schemas.
+        try:
+            return await self._chat(target, outgoing, way)
+        except UpstreamRejected as error:
+            if not _NO_NATIVE_FORM.search(error.message):
+                raise
+            if _NOT_AT_ALL.search(error.message):
+                self._by_tool.add(model.base)
+        return await self._chat(target, outgoing, "tool")
+
+    async def _chat(self, target: Target, outgoing: Outgoing, way: str) -> Reply:
+        assert self._wire is not None, "the lifespan is not open"
+        model, body = _model(target), outgoing.body
+        rules = Rules(self.config.guardrail, reject=self.config.unsupported == "reject", schema=way)
+        asked = written(body, target.params, family_of(model.base), rules, stream=outgoing.stream)
+        ask = converse_stream if outgoing.stream else converse
+        return await ask(self._wire, model, asked, body.get("n") or 1)
+
+    def _credentials(self, region: str) -> Credentials:
+        config = self.config
+        if (bearer := credentials.bearer_of(config)) is not None:
+            return Bearer(bearer)
+        fixed = credentials.fixed_of(config)
+        if fixed is not None and config.role_arn is None:
+            return Signed(Signer(region), Fixed(fixed))
+        self._chain = Chain(partial(sdk.find, config, region))
+        return Signed(Signer(region), self._chain)
+
+    async def _region(self) -> str:
+        """The region that the environment or the profile gives."""
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        if region is None and credentials.bearer_of(self.config) is None:
+            region = await apart(partial(sdk.region_of, self.config))
+        if region is None:
+            raise StartupError(f"provider {self.name} has no region: set it, or AWS_REGION")
+        return region
+
+
+def _model(target: Target) -> model_ids.ModelId:
+    return model_ids.read(target.model, target.base_model)
+
+
+def _endpoint(config: BedrockConfig, region: str) -> str:
+    if config.endpoint is not None:
+        return config.endpoint
+    suffix = next((suffix for prefix, suffix in _SUFFIXES if region.startswith(prefix)), "amazonaws.com")
+    return f"https://bedrock-runtime{'-fips' if config.fips else ''}.{region}.{suffix}"

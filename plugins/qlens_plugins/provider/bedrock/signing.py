@@ -1,0 +1,95 @@
+"""Signs requests to Bedrock: AWS Signature Version 4, or a bearer key."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from hashlib import sha256
+from urllib.parse import quote
+
+from attrs import define, field, frozen
+
+SERVICE = "bedrock"
+_JSON = "application/json"
+
+
+@frozen
+class Keys:
+    """An access key of AWS with its secret."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    token: str | None = field(default=None, repr=False)
+    """The session token of temporary credentials."""
+
+
+@define(eq=False)
+class Signer:
+    """Signs for one region; what stays the same from request to request is computed once.
+
+    The signature covers content-type, host, x-amz-date and the session token:
+    https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
+    """
+
+    region: str
+    clock: Callable[[], float] = time.time
+    _second: int = field(init=False, default=-1)
+    _stamp: str = field(init=False, default="")
+    _scope: str = field(init=False, default="")
+    _key_of: tuple[str, Keys] | None = field(init=False, default=None, repr=False)
+    _key: bytes = field(init=False, default=b"", repr=False)
+
+    def headers(self, keys: Keys, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
+        """The headers of a POST of JSON; `path` is as it stands in the request line, without a query."""
+        self._tick()
+        stamp, token = self._stamp, keys.token
+        security, names = "", "content-type;host;x-amz-date"
+        if token is not None:
+            security, names = f"x-amz-security-token:{token}\n", f"{names};x-amz-security-token"
+        request = (
+            f"POST\n{_canonical(path)}\n\ncontent-type:{_JSON}\nhost:{host}\nx-amz-date:{stamp}\n{security}\n"
+            f"{names}\n{sha256(body).hexdigest()}"
+        )
+        text = f"AWS4-HMAC-SHA256\n{stamp}\n{self._scope}\n{sha256(request.encode()).hexdigest()}"
+        signature = hmac.digest(self._signing_key(keys), text.encode(), "sha256").hex()
+        headers = {
+            "content-type": _JSON,
+            "accept": accept,
+            "host": host,
+            "x-amz-date": stamp,
+            "authorization": f"AWS4-HMAC-SHA256 Credential={keys.access_key}/{self._scope}, SignedHeaders={names}, "
+            f"Signature={signature}",
+        }
+        if token is not None:
+            headers["x-amz-security-token"] = token
+        return headers
+
+    def _tick(self) -> None:
+        second = int(self.clock())
+        if second != self._second:
+            self._second = second
+            self._stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
+            self._scope = f"{self._stamp[:8]}/{self.region}/{SERVICE}/aws4_request"
+
+    def _signing_key(self, keys: Keys) -> bytes:
+        day = self._stamp[:8]
+        if self._key_of != (day, keys):
+            key = f"AWS4{keys.secret_key}".encode()
+            for part in (day, self.region, SERVICE, "aws4_request"):
+                key = hmac.digest(key, part.encode(), "sha256")
+            self._key_of, self._key = (day, keys), key
+        return self._key
+
+
+# A gateway asks for few models, again and again.
+@lru_cache(maxsize=1024)
+def _canonical(path: str) -> str:
+    # AWS encodes the path once more for its canonical form: %3A on the wire is %253A here.
+    return quote(path, safe="/~")
+
+
+def bearer_headers(api_key: str, host: str, accept: str) -> dict[str, str]:
+    """The headers of a request with a Bedrock API key."""
+    return {"content-type": _JSON, "accept": accept, "host": host, "authorization": f"Bearer {api_key}"}

@@ -1,0 +1,88 @@
+"""What Bedrock says a call used: disjoint buckets, which OpenAI's usage object shows inclusively."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from qlens import Usage
+
+
+def read(raw: object, tier: str | None = None) -> Usage | None:
+    """Read Bedrock's usage, in either of its spellings; None when it states no counts.
+
+    Its input is what was neither read from a cache nor written to one.
+    """
+    if type(raw) is not dict:
+        return None
+    fresh, output = _count(raw, "inputTokens"), _count(raw, "outputTokens")
+    if fresh is None or output is None:
+        return None
+    details = raw.get("cacheDetails")
+    hour, short = _written(details) if details else (0, 0)
+    written = _count(raw, "cacheWriteInputTokens")
+    if written is None:
+        written = hour + short
+    hour = min(hour, written)
+    return Usage(
+        input=fresh,
+        cached_input=_count(raw, "cacheReadInputTokens") or 0,
+        cache_write_5m=written - hour,
+        cache_write_1h=hour,
+        output=output,
+        source="provider",
+        tier=tier,
+    )
+
+
+def _written(details: object) -> tuple[int, int]:
+    """What was written to a cache, for an hour and for less."""
+    hour = short = 0
+    for each in details if type(details) is list else ():
+        if type(each) is dict and each.get("ttl") == "1h":
+            hour += _count(each, "inputTokens") or 0
+        elif type(each) is dict:
+            short += _count(each, "inputTokens") or 0
+    return hour, short
+
+
+def _count(raw: dict[str, Any], name: str) -> int | None:
+    value = raw.get(name)
+    if value is None:
+        value = raw.get(f"{name.removesuffix('s')}Count")
+    return value if type(value) is int and 0 <= value < 2**31 else None
+
+
+def total(usages: Iterable[Usage | None]) -> Usage | None:
+    """The sum over the answers of one call; None when one of them does not say."""
+    found = list(usages)
+    if len(found) == 1:
+        return found[0]
+    known = [usage for usage in found if usage is not None]
+    if not known or len(known) != len(found):
+        return None
+    return Usage(
+        input=sum(usage.input for usage in known),
+        cached_input=sum(usage.cached_input for usage in known),
+        cache_write_5m=sum(usage.cache_write_5m for usage in known),
+        cache_write_1h=sum(usage.cache_write_1h for usage in known),
+        output=sum(usage.output for usage in known),
+        source="provider",
+        tier=known[-1].tier,
+    )
+
+
+def as_openai(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object: what was read from a cache or written to one is a part of the prompt."""
+    details: dict[str, int] = {"cached_tokens": usage.cached_input, "audio_tokens": 0}
+    if written := usage.cache_write_5m + usage.cache_write_1h:
+        details["cache_write_tokens"] = written
+    if usage.cache_write_1h:
+        details["cache_write_1h_tokens"] = usage.cache_write_1h
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.total,
+        "prompt_tokens_details": details,
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": 0},
+    }

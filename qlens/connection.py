@@ -1,0 +1,381 @@
+"""One client connection: requests come in, one call at a time, and the bytes of its answer go out."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from aiohttp import ClientPayloadError, StreamReader, web
+from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
+from aiohttp.http_exceptions import ContentEncodingError
+from attrs import define, field
+
+from qlens.account import Account, ClientLeft
+from qlens.call import Call, Reply
+from qlens.errors import BodyTimedOut, BodyTooLarge, CallError, InvalidRequest, UnsupportedMedia, frames
+from qlens.heads import head, of_body, of_error, of_stream, sendable
+
+log = logging.getLogger("qlens")
+
+KEEPALIVE_SECONDS = 15
+"""How long a connection may idle, or take for the head of a request."""
+READ_BYTES = 64 * 1024
+"""The most that is read at once."""
+LINGER_SECONDS = 3
+"""How long the rest of a body is read that nobody wants, so that the client can read the answer."""
+BODY_GRACE_SECONDS = 10
+BODY_BYTES_PER_SECOND = 1024
+
+_random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
+
+
+def new_id() -> str:
+    """A UUIDv7: unique, and in the order of time (RFC 9562)."""
+    value = time.time_ns() // 1_000_000 << 80 | 0x7 << 76 | _random.getrandbits(76) & ~(0xC << 60) | 0x8 << 60
+    digits = f"{value:032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+class Connection(web.RequestHandler):
+    """aiohttp's connection: its parser, framing checks and flow control, with our own way of running a request.
+
+    aiohttp keeps a task for every connection and makes another one, a Request and a Response for every request. Here
+    a request is one task, so that the context of one call is no part of the next one's, and its answer one write.
+    """
+
+    __slots__ = ("_last", "_serve")
+
+    def __init__(self, manager: web.Server, serve: Callable[[Exchange], Awaitable[None]], **options: Any) -> None:
+        super().__init__(manager, keepalive_timeout=KEEPALIVE_SECONDS, **options)
+        self._serve = serve
+        self._last = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        super().connection_made(transport)
+        # asyncio takes a fresh buffer of 256 KiB for every read, which the allocator gets from the kernel and gives
+        # back at once: that costs more than the read.
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether this answer is the last one."""
+        return self._last or self._close or self._force_close
+
+    @property
+    def running(self) -> asyncio.Task[None] | None:
+        """The request that runs."""
+        return self._task_handler if self._request_in_progress else None
+
+    async def start(self) -> None:
+        """Nothing waits between requests: their arrival starts them."""
+
+    def data_received(self, data: bytes) -> None:
+        """Let the parser have them, and start the request that is whole now."""
+        super().data_received(data)
+        if self._messages and not self._request_in_progress:
+            self._next()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read on; aiohttp asks for it with every body, though hardly one was large enough to make it pause."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
+    def finish(self) -> None:
+        """Take one more request, if it is on its way: its answer is the last one."""
+        self._last = True
+
+    def close(self) -> None:
+        """Take no further request."""
+        if self._request_in_progress:
+            self._last = True  # its body may still be on its way, and what is closed is not read any more
+            return
+        super().close()
+        if self.transport is not None:
+            self.transport.close()
+
+    def _next(self) -> None:
+        if self._request_in_progress or not self._messages or self._parser is None:
+            return
+        self._request_in_progress = True  # first of all: to read on may bring the next request
+        message, payload = self._messages.popleft()
+        self._parser.message_consumed()
+        if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        running = self._run(message, payload)
+        if sys.version_info >= (3, 12):
+            task = asyncio.Task(running, loop=self._loop, eager_start=True)
+        else:
+            task = self._loop.create_task(running)
+        # aiohttp cancels it when the client is gone.
+        self._task_handler = task if self._request_in_progress else None
+
+    async def _run(self, message: Any, payload: StreamReader) -> None:
+        keep_alive = False
+        try:
+            if isinstance(message, RawRequestMessage):
+                exchange = Exchange(self, message, payload)
+                await self._answer(exchange)
+                keep_alive = exchange.keep_alive and not message.upgrade
+                if not payload.is_eof():
+                    keep_alive = await self._linger(payload) and keep_alive
+            else:
+                self._refuse(message.exc)
+        except ClientLeft:
+            pass
+        finally:
+            # Also when it was cancelled: the client is gone, or the gateway stops.
+            self._ended(keep_alive)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        try:
+            await self._serve(exchange)
+        except (Exception, GeneratorExit) as error:  # noqa: BLE001 - whatever it is, the client is to have an answer
+            log.error("request %s failed: %s", exchange.id, frames(error))
+            await exchange.fail(mistake(), None)
+
+    async def _linger(self, payload: StreamReader) -> bool:
+        """Read what is left of a body; whether it came to its end."""
+        try:
+            async with asyncio.timeout(LINGER_SECONDS):
+                while not payload.is_eof():
+                    await payload.readany()
+        except (TimeoutError, HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+            return False
+        return True
+
+    def _refuse(self, error: BaseException) -> None:
+        """Answer what is not HTTP; aiohttp's own answer would echo it, with a traceback in the log for each."""
+        log.debug("malformed request: %s", type(error).__name__)
+        said = InvalidRequest("The HTTP request is malformed.")
+        refusal = unsupported_encoding() if isinstance(error, ContentEncodingError) else said
+        body = orjson.dumps(refusal.body())
+        lines = f"{of_error(refusal, None)}x-request-id: {new_id()}\r\ncontent-length: {len(body)}\r\n"
+        if self.transport is not None:
+            self.transport.write(head(refusal.status, f"{lines}connection: close\r\n") + body)
+
+    def _ended(self, keep_alive: bool) -> None:
+        self._request_in_progress = False
+        self._task_handler = None
+        if self._handler_waiter is not None and not self._handler_waiter.done():
+            self._handler_waiter.set_result(None)
+        if not keep_alive or self.is_closing:
+            self._close = True
+            if self.transport is not None:
+                self.transport.close()
+            return
+        self._next_keepalive_close_time = self._loop.time() + KEEPALIVE_SECONDS
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+        if self._messages:
+            self._loop.call_soon(self._next)
+
+    def _process_keepalive(self) -> None:
+        self._keepalive_handle = None
+        if self._force_close or self._request_in_progress:
+            return  # the end of the request looks again
+        if self._loop.time() < self._next_keepalive_close_time:
+            self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
+            return
+        self.force_close()
+
+    async def send(self, data: bytes) -> None:
+        """Write; waits while the client does not read. Raises ClientLeft."""
+        if self.transport is None:
+            raise ClientLeft
+        self.transport.write(data)
+        if self._paused:
+            try:
+                await self._drain_helper()
+            except OSError as error:
+                raise ClientLeft from error
+
+
+@define(eq=False)
+class Exchange:
+    """One request with its answer."""
+
+    connection: Connection
+    message: RawRequestMessage
+    payload: StreamReader
+    id: str = field(factory=new_id)
+    keep_alive: bool = field(init=False)
+    begun: bool = field(default=False, init=False)
+    """Whether something of the answer was written."""
+    _events: bool = field(default=False, init=False)
+    """Whether what is written is a stream of events, in which an error can still be said."""
+    _over: bool = field(default=False, init=False)
+    """Whether the last byte was handed over."""
+    _chunked: bool = field(default=False, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.keep_alive = not self.message.should_close
+
+    # --- the request ---------------------------------------------------------------------------
+
+    @property
+    def peer(self) -> str | None:
+        """The client's address."""
+        peer = self.connection.peername
+        return peer[0] if peer else None
+
+    async def read(self, most: int) -> bytes:
+        """The body, bounded in size and slowness. Called after authentication: only then is 100-continue answered."""
+        headers, payload = self.message.headers, self.payload
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.strip().lower() not in {"identity", "gzip"}:
+            raise unsupported_encoding()
+        # The parser has refused what is no number.
+        if int(headers.get("content-length", 0)) > most:
+            raise _too_large(most)
+        if payload.is_eof() and payload.exception() is None:
+            # It came with the head, as most do: nothing is waited for.
+            body = payload.read_nowait()
+            if len(body) > most:
+                raise _too_large(most)
+            return body
+        expected = headers.get("expect", "").lower()
+        if expected == "100-continue" and self.message.version >= HttpVersion11:
+            await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return await _read_slowly(payload, most)
+
+    # --- the answer ----------------------------------------------------------------------------
+
+    async def relay(self, account: Account, reply: Reply) -> None:
+        """Write a reply to the client as it comes; nothing is sent before the first good byte is in hand."""
+        if reply.chunks is None:
+            body = reply.body or b""
+            account.first_byte = time.monotonic()
+            await self.whole(reply.status, of_body(account, reply), body)
+            account.bytes_out, account.delivered = len(body), True
+            return
+        self._events = True
+        async for chunk in reply.chunks:
+            if self.begun:
+                await self._write(chunk)
+            else:
+                account.first_byte = time.monotonic()
+                await self._begin(200, of_stream(account, reply), chunk)
+            account.bytes_out += len(chunk)
+        if not self.begun:
+            await self._begin(200, of_stream(account, reply), b"")
+        account.delivered = True
+        await self._end()
+
+    async def plain(self, reply: Reply) -> None:
+        """Write the reply of an endpoint as it is."""
+        lines = sendable(reply.headers)
+        if "content-type: " not in lines and reply.chunks is None:
+            lines += "content-type: application/json\r\n"
+        if reply.chunks is None:
+            await self.whole(reply.status, lines, reply.body or b"")
+            return
+        async for chunk in reply.chunks:
+            if self.begun:
+                await self._write(chunk)
+            else:
+                await self._begin(reply.status, lines, chunk)
+        if not self.begun:
+            await self._begin(reply.status, lines, b"")
+        await self._end()
+
+    async def whole(self, status: int, lines: str, body: bytes) -> None:
+        """Write a complete answer, all at once."""
+        if status != 204:
+            lines = f"{lines}content-length: {len(body)}\r\n"
+        written = self._head(status, lines)
+        if self.message.method != "HEAD" and status not in (204, 304):
+            written += body
+        await self.connection.send(written)
+        self._over = True
+
+    async def fail(self, error: CallError, call: Call | None) -> None:
+        """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
+        if not self.begun:
+            await self.whole(error.status, of_error(error, call), _written(error))
+        elif self._events and not self._over:
+            await self._write(b"data: " + _written(error) + b"\n\n")
+            await self._end()
+        elif not self._over and self.connection.transport is not None:
+            # A part of an answer is out, in which nothing can be said: the client must not take it for the whole.
+            self.connection.transport.abort()
+
+    def _head(self, status: int, lines: str) -> bytes:
+        self.begun = True
+        if self.connection.is_closing:
+            self.keep_alive = False
+        lines = f"{lines}x-request-id: {self.id}\r\n"
+        if not self.keep_alive:
+            lines += "connection: close\r\n"
+        if self.message.version >= HttpVersion11:
+            return head(status, lines)
+        if self.keep_alive:
+            lines += "connection: keep-alive\r\n"
+        return head(status, lines).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+
+    async def _begin(self, status: int, lines: str, chunk: bytes) -> None:
+        self._chunked = self.message.version >= HttpVersion11
+        if self._chunked:
+            lines += "transfer-encoding: chunked\r\n"
+        else:
+            self.keep_alive = False  # a client of HTTP/1.0 knows no chunks: its answer ends with the connection
+        await self.connection.send(self._head(status, lines) + self._framed(chunk))
+
+    async def _write(self, chunk: bytes) -> None:
+        await self.connection.send(self._framed(chunk))
+
+    def _framed(self, chunk: bytes) -> bytes:
+        # An empty chunk would end the body.
+        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked and chunk else chunk
+
+    async def _end(self) -> None:
+        self._over = True
+        if self._chunked:
+            await self.connection.send(b"0\r\n\r\n")
+
+
+async def _read_slowly(content: StreamReader, most: int) -> bytes:
+    parts, size = [], 0
+    started = asyncio.get_running_loop().time()
+    try:
+        async with asyncio.timeout(BODY_GRACE_SECONDS) as timer:
+            while part := await content.readany():
+                parts.append(part)
+                size += len(part)
+                if size > most:
+                    raise _too_large(most)
+                timer.reschedule(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND)
+    except TimeoutError:
+        raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
+    except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+        raise InvalidRequest("The request body does not arrive as its headers say.") from None
+    return b"".join(parts)
+
+
+def unsupported_encoding() -> UnsupportedMedia:
+    """The answer to a body in an encoding that is not read here."""
+    return UnsupportedMedia("Unsupported content encoding. Send the body as it is, or with gzip.")
+
+
+def _too_large(most: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than this gateway's limit of {most} bytes.")
+
+
+def mistake() -> CallError:
+    """The answer to a call that failed by the gateway's own fault."""
+    return CallError("The gateway made a mistake.", code="internal_error")
+
+
+def _written(error: CallError) -> bytes:
+    try:
+        return orjson.dumps(error.body())
+    except TypeError:
+        log.error("%s says something that is no text", type(error).__name__)
+        return orjson.dumps(mistake().body())

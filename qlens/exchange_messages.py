@@ -1,0 +1,154 @@
+"""One exchange in Anthropic's wire format: a request out, a Reply or one of our errors back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import orjson
+
+from qlens import sse
+from qlens.call import Body, Outgoing, Reply
+from qlens.dialects import messages
+from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
+from qlens.provider_errors import error_from
+from qlens.upstream import Answer, Deadlines, Upstream
+
+__all__ = ["post_messages"]
+
+_ASKING = {"content-type": "application/json", "accept": "application/json"}
+_ASKING_FOR_EVENTS = {**_ASKING, "accept": "text/event-stream"}
+_ERROR_BODY_BYTES = 64 * 1024
+
+
+async def post_messages(
+    http: Upstream,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    outgoing: Outgoing,
+    deadlines: Deadlines,
+    forward: Collection[str] = (),
+) -> Reply:
+    """Post messages and read the answer; a stream comes back once its first good event is in hand.
+
+    Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
+    """
+    answer = await http.open(
+        "POST",
+        url,
+        headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
+        body=_written(outgoing),
+        deadlines=deadlines,
+    )
+    upstream_id = _plain(answer.headers, "request-id")
+    try:
+        reply = await _read(answer, outgoing)
+    except BaseException as error:
+        await answer.close()
+        if isinstance(error, CallError):
+            error.upstream_id = upstream_id
+        raise
+    reply.headers = {name: value for name in forward if (value := _plain(answer.headers, name))}
+    reply.upstream_id = upstream_id
+    return reply
+
+
+def _written(outgoing: Outgoing) -> bytes:
+    body = outgoing.fields()
+    if outgoing.stream:
+        body["stream"] = True
+    else:
+        body.pop("stream", None)
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        # A reader accepts deeper nesting than a writer.
+        raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
+    if not 200 <= answer.status < 300:
+        raise await _refusal(answer)
+    media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not outgoing.stream or media_type == "application/json":
+        return _full(await answer.read())
+    if media_type != "text/event-stream":
+        raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
+    answer.put_back(await _to_first_event(answer))
+    return Reply(chunks=answer.chunks(), dialect="messages", close=answer.close)
+
+
+def _full(content: bytes) -> Reply:
+    body = _parsed(content)
+    if (error := messages.event_error(body)) is not None:
+        raise error_from(error)
+    if not isinstance(body.get("content"), list):
+        raise UpstreamInvalid("The provider's answer has no content.")
+    usage, finish = messages.usage(body), messages.finish(body)
+    return Reply(body=content, dialect="messages", usage=usage, finish=finish, complete=True)
+
+
+async def _to_first_event(answer: Answer) -> bytes:
+    """Read until the first good event is whole; everything that was read."""
+    splitter = sse.Splitter()
+    begun = bytearray()
+    async for piece in answer.chunks():
+        begun += piece
+        if any(map(_is_good, splitter.feed(piece))):
+            return bytes(begun)
+        if len(begun) > sse.MAX_EVENT_BYTES:
+            raise UpstreamInvalid("The provider's stream has no event at its beginning.")
+    if any(map(_is_good, splitter.flush())):
+        return bytes(begun)
+    raise UpstreamTruncated("The provider ended its stream before the first event.")
+
+
+def _is_good(event: bytes) -> bool:
+    """Whether this event is an answer's beginning (a ping is not); raises what the provider says is wrong."""
+    data = sse.data(event)
+    if data is None or not data.strip():
+        return False
+    payload = _parsed(data)
+    if (error := messages.event_error(payload)) is not None:
+        raise error_from(error)
+    return payload.get("type") != "ping"
+
+
+def _parsed(content: bytes) -> Body:
+    try:
+        parsed = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
+    if not isinstance(parsed, dict):
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+    return parsed
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+async def _refusal(answer: Answer) -> CallError:
+    if answer.status < 400:
+        return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
+    try:
+        body = _parsed(await answer.read(_ERROR_BODY_BYTES))
+    except UpstreamError:
+        body = {}  # the status says enough
+    error = messages.event_error(body) or {"error": {}}
+    # What the operator has spent may come as a 400, as if the client were wrong.
+    status = 429 if error["error"].get("code") == "insufficient_quota" else answer.status
+    return error_from(error, status, _retry_after(answer.headers))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    said = headers.get("retry-after", "")
+    return float(said) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", said) and float(said) > 0 else None
+
+
+def _plain(headers: Mapping[str, str], name: str) -> str | None:
+    value = headers.get(name)
+    return value if value and len(value) <= 128 and value.isascii() and value.isprintable() else None

@@ -1,0 +1,1 @@
+"""Several processes behind one address: a supervisor, its workers, and what they say to each other."""

@@ -1,0 +1,301 @@
+"""What `azure_openai` sends: to which address, with which credential, and in which words for which model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from azures import CHAT, DEPLOYMENT, chat, config
+
+from qlens.testing import Scripted, check_plugin, running, upstream
+from qlens.testing.azure import KEY, Deployment, azure, refusal
+from qlens.testing.upstreams import TEXT
+from qlens_plugins.provider.azure_openai import AzureOpenAI
+
+GOLDEN = orjson.loads((Path(__file__).parent / "golden/requests.json").read_bytes())
+
+
+def test_it_keeps_the_contract_of_its_stage() -> None:
+    check_plugin("provider", AzureOpenAI)
+
+
+@pytest.mark.parametrize(
+    ("settings", "path", "query"),
+    [
+        ({}, "/openai/deployments/my-deployment/chat/completions", {"api-version": "2024-10-21"}),
+        (
+            {"api_version": "2025-04-01-preview"},
+            "/openai/deployments/my-deployment/chat/completions",
+            {"api-version": "2025-04-01-preview"},
+        ),
+        (
+            {"deployment": "a/b c%ü"},
+            "/openai/deployments/a%2Fb%20c%25%C3%BC/chat/completions",
+            {"api-version": "2024-10-21"},
+        ),
+        ({"surface": "v1"}, "/openai/v1/chat/completions", {}),
+        ({"surface": "v1", "api_version": "preview"}, "/openai/v1/chat/completions", {"api-version": "preview"}),
+    ],
+)
+async def test_each_surface_has_its_address(settings: dict[str, Any], path: str, query: dict[str, str]) -> None:
+    deployment = settings.get("deployment", DEPLOYMENT)
+    async with azure({deployment: Deployment()}) as cloud, running(config(cloud.root + "/", **settings)) as gateway:
+        answer = await gateway.post(CHAT, chat(), key="sk-example-client")
+        (request,) = cloud.requests
+        assert answer.json()["choices"][0]["message"]["content"] == TEXT
+        assert (request.path, request.query) == (path, query)
+        assert request.body["model"] == deployment
+        assert request.headers["api-key"] == KEY
+        assert "authorization" not in request.headers
+        assert answer.headers["x-ms-region"] == "swedencentral"
+
+
+@pytest.mark.parametrize("surface", ["classic", "v1"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"model": "ours", "prompt": "Hello"}),
+        ("embeddings", {"model": "ours", "input": "Hello", "encoding_format": "base64"}),
+    ],
+)
+async def test_each_surface_serves_its_operations(path: str, body: dict[str, Any], surface: str) -> None:
+    base_model = "text-embedding-3-small" if path == "embeddings" else "gpt-35-turbo"
+    deployments = {DEPLOYMENT: Deployment(base_model)}
+    async with (
+        azure(deployments) as cloud,
+        running(config(cloud.root, base_model=base_model, surface=surface)) as gateway,
+    ):
+        answer = await gateway.post(f"/v1/{path}", body)
+        if surface == "v1" and path == "completions":
+            assert (answer.status, answer.json()["error"]["code"]) == (400, "unsupported_operation")
+            assert cloud.requests == []
+        else:
+            assert answer.status == 200
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
+async def test_what_is_sent_is_what_the_model_accepts(case: dict[str, Any]) -> None:
+    deployments = {DEPLOYMENT: Deployment(case["base_model"])}
+    async with (
+        azure(deployments) as cloud,
+        running(config(cloud.root, base_model=case["base_model"], **case["settings"])) as gateway,
+    ):
+        answer = await gateway.post(CHAT, chat(**case["client"]))
+        assert answer.status == 200, answer.text
+        (request,) = cloud.requests
+        assert request.body == {"messages": chat()["messages"], **case["wire"], "model": DEPLOYMENT}
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": 0.2},
+        {"top_p": 0.5},
+        {"presence_penalty": 1},
+        {"frequency_penalty": 1},
+        {"logprobs": True},
+        {"logit_bias": {"1": 1}},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+async def test_what_a_model_does_not_have_can_be_refused_instead_of_left_out(field: dict[str, Any]) -> None:
+    async with (
+        azure({DEPLOYMENT: Deployment("o3-mini")}) as cloud,
+        running(config(cloud.root, base_model="o3-mini", unsupported="reject")) as gateway,
+    ):
+        answer = await gateway.post(CHAT, chat(**field))
+        error = answer.json()["error"]
+        assert (answer.status, error["code"], error["param"]) == (400, "unsupported_parameter", next(iter(field)))
+        assert cloud.requests == []
+
+
+async def test_clients_own_max_completion_tokens_wins_over_max_tokens() -> None:
+    async with (
+        azure({DEPLOYMENT: Deployment("o3-mini")}) as cloud,
+        running(config(cloud.root, base_model="o3-mini")) as gateway,
+    ):
+        await gateway.post(CHAT, chat(max_tokens=50, max_completion_tokens=40))
+        body = cloud.requests[0].body
+        assert body["max_completion_tokens"] == 40
+        assert "max_tokens" not in body
+
+
+@pytest.mark.parametrize("base_model", [None, "gpt-4o", "gpt-4.1", "gpt-35-turbo", "omni", "gpt-oss-120b"])
+async def test_a_deployments_name_says_nothing_about_its_model(base_model: str | None) -> None:
+    deployment = "gpt-5-is-only-a-name"
+    async with upstream() as up, running(config(up.root, deployment=deployment, base_model=base_model)) as gateway:
+        await gateway.post(CHAT, chat(max_tokens=50, temperature=0.5))
+        body = up.requests[0].body
+        assert (body["max_tokens"], body["temperature"]) == (50, 0.5)
+        assert "max_completion_tokens" not in body
+
+
+@pytest.mark.parametrize("base_model", ["o1", "O4-mini-2025-04-16", "gpt-5", "gpt-5.4-mini", "gpt-6-luna", "gpt-12"])
+async def test_reasoning_models_are_known_by_their_series(base_model: str) -> None:
+    async with upstream() as up, running(config(up.root, base_model=base_model)) as gateway:
+        await gateway.post(CHAT, chat(max_tokens=50))
+        body = up.requests[0].body
+        assert body["max_completion_tokens"] == 50
+        assert "max_tokens" not in body
+
+
+@pytest.mark.parametrize("base_model", ["gpt-5.1-codex", "gpt-5-pro", "o3-pro", "gpt-5.1-codex-mini"])
+async def test_models_that_speak_responses_only_refuse_chat(base_model: str) -> None:
+    async with azure() as cloud, running(config(cloud.root, base_model=base_model)) as gateway:
+        answer = await gateway.post(CHAT, chat())
+        error = answer.json()["error"]
+        assert (answer.status, error["code"]) == (400, "unsupported_operation")
+        assert "azure" in error["message"]
+        assert cloud.requests == []
+
+
+async def test_a_body_is_edited_for_each_attempt_alone() -> None:
+    yaml = orjson.loads(config("http://azure.invalid", base_model="o3-mini"))
+    async with azure({DEPLOYMENT: Deployment("o3-mini"), "plain": Deployment("gpt-4o")}) as cloud:
+        yaml["providers"]["azure"]["endpoint"] = cloud.root
+        yaml["models"]["ours"]["targets"].append({"provider": "azure", "model": "plain", "base_model": "gpt-4o"})
+        async with running(orjson.dumps(yaml).decode()) as gateway:
+            cloud.script(Scripted(status=500))
+            messages = [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}]
+            answer = await gateway.post(CHAT, chat(max_tokens=50, temperature=0.5, messages=messages))
+            assert answer.status == 200
+            first, second = (request.body for request in cloud.requests)
+            assert (first["max_completion_tokens"], "temperature" in first) == (50, False)
+            assert (second["max_tokens"], second["temperature"]) == (50, 0.5)
+            assert [message["role"] for message in first["messages"]] == ["developer", "developer"]
+            assert [message["role"] for message in second["messages"]] == ["system", "system"]
+
+
+# --- what Azure teaches -------------------------------------------------------------------------
+
+
+async def test_a_field_that_azure_refuses_is_left_out_once_and_for_all() -> None:
+    async with azure({DEPLOYMENT: Deployment("o3-mini")}) as cloud, running(config(cloud.root)) as gateway:
+        for _ in range(2):
+            asked = chat(temperature=0.2, max_tokens=50, parallel_tool_calls=True)
+            assert (await gateway.post(CHAT, asked)).status == 200
+        last = cloud.requests[-1].body
+        assert last["max_completion_tokens"] == 50
+        assert not {"temperature", "max_tokens", "parallel_tool_calls"} & last.keys()
+        assert len(cloud.requests) == 3 + 1 + 1, "each of three fields is refused once, then both calls go through"
+        first, second = await gateway.settled(2)
+        assert (len(first.attempts), len(second.attempts)) == (1, 1)
+
+
+async def test_what_azure_refuses_is_remembered_over_a_reload() -> None:
+    async with azure({DEPLOYMENT: Deployment("o3-mini")}) as cloud, running(config(cloud.root)) as gateway:
+        assert (await gateway.post(CHAT, chat(temperature=0.2))).status == 200
+        await gateway.reload(config(cloud.root, idle_seconds=30))
+        assert (await gateway.post(CHAT, chat(temperature=0.2))).status == 200
+        assert len(cloud.requests) == 2 + 1
+
+
+async def test_azure_is_asked_again_only_for_what_can_be_left_out() -> None:
+    async with azure() as cloud, running(config(cloud.root)) as gateway:
+        cloud.script(refusal("Unsupported value: 'stop'", param="stop", code="unsupported_parameter"))
+        answer = await gateway.post(CHAT, chat(stop=["END"]))
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "stop")
+        cloud.script(refusal("Unsupported value: 'top_p'", param="top_p", code="unsupported_value"))
+        answer = await gateway.post(CHAT, chat(temperature=0.5))
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "top_p"), "it was not even sent"
+        assert len(cloud.requests) == 2
+
+
+async def test_where_fields_are_refused_only_the_limit_is_renamed() -> None:
+    async with (
+        azure({DEPLOYMENT: Deployment("o3-mini")}) as cloud,
+        running(config(cloud.root, unsupported="reject")) as gateway,
+    ):
+        assert (await gateway.post(CHAT, chat(max_tokens=50))).status == 200
+        answer = await gateway.post(CHAT, chat(temperature=0.5))
+        assert (answer.status, answer.json()["error"]["code"]) == (400, "unsupported_value")
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["not asked", "asked"])
+async def test_an_older_api_version_without_stream_options_is_not_asked_for_usage_again(asked: bool) -> None:
+    async with azure() as cloud, running(config(cloud.root, api_version="2024-02-01")) as gateway:
+        options = {"stream_options": {"include_usage": True}} if asked else {}
+        for _ in range(2):
+            answer = await gateway.post(CHAT, chat(stream=True, **options))
+            assert answer.events()[-1] == "[DONE]"
+        assert ["stream_options" in request.body for request in cloud.requests] == [True, False, False]
+        first, second = await gateway.settled(2)
+        assert first.usage.source == second.usage.source == "estimated"
+        assert first.usage.total > 0
+
+
+# --- capacity -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("busy", "tier", "picos"), [(True, None, 62_500_000), (False, "provisioned", 0)])
+async def test_provisioned_tokens_are_free_until_they_spill_over(
+    busy: bool, tier: str | None, picos: int, stream: bool
+) -> None:
+    row = {"model": "gpt-4o", "input": 2.5, "output": 10, "tiers": {"provisioned": 0}}
+    deployments = {"ptu": Deployment(busy=busy), "standard": Deployment()}
+    params = {"provisioned": True, "spillover_deployment": "standard"}
+    async with azure(deployments) as cloud:
+        text = config(
+            cloud.root,
+            deployment="ptu",
+            base_model="gpt-4o",
+            params=params,
+            pipeline={"cost": [{"plugin": "prices", "table": [row]}]},
+        )
+        async with running(text) as gateway:
+            answer = await gateway.post(CHAT, chat(stream=stream))
+            assert answer.status == 200
+            assert cloud.requests[0].headers["x-ms-spillover-deployment"] == "standard"
+            assert not params.keys() & cloud.requests[0].body.keys()
+            assert "x-ms-spillover-from-deployment" not in answer.headers
+            (receipt,) = await gateway.settled(1)
+            assert (receipt.usage.tier, receipt.cost.picos, receipt.cost.state) == (tier, picos, "exact")
+            assert dict(receipt.tags) == ({"azure_spillover_from": "ptu"} if busy else {})
+
+
+# --- what a client cannot do --------------------------------------------------------------------
+
+
+async def test_a_client_chooses_neither_endpoint_nor_credential_nor_spillover() -> None:
+    async with azure() as cloud, azure() as other, running(config(cloud.root)) as gateway:
+        mischief = {
+            "host": other.root.removeprefix("http://"),
+            "api-key": "sk-example-client",
+            "x-ms-spillover-deployment": "other",
+            "x-forwarded-host": "example.com",
+            "azure-endpoint": other.root,
+        }
+        answer = await gateway.post(
+            f"{CHAT}?api-version=2023-05-15&azure_endpoint={other.root}", chat(), headers=mischief
+        )
+        assert answer.status == 200
+        assert other.requests == []
+        (request,) = cloud.requests
+        assert request.query == {"api-version": "2024-10-21"}
+        assert request.headers["api-key"] == KEY
+        assert request.headers["host"] == cloud.root.removeprefix("http://")
+        assert not {"x-ms-spillover-deployment", "x-forwarded-host", "azure-endpoint"} & set(request.headers)
+
+
+async def test_the_key_follows_no_redirect() -> None:
+    async with azure() as cloud, azure() as other, running(config(cloud.root)) as gateway:
+        cloud.script(Scripted(307, {"location": f"{other.root}/openai/v1/chat/completions"}))
+        answer = await gateway.post(CHAT, chat())
+        assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_invalid_response")
+        assert other.requests == []
+
+
+@pytest.mark.parametrize("name", [".", "..", "a/../../b", "a?b#c"])
+async def test_a_name_behind_a_wildcard_leads_to_no_other_path(name: str) -> None:
+    async with upstream() as up, running(config(up.root, deployment="*", name="azure/*")) as gateway:
+        answer = await gateway.post(CHAT, {**chat(), "model": f"azure/{name}"})
+        if name in {".", ".."}:
+            assert (answer.status, answer.json()["error"]["code"]) == (404, "model_not_found")
+            assert up.requests == []
+        else:
+            (request,) = up.requests
+            assert request.path.count("/") == 5
+            assert request.path.startswith("/openai/deployments/a%")
