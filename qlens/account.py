@@ -15,6 +15,7 @@ from qlens import returned
 from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
 from qlens.errors import Blocked, CallError, QuotaExceeded, frames
 from qlens.metering import Meter
+from qlens.metering_typed import TypedMeter
 from qlens.usage import NO_USAGE, Usage, together
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Account:
     """What the client gets."""
     source: Reply | None = None
     """What the cache or the provider gave; a guard may have put another reply in front."""
-    meters: dict[int, Meter] = field(factory=dict)
+    meters: dict[int, Meter | TypedMeter] = field(factory=dict)
     """What watches each attempt's stream, by the attempt's place."""
     first_byte: float | None = None
     bytes_out: int = 0
@@ -145,7 +146,7 @@ class Account:
         """Note that an attempt was cancelled; why, is known when the call ends."""
         self.call.attempts[place].ended = time.monotonic()
 
-    def answered(self, place: int, reply: Reply, meter: Meter | None) -> None:
+    def answered(self, place: int, reply: Reply, meter: Meter | TypedMeter | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
         self.open(reply)
         attempt = self.call.attempts[place]

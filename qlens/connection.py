@@ -20,6 +20,7 @@ from qlens.account import Account, ClientLeft
 from qlens.call import Call, Reply
 from qlens.errors import BodyTimedOut, BodyTooLarge, CallError, InvalidRequest, UnsupportedMedia, frames
 from qlens.heads import head, of_body, of_error, of_stream, sendable
+from qlens.wire_errors import error_body, error_event, mistake
 
 log = logging.getLogger("qlens")
 
@@ -298,10 +299,11 @@ class Exchange:
 
     async def fail(self, error: CallError, call: Call | None) -> None:
         """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
+        dialect = "" if call is None else call.operation.dialect
         if not self.begun:
-            await self.whole(error.status, of_error(error, call), _written(error))
+            await self.whole(error.status, of_error(error, call), error_body(error, dialect, self.id))
         elif self._events and not self._over:
-            await self._write(b"data: " + _written(error) + b"\n\n")
+            await self._write(error_event(error, dialect, self.id))
             await self._end()
         elif not self._over and self.connection.transport is not None:
             # A part of an answer is out, in which nothing can be said: the client must not take it for the whole.
@@ -366,16 +368,3 @@ def unsupported_encoding() -> UnsupportedMedia:
 
 def _too_large(most: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request body is larger than this gateway's limit of {most} bytes.")
-
-
-def mistake() -> CallError:
-    """The answer to a call that failed by the gateway's own fault."""
-    return CallError("The gateway made a mistake.", code="internal_error")
-
-
-def _written(error: CallError) -> bytes:
-    try:
-        return orjson.dumps(error.body())
-    except TypeError:
-        log.error("%s says something that is no text", type(error).__name__)
-        return orjson.dumps(mistake().body())

@@ -38,6 +38,8 @@ class Operation:
 
         `{deployment}` is the name of the model asked for; it wins over the body's.
         """
+        if self.dialect == "messages":
+            return (self.path,)  # no API of OpenAI's or Azure's
         place = self.path.removeprefix("/v1")
         classic = "/openai/deployments/{deployment}" if place in _OF_DEPLOYMENTS else "/openai"
         return self.path, f"/openai/v1{place}", classic + place
@@ -77,6 +79,8 @@ def model_not_found(name: str) -> ModelNotFound:
 OPERATIONS = (
     Operation("chat", "POST", "/v1/chat/completions", "full", "chat", "json", True, ("tokens",)),
     Operation("completions", "POST", "/v1/completions", "full", "completions", "json", True, ("tokens",)),
+    Operation("responses", "POST", "/v1/responses", "full", "responses", "json", True, ("tokens",)),
+    Operation("messages", "POST", "/v1/messages", "full", "messages", "json", True, ("tokens",)),
     Operation("embeddings", "POST", "/v1/embeddings", "full", "embeddings", "json", False, ("tokens",)),
     Operation("models", "GET", "/v1/models", "local", local=_list_models),
     Operation("model", "GET", "/v1/models/{id}", "local", local=_retrieve_model),

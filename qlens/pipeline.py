@@ -15,8 +15,10 @@ from attrs import field, frozen
 
 from qlens import dialects, returned, sse
 from qlens.account import Account, run_apart
+from qlens.bridges import Bridge
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
+from qlens.dialects import typed
 from qlens.errors import (
     CallError,
     CallTimedOut,
@@ -30,11 +32,14 @@ from qlens.errors import (
     frames,
 )
 from qlens.metering import Meter, as_openai, estimated, exploded, parsed
+from qlens.metering_typed import TypedMeter
+from qlens.metering_typed import exploded as typed_events
 from qlens.metrics import CallMetrics
 from qlens.models import Models
 from qlens.operations import model_not_found
 from qlens.registry import Bound, Hooks, Provider
 from qlens.returned import mistakes
+from qlens.translated import bridge_for, translate
 from qlens.usage import Usage
 
 log = logging.getLogger("qlens")
@@ -372,11 +377,13 @@ class Pipeline:
     async def attempt(self, account: Account, target: Target) -> Reply:
         """One attempt: from here to its end the account knows about it."""
         call, provider = account.call, self.providers[target.provider]
-        outgoing = _outgoing(call, target, provider, self.models.named(target.public))
+        outgoing, bridge = self.outgoing(call, target, provider)
         place = account.begin(target)
         try:
             reply = account.take(await provider.send.fn(call, target, outgoing))
             reply.target = reply.target or target  # a provider may know better which model it was
+            if bridge is not None:
+                translate(reply, bridge, call.operation.dialect, call.body)
             meter = self.metered(account, reply)
         except CallError as error:
             account.failed(place, error)
@@ -390,7 +397,26 @@ class Pipeline:
         account.answered(place, reply, meter)
         return reply
 
-    def metered(self, account: Account, reply: Reply) -> Meter | None:
+    def outgoing(self, call: Call, target: Target, provider: Provider) -> tuple[Outgoing, Bridge | None]:
+        """What this target is sent, in a dialect it speaks, with the bridge that is needed for it."""
+        dialect, spoken = call.operation.dialect, provider.dialects(target)
+        body = {**call.body, **target.params, "model": target.model}
+        model = self.models.named(target.public)
+        if model is not None and (target.params or model is not call.model):
+            # A fallback may allow less than the model that was asked for, and params may ask for more.
+            dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
+        if dialect in spoken:
+            return Outgoing(call.operation, dialect, body, call.stream), None
+        found = bridge_for(dialect, spoken)
+        if found is None:
+            raise InvalidRequest(
+                f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",
+                code="unsupported_operation",
+            )
+        other, bridge = found
+        return Outgoing(call.operation, other, bridge.request(body), call.stream), bridge
+
+    def metered(self, account: Account, reply: Reply) -> Meter | TypedMeter | None:
         """See to it that usage is known: read from a body at once, found in a stream as it passes."""
         call, target = account.call, reply.target
         assert target is not None
@@ -405,7 +431,7 @@ class Pipeline:
             kept.finish = reply.finish
             await self.store(call, kept)
 
-        meter = Meter(
+        meter = (TypedMeter if reply.dialect in typed.NAMES else Meter)(
             call,
             reply,
             price=lambda usage: self.cost(call, reply.target or target, usage),
@@ -448,7 +474,9 @@ class Pipeline:
     async def shaped(self, account: Account, reply: Reply) -> Reply:
         """Make a stream of one body or one body of a stream: what the client asked for."""
         if account.call.stream:
-            reply.replace(chunks=sse.chunks_of(exploded(account.call, reply, account.cost())))
+            is_typed = reply.dialect in typed.NAMES
+            events = typed_events(reply) if is_typed else exploded(account.call, reply, account.cost())
+            reply.replace(chunks=sse.chunks_of(events))
             reply.body = None
             return reply
         payloads, size = [], 0
@@ -461,7 +489,7 @@ class Pipeline:
                 payloads.append(parsed(data))
         body = dialects.named(reply.dialect).assemble(payloads)
         said = account.source.usage if account.source is not None else None
-        if said is not None and not body.get("usage"):
+        if said is not None and not body.get("usage") and reply.dialect not in typed.NAMES:
             body["usage"] = as_openai(said)  # its event was withheld, as from any client that did not ask for it
         reply.body, reply.chunks = orjson.dumps(body), None
         return reply
@@ -516,21 +544,6 @@ def _most_output(models: Iterable[Model]) -> int | None:
     """The most that one of these models generates; None when that is not known of one."""
     limits = [model.max_output_tokens for model in models]
     return None if None in limits else max(limit for limit in limits if limit is not None)
-
-
-def _outgoing(call: Call, target: Target, provider: Provider, model: Model | None) -> Outgoing:
-    """What this target is sent: always serialised from the edited dict, a fresh copy for each attempt."""
-    dialect = call.operation.dialect
-    if dialect not in provider.dialects(target):
-        raise InvalidRequest(
-            f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",
-            code="unsupported_operation",
-        )
-    body = {**call.body, **target.params, "model": target.model}
-    if model is not None and (target.params or model is not call.model):
-        # A fallback may allow less than the model that was asked for, and params may ask for more.
-        dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
-    return Outgoing(call.operation, dialect, body, call.stream)
 
 
 def _usage_of(call: Call, reply: Reply) -> Usage:

@@ -19,12 +19,13 @@ from attrs import define, field
 from qlens import config
 from qlens.account import ClientLeft
 from qlens.call import Call
-from qlens.connection import Connection, Exchange, mistake
+from qlens.connection import Connection, Exchange
 from qlens.errors import CallError, CallTimedOut, Forbidden, InvalidRequest, StartupError, Unavailable, frames
 from qlens.gateway import Gateway, Generation
 from qlens.operations import Operation, Paths
 from qlens.paths import Served, has_role
 from qlens.registry import Endpoint, register
+from qlens.wire_errors import mistake
 
 log = logging.getLogger("qlens")
 
@@ -311,8 +312,8 @@ def _path(target: str) -> str:
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:
-    """The bearer token, or Azure clients' api-key."""
+    """The bearer token, or the api-key of Azure's clients, or the x-api-key of Anthropic's."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if (scheme == "Bearer" or scheme.lower() == "bearer") and (token := token.strip()):
         return token
-    return headers.get("api-key") or None
+    return headers.get("api-key") or headers.get("x-api-key") or None

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Literal, TypeGuard
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 
 @frozen
@@ -165,12 +165,10 @@ def larger(one: Usage | None, other: Usage) -> Usage:
     """The field-wise maximum: providers that report usage several times send running totals, not parts."""
     if one is None:
         return other
-    # A later total of cache writes may not say again how many of them are kept for an hour.
-    unsaid = max(0, one.cache_write_1h - other.cache_write_1h)
     return Usage(
         input=max(one.input, other.input),
         cached_input=max(one.cached_input, other.cached_input),
-        cache_write_5m=max(one.cache_write_5m, other.cache_write_5m - unsaid),
+        cache_write_5m=max(one.cache_write_5m, other.cache_write_5m),
         cache_write_1h=max(one.cache_write_1h, other.cache_write_1h),
         output=max(one.output, other.output),
         reasoning=max(one.reasoning, other.reasoning),
@@ -180,6 +178,12 @@ def larger(one: Usage | None, other: Usage) -> Usage:
         source=other.source,
         tier=other.tier or one.tier,
     )
+
+
+def grown(one: Usage | None, other: Usage) -> Usage:
+    """The larger of two running totals; the later may not say again which cache writes are kept for an hour."""
+    unsaid = max(0, one.cache_write_1h - other.cache_write_1h) if one is not None else 0
+    return larger(one, evolve(other, cache_write_5m=max(0, other.cache_write_5m - unsaid)) if unsaid else other)
 
 
 def together(usages: Sequence[Usage]) -> Usage:

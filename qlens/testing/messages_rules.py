@@ -61,7 +61,7 @@ def _faults(body: Block, version: str) -> Iterator[str]:
     for name in body:
         if name not in _FIELDS or (name in _SAMPLING and version > LAST_WITH_SAMPLING):
             yield f"{name}: Extra inputs are not permitted"
-    card = MODELS.get(body["model"], Card())
+    card = MODELS.get(body["model"], Card(one_sampler=False))
     yield from _plain(body, card)
     yield from _system(body.get("system"))
     turns = merged(body["messages"])
@@ -202,6 +202,8 @@ def _marks(body: Block) -> Iterator[str]:
     found = [*_marked(body.get("tools")), *_marked(body.get("system"))]
     for message in body["messages"]:
         found += _marked(message.get("content"))
+    if body.get("cache_control"):
+        found.append(body["cache_control"])
     if len(found) > MOST_MARKS:
         yield f"A maximum of {MOST_MARKS} blocks with cache_control may be provided. Found {len(found)}."
     lives = [mark.get("ttl", "5m") for mark in found]

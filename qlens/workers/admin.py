@@ -100,7 +100,7 @@ class Admin:
         return _json({"status": "ok"})
 
     def _ready(self) -> Reply:
-        status = "draining" if self.crew.stopping else "ready" if self.crew.all_ready() else "restarting"
+        status = "draining" if self.crew.stopping else "ready" if self.crew.all_ready() else "starting"
         workers = {"ready": len(self.crew.ready()), "wanted": self.crew.wanted}
         return _json({"status": status, "workers": workers}, 200 if status == "ready" else 503)
 

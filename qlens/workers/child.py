@@ -90,7 +90,7 @@ class Child:
         except ChannelClosed:
             return None
         self.answering = True
-        return answer
+        return None if "faults" in answer else answer
 
     async def look(self) -> None:
         """Keep its metrics as they are now; when it does not answer, those it had stay."""

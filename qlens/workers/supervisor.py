@@ -117,6 +117,7 @@ class Supervisor:
     _reload: asyncio.Event
     _first_open: asyncio.Event = field(factory=asyncio.Event, init=False)
     _all_open: asyncio.Event = field(factory=asyncio.Event, init=False)
+    _may_serve: asyncio.Event = field(factory=asyncio.Event, init=False)
     _banner: list[str] = field(factory=list, init=False)
     _starting: set[asyncio.Task[Child]] = field(factory=set, init=False)
     _tasks: set[asyncio.Task[None]] = field(factory=set, init=False)
@@ -145,10 +146,12 @@ class Supervisor:
         return 0
 
     async def _serve(self, operators: Admin) -> None:
-        """Wait for the workers, say that they are ready, and change their configuration when asked to."""
+        """Let the workers serve, say that they are ready, and change their configuration when asked to."""
+        await self._all_open.wait()
+        await operators.start()
+        self._may_serve.set()
         for slot in self.slots:
             await slot.served.wait()
-        await operators.start()
         client = url_of(self.slots[0].listener)
         said = [
             f"qlens {qlens.__version__}: {client} for clients, {url_of(operators.socket)} for operators, "
@@ -242,7 +245,7 @@ class Supervisor:
         slot.opened = True
         if all(other.opened for other in self.slots):
             self._all_open.set()
-        await self._all_open.wait()
+        await self._may_serve.wait()
         await child.order("serve")
         while text is not self.text:  # it has changed meanwhile
             text = self.text

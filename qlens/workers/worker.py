@@ -14,6 +14,7 @@ from typing import Any
 
 from attrs import define, field
 
+from qlens.cli import spare_the_collector
 from qlens.config import Draft, draft
 from qlens.errors import Fault, StartupError
 from qlens.gateway import Gateway
@@ -118,6 +119,7 @@ class Worker:
         if what == "serve":
             assert self._server is not None
             await self._server.start()
+            spare_the_collector()
         elif what == "reload":
             await self.gateway.reload(await asyncio.to_thread(self._drafted, details["text"]))
         elif what == "stop":

@@ -139,7 +139,7 @@ async def test_retry_after_and_the_providers_id_of_the_request_are_kept(http: Up
 @pytest.mark.parametrize(
     ("events", "kind"),
     [
-        ([b"event: error\n" + b"data: " + b'{"type":"error","error":{"type":"overloaded_error"}}\n\n'], UpstreamUnavailable),
+        ([typed.write(error("overloaded_error", "Overloaded"))], UpstreamUnavailable),
         ([PING, typed.write(error("rate_limit_error", "x"))], UpstreamLimited),
         ([PING], UpstreamTruncated),
         ([b"data: {no\n\n"], UpstreamInvalid),

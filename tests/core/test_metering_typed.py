@@ -95,7 +95,8 @@ async def test_a_stream_that_is_cut_is_no_success_and_is_charged_for_what_was_he
     assert not meter.reply.complete
     used = meter.usage()
     assert (used.prompt, used.source) == (12, "partial")
-    assert used.completion == (40 if dropped == 1 else used.completion)
+    heard = {1: range(40, 41), 2: range(5, 40), len(EVENTS) - 1: range(1)}
+    assert used.completion in heard[dropped]
 
 
 async def test_what_was_heard_of_a_long_answer_counts_though_the_provider_said_nothing_of_it() -> None:
@@ -105,8 +106,8 @@ async def test_what_was_heard_of_a_long_answer_counts_though_the_provider_said_n
 
 
 async def test_an_answer_whose_usage_is_never_told_is_estimated() -> None:
-    silent = [event for event in streamed(message(text("word " * 400), usage={}), 20)]
-    silent = [event.replace(b'"output_tokens":0', b'"other":0') for event in silent]
+    told = streamed(message(text("word " * 400), usage={}), 20)
+    silent = [event.replace(b'"output_tokens":0', b'"other":0') for event in told]
     _, meter, _, raised = await watched(silent)
     assert raised is None
     used = meter.usage()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import NO_USAGE, Usage
-from qlens.usage import BUCKETS, from_openai, larger, together
+from qlens.usage import BUCKETS, from_anthropic, from_openai, grown, larger, together
 
 COUNTS = st.integers(0, 10**7)
 NONSENSE = st.recursive(
@@ -154,3 +154,46 @@ def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() 
 def test_buckets_are_all_the_token_fields() -> None:
     assert set(asdict(NO_USAGE)) - {"meters", "source", "tier"} == set(BUCKETS)
     assert evenly(1).total == len(BUCKETS)
+
+
+@given(st.tuples(COUNTS, COUNTS, COUNTS, COUNTS), COUNTS, COUNTS)
+def test_anthropics_counts_are_disjoint_but_for_thinking(
+    prompt: tuple[int, int, int, int], said: int, thought: int
+) -> None:
+    fresh, cached, five, hour = prompt
+    usage = from_anthropic(
+        {
+            "input_tokens": fresh,
+            "cache_read_input_tokens": cached,
+            "cache_creation_input_tokens": five + hour,
+            "cache_creation": {"ephemeral_5m_input_tokens": five, "ephemeral_1h_input_tokens": hour},
+            "output_tokens": said + thought,
+            "output_tokens_details": {"thinking_tokens": thought},
+            "service_tier": "priority",
+        }
+    )
+    assert usage is not None
+    assert (usage.input, usage.cached_input, usage.cache_write_5m, usage.cache_write_1h) == prompt
+    assert (usage.output, usage.reasoning, usage.source, usage.tier) == (said, thought, "provider", "priority")
+
+
+@given(NONSENSE | st.dictionaries(st.sampled_from(["input_tokens", "output_tokens", "cache_creation"]), NONSENSE))
+def test_nonsense_from_anthropic_is_no_usage_or_a_sane_one(raw: Any) -> None:
+    usage = from_anthropic(raw)
+    assert usage is None or min(buckets(usage)) >= 0
+
+
+def test_a_later_total_of_writes_does_not_count_those_of_an_hour_again() -> None:
+    split = {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}
+    first = from_anthropic({"input_tokens": 5, "cache_creation_input_tokens": 30, "cache_creation": split})
+    later = from_anthropic({"cache_creation_input_tokens": 34, "output_tokens": 9})
+    assert later is not None
+    both = grown(first, later)
+    assert (both.cache_write_5m, both.cache_write_1h, both.input, both.output) == (14, 20, 5, 9)
+    assert grown(None, later) == later
+
+
+def test_a_mode_with_prices_of_its_own_is_a_tier() -> None:
+    usage = from_anthropic({"input_tokens": 1, "output_tokens": 1, "speed": "fast", "service_tier": "standard"})
+    assert usage is not None
+    assert usage.tier == "fast"

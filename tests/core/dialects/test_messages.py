@@ -19,7 +19,8 @@ HELLO = {"role": "user", "content": "Hello"}
 BODY: dict[str, Any] = {"model": "claude", "max_tokens": 100, "messages": [HELLO]}
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}}
 PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": "JVBERi0="}}
-PLAIN = {"type": "document", "title": "a title", "source": {"type": "text", "media_type": "text/plain", "data": "a text"}}
+TEXT = {"type": "text", "media_type": "text/plain", "data": "a text"}
+PLAIN = {"type": "document", "title": "a title", "source": TEXT}
 RICH: dict[str, Any] = {
     **BODY,
     "system": [text("be kind", cache_control={"type": "ephemeral"})],
@@ -132,7 +133,7 @@ def test_bound_holds_all_texts_and_no_media() -> None:
 
 def test_bound_counts_bytes_of_plain_documents_wherever_they_stand() -> None:
     small, _ = messages.input_bound(content(PLAIN))
-    long = {**PLAIN, "source": {**PLAIN["source"], "data": "é" * 500}}  # type: ignore[dict-item]
+    long = {**PLAIN, "source": {**TEXT, "data": "é" * 500}}
     assert messages.input_bound(content(long))[0] > small + 990
     within = {"type": "tool_result", "tool_use_id": "a", "content": [long]}
     assert messages.input_bound(content(within))[0] > small + 990

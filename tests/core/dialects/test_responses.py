@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
-from qlens import InvalidRequest, Usage, dialects, error_from, sse
+from qlens import InvalidRequest, RateLimited, Usage, dialects, error_from, sse
 from qlens.dialects import responses, rewrite, typed
 from qlens.testing.responses import USAGE
 
@@ -258,6 +258,16 @@ def test_an_error_event_means_what_the_error_answer_would(payload: Body, status:
 def test_other_events_carry_no_error() -> None:
     for payload in responses.explode(answer(message(), error=None)):
         assert responses.event_error(payload) is None
+
+
+def test_an_error_of_ours_is_an_event_that_openais_types_accept_and_that_means_the_same() -> None:
+    ours = RateLimited("Slow down.")
+    event = responses.error_event(ours.body(), 7)
+    EVENTS.validate_python(event)
+    assert (event["sequence_number"], event["message"], event["code"]) == (7, "Slow down.", "rate_limit_exceeded")
+    said = responses.event_error(event)
+    assert said is not None
+    assert error_from(said).status == ours.status
 
 
 # --- answers into streams and back -------------------------------------------------------------

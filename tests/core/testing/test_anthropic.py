@@ -110,15 +110,13 @@ async def test_its_failures_are_the_sdks_exceptions(
 async def test_its_failure_within_a_stream_is_an_exception(claude: FakeAnthropic) -> None:
     events = [*list(streamed(message()))[:4], b"event: error\n", _data(error("overloaded_error", "Overloaded"))]
     claude.script(Scripted(events=events))
-    heard = ""
+    heard: list[Any] = []
     async with client(claude) as own:
+        hello: Any = [HELLO]
+        told = await own.messages.create(model=MODEL, max_tokens=9, messages=hello, stream=True)
         with pytest.raises(anthropic.APIStatusError, match="Overloaded"):
-            async with own.messages.stream(
-                model=MODEL, max_tokens=9, messages=[{"role": "user", "content": "x"}]
-            ) as told:
-                async for piece in told.text_stream:
-                    heard += piece
-    assert TEXT.startswith(heard)
+            heard += [event async for event in told]
+    assert TEXT.startswith("".join(event.delta.text for event in heard if event.type == "content_block_delta"))
 
 
 def _data(body: dict[str, Any]) -> bytes:
@@ -178,7 +176,8 @@ async def test_it_wants_a_key_a_version_and_a_model_it_has(claude: FakeAnthropic
             "thinking.type.adaptive",
         ),
         (
-            {"thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [WEATHER], "tool_choice": {"type": "any"}},
+            {"thinking": {"type": "enabled", "budget_tokens": 1024}, "tools": [WEATHER],
+             "tool_choice": {"type": "any"}},
             "forces tool use",
         ),
         (

@@ -1,0 +1,51 @@
+"""Usage as each dialect writes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlens.usage import Usage
+
+_TO_OPENAI = {"standard": "default"}
+_TO_ANTHROPIC = {"default": "standard", "auto": "standard"}
+
+
+def as_openai(usage: Usage) -> dict[str, Any]:
+    """OpenAI's usage object: what was read from a cache or written to one is a part of the prompt."""
+    details: dict[str, int] = {"cached_tokens": usage.cached_input, "audio_tokens": usage.audio_in}
+    if written := usage.cache_write_5m + usage.cache_write_1h:
+        details["cache_write_tokens"] = written
+    if usage.cache_write_1h:
+        details["cache_write_1h_tokens"] = usage.cache_write_1h
+    return {
+        "prompt_tokens": usage.prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": usage.total,
+        "prompt_tokens_details": details,
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": usage.audio_out},
+    }
+
+
+def openai_tier(usage: Usage) -> str | None:
+    """OpenAI's name for the tier that a provider says it used."""
+    return _TO_OPENAI.get(usage.tier, usage.tier) if usage.tier else None
+
+
+def as_anthropic(usage: Usage) -> dict[str, Any]:
+    """Anthropic's usage object: what was read from a cache or written to one is no part of input_tokens."""
+    counts: dict[str, Any] = {
+        "input_tokens": usage.input + usage.audio_in,
+        "cache_creation_input_tokens": usage.cache_write_5m + usage.cache_write_1h,
+        "cache_read_input_tokens": usage.cached_input,
+        "output_tokens": usage.completion,
+    }
+    if counts["cache_creation_input_tokens"]:
+        counts["cache_creation"] = {
+            "ephemeral_5m_input_tokens": usage.cache_write_5m,
+            "ephemeral_1h_input_tokens": usage.cache_write_1h,
+        }
+    if usage.reasoning:
+        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
+    if usage.tier:
+        counts["service_tier"] = _TO_ANTHROPIC.get(usage.tier, usage.tier)
+    return counts

@@ -1,0 +1,463 @@
+"""Anthropic's messages (https://platform.claude.com/docs/en/api/messages)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import orjson
+from attrs import evolve
+
+from qlens import usage as usages
+from qlens.dialects import Body, Ref, Strand, fields, texts
+from qlens.usage import Usage
+
+GENERATES = True
+
+Block = dict[str, Any]
+
+# --- the request -------------------------------------------------------------------------------
+
+_ANY = fields.record({"type": fields.text})
+_TEXT = fields.record({"text": fields.text}, required=("text",))
+_SOURCE = fields.tagged(
+    "type",
+    {
+        "base64": fields.record({"media_type": fields.text, "data": fields.text}, required=("media_type", "data")),
+        "text": fields.record({"media_type": fields.text, "data": fields.text}, required=("data",)),
+        "url": fields.record({"url": fields.text}, required=("url",)),
+        "file": fields.record({"file_id": fields.text}, required=("file_id",)),
+    },
+    _ANY,
+)
+_IMAGE = fields.record({"source": _SOURCE}, required=("source",))
+_DOCUMENT = fields.record(
+    {"source": _SOURCE, "title": fields.text, "context": fields.text, "citations": fields.free_form},
+    required=("source",),
+)
+_SEARCH_RESULT = fields.record(
+    {"source": fields.text, "title": fields.text, "content": fields.array(_TEXT, of="objects")},
+    required=("source", "title", "content"),
+)
+_SHOWN = {"text": _TEXT, "image": _IMAGE, "document": _DOCUMENT, "search_result": _SEARCH_RESULT}
+_RESULT = fields.either(
+    "a string or an array of objects",
+    {str: fields.text, list: fields.array(fields.tagged("type", _SHOWN, _ANY), of="objects")},
+)
+_BLOCK = fields.tagged(
+    "type",
+    {
+        **_SHOWN,
+        "thinking": fields.record(
+            {"thinking": fields.text, "signature": fields.text}, required=("thinking", "signature")
+        ),
+        "redacted_thinking": fields.record({"data": fields.text}, required=("data",)),
+        "tool_use": fields.record(
+            {"id": fields.text, "name": fields.text, "input": fields.free_form}, required=("id", "name", "input")
+        ),
+        "tool_result": fields.record(
+            {"tool_use_id": fields.text, "content": _RESULT, "is_error": fields.flag}, required=("tool_use_id",)
+        ),
+    },
+    _ANY,
+)
+_CONTENT = fields.either(
+    "a string or an array of objects", {str: fields.text, list: fields.array(_BLOCK, of="objects")}
+)
+_MESSAGE = fields.record({"content": _CONTENT}, required=("content",))
+_MESSAGES = fields.tagged("role", {"user": _MESSAGE, "assistant": _MESSAGE, "system": _MESSAGE})
+_SYSTEM = fields.either(
+    "a string or an array of objects",
+    {str: fields.text, list: fields.array(fields.tagged("type", {"text": _TEXT}), of="objects")},
+)
+_CUSTOM = fields.record(
+    {"name": fields.text, "description": fields.text, "input_schema": fields.free_form, "strict": fields.flag},
+    required=("name", "input_schema"),
+)
+_TOOL_NAME = fields.record({"name": fields.text, "disable_parallel_tool_use": fields.flag}, required=("name",))
+_TOOL_CHOICE = fields.record({"disable_parallel_tool_use": fields.flag})
+_BUDGET = fields.record({"budget_tokens": fields.integer(0, fields.MAX_TOKENS)}, required=("budget_tokens",))
+_SCHEMA = fields.record({"schema": fields.free_form}, required=("schema",))
+
+
+def _tool(value: Any, path: fields.Path) -> None:
+    """A tool: the client's own, of which the type may be left out, or one of Anthropic's."""
+    _ANY(value, path)
+    if value.get("type") in {None, "custom"}:
+        _CUSTOM(value, path)
+
+
+_FIELDS = {
+    "cache_control": fields.free_form,
+    "max_tokens": fields.integer(0, fields.MAX_TOKENS),  # 0 fills the cache and generates nothing
+    "messages": fields.array(_MESSAGES, of="objects", least=1),
+    "metadata": fields.record({"user_id": fields.text}),
+    "model": fields.MODEL,
+    "output_config": fields.record(
+        {"effort": fields.text, "format": fields.tagged("type", {"json_schema": _SCHEMA})},
+    ),
+    "service_tier": fields.text,
+    "stop_sequences": fields.array(fields.text, of="strings"),
+    "stream": fields.flag,
+    "system": _SYSTEM,
+    "temperature": fields.number(0, 1),
+    "thinking": fields.tagged("type", {"enabled": _BUDGET}, _ANY),
+    "tool_choice": fields.tagged("type", {"auto": _TOOL_CHOICE, "any": _TOOL_CHOICE, "tool": _TOOL_NAME, "none": _ANY}),
+    "tools": fields.array(_tool, of="objects"),
+    "top_k": fields.integer(0),
+    "top_p": fields.number(0, 1),
+}
+_REQUEST = fields.record(_FIELDS, required=("model", "max_tokens", "messages"))
+
+
+def validate(body: Body) -> None:
+    """Refuse a request body with a 400: InvalidRequest with its param and code."""
+    _REQUEST(body, None)
+
+
+def request_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts a model will read: system prompts and messages, with what tools are called with and give back.
+
+    Thoughts are left out: they are the model's own, signed, and worth nothing once a letter of them is changed.
+    """
+    found: list[tuple[Ref, str]] = []
+    _gather(body.get("system"), ("system",), found)
+    for position, message in enumerate(body.get("messages") or ()):
+        _gather(message.get("content"), ("messages", position, "content"), found)
+    return found
+
+
+def _gather(content: Any, ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    if type(content) is str:
+        found.append((ref, content))
+        return
+    for position, block in enumerate(content if type(content) is list else ()):
+        _gather_block(block, (*ref, position), found)
+
+
+_GATHERED = frozenset({"content", "input", "source", "tool_use_id"})
+
+
+def _gather_block(block: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    kind, source = block.get("type"), block.get("source")
+    if kind in {"thinking", "redacted_thinking"}:
+        return
+    if kind == "document" and type(source) is dict:
+        _gather_source(source, (*ref, "source"), found)
+    # What tools are called with may have any names: none of them says that a text is not read.
+    found += _strings(block.get("input"), (*ref, "input"))
+    content = block.get("content")
+    if type(content) is list and all(type(inner) is dict for inner in content):
+        _gather(content, (*ref, "content"), found)
+    else:
+        texts.gather(content, (*ref, "content"), found)
+    texts.gather({name: value for name, value in block.items() if name not in _GATHERED}, ref, found)
+    if kind == "search_result" and type(source) is str:
+        found.append(((*ref, "source"), source))
+
+
+def _gather_source(source: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    if source.get("type") == "text":
+        found.append(((*ref, "data"), source["data"]))
+    _gather(source.get("content"), (*ref, "content"), found)
+
+
+def _strings(node: Any, ref: Ref) -> Iterator[tuple[Ref, str]]:
+    """Every text below a node, whatever it is called."""
+    if type(node) is str:
+        yield ref, node
+    elif type(node) is dict:
+        for name, child in node.items():
+            yield from _strings(child, (*ref, name))
+    elif type(node) is list:
+        for position, child in enumerate(node):
+            yield from _strings(child, (*ref, position))
+
+
+# --- its bounds --------------------------------------------------------------------------------
+
+# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
+_SETTINGS = frozenset(
+    {
+        *("cache_control", "max_tokens", "metadata", "model", "service_tier", "stop_sequences", "stream"),
+        *("temperature", "thinking", "top_k", "top_p"),
+    }
+)
+_MEDIA = {"image": "images", "document": "files"}
+
+
+def input_bound(body: Body) -> tuple[int, int]:
+    """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
+    size, items = 0, 1
+    for name, value in body.items():
+        if name in _SETTINGS or value is None:
+            continue
+        items += len(value) if type(value) is list else 1
+        if name == "messages":
+            size += sum(_content_size(message.get("content")) for message in value)
+        else:
+            size += _json_size(value)
+    return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
+
+
+def _content_size(content: Any) -> int:
+    if type(content) is not list:
+        return _json_size(content)
+    return sum(texts.MESSAGE_TOKENS + _block_size(block) for block in content)
+
+
+def _block_size(block: Block) -> int:
+    size = 0
+    for name, value in block.items():
+        if name == "source" and type(value) is dict:
+            encoded = value.get("type") in {"base64", "url", "file"}
+            size += 0 if encoded else _json_size(value)
+        elif name == "content" and type(value) is list:
+            size += sum(_block_size(inner) if type(inner) is dict else _json_size(inner) for inner in value)
+        else:
+            size += _json_size(value)
+    return size
+
+
+def _json_size(value: Any) -> int:
+    return texts.size(value) if type(value) is str else len(orjson.dumps(value))
+
+
+def media(body: Body) -> dict[str, int]:
+    """Count what a model reads beside text, by kind: images, files."""
+    counts: dict[str, int] = {}
+    for message in body["messages"]:
+        for kind in _media_of(message.get("content")):
+            counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _media_of(content: Any) -> Iterator[str]:
+    for block in content if type(content) is list else ():
+        source = block.get("source")
+        if block.get("type") in _MEDIA and type(source) is dict and source.get("type") != "text":
+            yield _MEDIA[block["type"]]
+        # A document may be made of blocks, as a tool's result may.
+        yield from _media_of(block.get("content"))
+        yield from _media_of(source.get("content") if type(source) is dict else None)
+
+
+def output_bound(body: Body) -> tuple[str | None, int | None]:
+    """The field and the number by which the client limits generated tokens: this API wants it always."""
+    return "max_tokens", body.get("max_tokens")
+
+
+def choices(body: Body) -> int:
+    """How many choices are generated: this API knows only one."""
+    return 1
+
+
+def returned(body: Body) -> int:
+    """How many of them come back."""
+    return 1
+
+
+LEAST_BUDGET = 1024
+"""The fewest tokens that a model may be given for thinking."""
+
+
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
+    """Lower what is asked to what the model allows, and with it the part of it that is for thinking."""
+    asked = body.get("max_tokens")
+    if max_output_tokens is None or asked is None or asked <= max_output_tokens:
+        return
+    body["max_tokens"] = max_output_tokens
+    thinking = body.get("thinking")
+    if type(thinking) is not dict or thinking.get("budget_tokens", 0) < max_output_tokens:
+        return
+    if max_output_tokens > LEAST_BUDGET:
+        body["thinking"] = {**thinking, "budget_tokens": max_output_tokens - 1}
+    else:
+        del body["thinking"]  # there is no room to think
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+def usage(body: Body) -> Usage | None:
+    """Read the usage of an answer, or of one event of a stream."""
+    message = body.get("message")
+    return usages.from_anthropic((message if type(message) is dict else body).get("usage"))
+
+
+def finish(body: Body) -> str | None:
+    """The reason why an answer stopped, or the one that an event of a stream gives."""
+    delta = body.get("delta")
+    reason = (delta if type(delta) is dict else body).get("stop_reason")
+    return reason if type(reason) is str else None
+
+
+def reply_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts of an answer: what is said, thought, and given to tools."""
+    found: list[tuple[Ref, str]] = []
+    for position, block in enumerate(_blocks(body)):
+        ref = ("content", position)
+        if block.get("type") == "thinking":
+            found.append(((*ref, "thinking"), block.get("thinking") or ""))
+        else:
+            _gather_block(block, ref, found)
+    return found
+
+
+def _blocks(body: Body) -> list[Block]:
+    content = body.get("content")
+    return [block for block in content if type(block) is dict] if type(content) is list else []
+
+
+# --- events ------------------------------------------------------------------------------------
+
+QUIET = (b"event: content_block_delta\n", b"event: content_block_start\n", b"event: content_block_stop\n")
+"""How events begin that say nothing of usage, errors or the end; most events are such."""
+
+_DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "partial_json": "input_json_delta"}
+"""The fields that hold a delta's text, and the deltas they belong to."""
+
+
+def event_texts(event: Body) -> list[tuple[Strand, Ref, str]]:
+    """List the text deltas of one event of a stream; a strand is a block and a field."""
+    place = {"content_block_delta": "delta", "content_block_start": "content_block"}.get(str(event.get("type")))
+    part, index = event.get(place or ""), event.get("index")
+    if place is None or type(part) is not dict or type(index) is not int:
+        return []
+    return [
+        ((index, name), (place, name), part[name]) for name in _DELTAS if type(part.get(name)) is str and part[name]
+    ]
+
+
+def event_ends(event: Body) -> list[int]:
+    """The blocks that this event finishes."""
+    index = event.get("index")
+    return [index] if event.get("type") == "content_block_stop" and type(index) is int else []
+
+
+def text_event(event: Body, strand: Strand, text: str) -> Body:
+    """An event that carries only this text for this strand."""
+    index, name = strand
+    return {
+        "type": "content_block_delta",
+        "index": index,
+        "delta": {"type": _DELTAS[str(name)], name: text},
+    }
+
+
+def event_usage(payload: Body) -> Usage | None:
+    """What an event says was used so far: of its first event only the input is believed, little has been said yet."""
+    found = usage(payload) if payload.get("type") in {"message_start", "message_delta"} else None
+    if found is not None and payload["type"] == "message_start":
+        return evolve(found, output=0, reasoning=0)
+    return found
+
+
+def event_ends_stream(payload: Body) -> bool:
+    """Whether nothing follows this event."""
+    return payload.get("type") == "message_stop"
+
+
+def event_error(payload: Body) -> Body | None:
+    """The error that an event or a body carries instead of an answer, in OpenAI's shape."""
+    error = payload.get("error")
+    if not error:
+        return None
+    if type(error) is not dict:
+        return {"error": {"message": str(error)}}
+    message, kind, details = str(error.get("message") or ""), error.get("type"), error.get("details")
+    code = details.get("error_code") if type(details) is dict else None
+    if code in _SPENT_CODES or kind == "billing_error" or _SPENT.search(message):
+        code = "insufficient_quota"
+    elif _OVERFLOW.search(message):
+        code = "context_length_exceeded"
+    return {"error": {"message": message, "type": kind, "code": code}}
+
+
+_OVERFLOW = re.compile(r"prompt is too long|exceeds? (the )?context (limit|window)", re.IGNORECASE)
+# The operator's account is empty, or has spent what it may: no mistake of the client, though it may come as a 400.
+_SPENT = re.compile(r"credit balance is too low|specified (workspace )?(api )?usage limits|spend limit", re.IGNORECASE)
+_SPENT_CODES = frozenset({"enforced_spend_limit_reached"})
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+_DONE_LATER = frozenset({"content", "stop_reason", "stop_sequence", "stop_details", "usage"})
+
+
+def explode(body: Body) -> Iterator[Body]:
+    """Turn a complete answer into the events of a stream."""
+    counts = body.get("usage")
+    counts = counts if type(counts) is dict else {}
+    opening = {name: value for name, value in body.items() if name not in _DONE_LATER}
+    started = {**opening, "content": [], "stop_reason": None, "stop_sequence": None, "usage": {**counts}}
+    started["usage"]["output_tokens"] = 0
+    yield {"type": "message_start", "message": started}
+    for index, block in enumerate(_blocks(body)):
+        yield from _block_events(index, block)
+    delta = {name: body.get(name) for name in ("stop_reason", "stop_sequence", "stop_details") if name in body}
+    yield {"type": "message_delta", "delta": delta, "usage": {"output_tokens": 0, **counts}}
+    yield {"type": "message_stop"}
+
+
+def _block_events(index: int, block: Block) -> Iterator[Body]:
+    start, deltas = _told(block)
+    yield {"type": "content_block_start", "index": index, "content_block": start}
+    for delta in deltas:
+        yield {"type": "content_block_delta", "index": index, "delta": delta}
+    yield {"type": "content_block_stop", "index": index}
+
+
+def _told(block: Block) -> tuple[Block, list[Block]]:
+    """How a block begins, and its deltas."""
+    match block.get("type"):
+        case "text":
+            cited = [{"type": "citations_delta", "citation": each} for each in block.get("citations") or ()]
+            said = [{"type": "text_delta", "text": block["text"]}] if block.get("text") else []
+            return {**block, "text": "", **({"citations": []} if cited else {})}, [*said, *cited]
+        case "thinking":
+            thought = [{"type": "thinking_delta", "thinking": block["thinking"]}] if block.get("thinking") else []
+            if block.get("signature"):
+                thought.append({"type": "signature_delta", "signature": block["signature"]})
+            return {**block, "thinking": "", "signature": ""}, thought
+        case "tool_use" | "server_tool_use" if block.get("input"):
+            text = orjson.dumps(block["input"]).decode()
+            return {**block, "input": {}}, [{"type": "input_json_delta", "partial_json": text}]
+    return block, []
+
+
+def assemble(events: Iterable[Body]) -> Body:
+    """Turn the events of a complete stream into the answer it would have been without streaming."""
+    body: Body = {}
+    blocks: dict[int, Block] = {}
+    inputs: dict[int, str] = {}
+    for event in events:
+        match event.get("type"):
+            case "message_start":
+                body = {**event["message"]}
+            case "content_block_start":
+                blocks[event["index"]] = {**event["content_block"]}
+            case "content_block_delta":
+                _grow(event["index"], event["delta"], blocks[event["index"]], inputs)
+            case "message_delta":
+                body.update(event["delta"])
+                said = {name: value for name, value in (event.get("usage") or {}).items() if value is not None}
+                body["usage"] = {**(body.get("usage") or {}), **said}
+    for index, text in inputs.items():
+        blocks[index]["input"] = orjson.loads(text or b"{}")
+    return {**body, "content": [blocks[index] for index in sorted(blocks)]}
+
+
+def _grow(index: int, delta: Block, block: Block, inputs: dict[int, str]) -> None:
+    match delta.get("type"):
+        case "text_delta":
+            block["text"] = (block.get("text") or "") + delta["text"]
+        case "thinking_delta":
+            block["thinking"] = (block.get("thinking") or "") + delta["thinking"]
+        case "signature_delta":
+            block["signature"] = (block.get("signature") or "") + delta["signature"]
+        case "input_json_delta":
+            inputs[index] = inputs.get(index, "") + delta["partial_json"]
+        case "citations_delta":
+            block["citations"] = [*(block.get("citations") or ()), delta["citation"]]

@@ -1,0 +1,461 @@
+"""OpenAI's Responses, created whole or as a stream (https://platform.openai.com/docs/api-reference/responses)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import orjson
+
+from qlens import usage as usages
+from qlens.dialects import Body, Ref, Strand, fields, response_events, texts
+from qlens.errors import InvalidRequest
+from qlens.usage import Usage
+
+GENERATES = True
+
+# --- the request -------------------------------------------------------------------------------
+
+_ANY = fields.record({"type": fields.text})
+_DATA = fields.record({"data": fields.text, "format": fields.text}, required=("data", "format"))
+_NAMES_A_FILE = {"file_data": fields.text, "file_id": fields.text, "file_url": fields.text, "filename": fields.text}
+_PART = fields.tagged(
+    "type",
+    {
+        "input_text": fields.record({"text": fields.text}, required=("text",)),
+        "output_text": fields.record({"text": fields.text}, required=("text",)),
+        "refusal": fields.record({"refusal": fields.text}, required=("refusal",)),
+        "input_image": fields.record({"image_url": fields.text, "file_id": fields.text, "detail": fields.text}),
+        "input_audio": fields.record({"input_audio": _DATA}, required=("input_audio",)),
+        "input_file": fields.record({**_NAMES_A_FILE, "detail": fields.text}),
+    },
+    _ANY,
+)
+_CONTENT = fields.either("a string or an array of objects", {str: fields.text, list: fields.array(_PART, of="objects")})
+_SAID = fields.record(
+    {"content": _CONTENT, "id": fields.text, "phase": fields.text, "status": fields.text}, required=("content",)
+)
+_MESSAGE = fields.tagged("role", dict.fromkeys(("user", "assistant", "system", "developer"), _SAID))
+
+_OF_A_CALL = {"call_id": fields.text, "id": fields.text, "name": fields.text, "status": fields.text}
+_RESULT = fields.record({**_OF_A_CALL, "output": _CONTENT}, required=("output",))
+_THOUGHTS = fields.array(fields.record({"text": fields.text}, required=("text",)), of="objects")
+_ITEMS = fields.tagged(
+    "type",
+    {
+        "message": _MESSAGE,
+        "function_call": fields.record(
+            {**_OF_A_CALL, "arguments": fields.text}, required=("call_id", "name", "arguments")
+        ),
+        "function_call_output": _RESULT,
+        "custom_tool_call": fields.record({**_OF_A_CALL, "input": fields.text}, required=("call_id", "name", "input")),
+        "custom_tool_call_output": _RESULT,
+        "reasoning": fields.record(
+            {"id": fields.text, "summary": _THOUGHTS, "content": _THOUGHTS, "encrypted_content": fields.text}
+        ),
+        "item_reference": fields.record({"id": fields.text}, required=("id",)),
+    },
+    _ANY,
+)
+
+
+def _item(value: Any, path: fields.Path) -> None:
+    """An item of the input; the type of messages and of references to items may be left out."""
+    if type(value) is dict and value.get("type") is None and ("role" in value or "id" in value):
+        (_MESSAGE if "role" in value else _ANY)(value, path)
+    else:
+        _ITEMS(value, path)
+
+
+_TOOL = fields.tagged(
+    "type",
+    {
+        "function": fields.record(
+            {"name": fields.text, "description": fields.text, "parameters": fields.free_form, "strict": fields.flag},
+            required=("name",),
+        ),
+        "custom": fields.record(
+            {"name": fields.text, "description": fields.text, "format": fields.free_form}, required=("name",)
+        ),
+    },
+    _ANY,
+)
+_SCHEMA = fields.record(
+    {"name": fields.text, "schema": fields.free_form, "strict": fields.flag, "description": fields.text},
+    required=("name", "schema"),
+)
+_TEXT = fields.record({"format": fields.tagged("type", {"json_schema": _SCHEMA}, _ANY), "verbosity": fields.text})
+_REASONING = fields.record({"effort": fields.text, "generate_summary": fields.text, "summary": fields.text})
+_CHOSEN = fields.tagged("type", {}, _ANY)
+_STORED = fields.either("a string or an object", {str: fields.text, dict: fields.free_form})
+_REQUEST = fields.record(
+    {
+        "background": fields.flag,
+        "conversation": _STORED,
+        "include": fields.array(fields.text, of="strings"),
+        "input": fields.either(
+            "a string or an array of objects", {str: fields.text, list: fields.array(_item, of="objects")}
+        ),
+        "instructions": fields.text,
+        # OpenAI's least is 16.
+        "max_output_tokens": fields.integer(16, fields.MAX_TOKENS),
+        "max_tool_calls": fields.integer(1, fields.MAX_TOKENS),
+        "metadata": fields.table(fields.text),
+        "model": fields.MODEL,
+        "parallel_tool_calls": fields.flag,
+        "previous_response_id": fields.text,
+        "prompt": fields.record({"id": fields.text, "variables": fields.free_form}, required=("id",)),
+        "prompt_cache_key": fields.text,
+        "prompt_cache_retention": fields.text,
+        "reasoning": _REASONING,
+        "safety_identifier": fields.text,
+        "service_tier": fields.text,
+        "store": fields.flag,
+        "stream": fields.flag,
+        "stream_options": fields.record({"include_obfuscation": fields.flag}),
+        "temperature": fields.number(0, 2),
+        "text": _TEXT,
+        "tool_choice": fields.either("a string or an object", {str: fields.text, dict: _CHOSEN}),
+        "tools": fields.array(_TOOL, of="objects"),
+        "top_logprobs": fields.integer(0, 20),
+        "top_p": fields.number(0, 1),
+        "truncation": fields.one_of("auto", "disabled"),
+        "user": fields.text,
+    },
+    required=("model",),
+)
+_PROMPTED = ("input", "previous_response_id", "conversation", "prompt")
+
+
+def validate(body: Body) -> None:
+    """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
+    _REQUEST(body, None)
+    fields.check_stream_options(body)
+    if all(body.get(name) is None for name in _PROMPTED):
+        raise InvalidRequest(
+            "One of 'input', 'previous_response_id', 'conversation' or 'prompt' must be provided.",
+            param="input",
+            code="missing_required_parameter",
+        )
+
+
+# What is no text of its own, in requests, answers and events alike; beside what no dialect has as text.
+_OPAQUE = texts.OPAQUE | {
+    "approval_request_id",
+    "call_id",
+    "caller",
+    "container_id",
+    "file_url",
+    "fingerprint",
+    "item_id",
+    "logprobs",
+    "namespace",
+    "obfuscation",
+    "partial_image_b64",
+    "phase",
+    "result",  # a generated image
+    "server_label",
+    "status",
+}
+
+
+def request_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts a model will read: instructions, input, variables of a stored prompt; no names, no tools."""
+    found: list[tuple[Ref, str]] = []
+    for name in ("instructions", "input"):
+        texts.gather(body.get(name), (name,), found, _OPAQUE)
+    prompt = body.get("prompt")
+    if type(prompt) is dict:
+        texts.gather(prompt.get("variables"), ("prompt", "variables"), found, _OPAQUE)
+    return found
+
+
+# --- its bounds --------------------------------------------------------------------------------
+
+# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
+_SETTINGS = frozenset(
+    {
+        "background",
+        "background_options",
+        "conversation",
+        "include",
+        "max_output_tokens",
+        "max_tool_calls",
+        "metadata",
+        "model",
+        "parallel_tool_calls",
+        "previous_response_id",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "reasoning",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "stream",
+        "stream_options",
+        "temperature",
+        "top_logprobs",
+        "top_p",
+        "truncation",
+        "user",
+    }
+)
+_MEDIA = {"input_image": "images", "input_audio": "audio", "input_file": "files", "computer_screenshot": "images"}
+_MEDIA_DATA = frozenset({"image_url", "file_data", "file_url", "file_id", "input_audio"})
+# What stands around a text: no model reads these values, and the allowance for each item is more than the names take.
+_FRAME_VALUES = frozenset({"id", "phase", "role", "status", "type"})
+_FRAME_NAMES = frozenset({"arguments", "call_id", "content", "input", "name", "output", "summary", "text"})
+_REMEMBERED = ("previous_response_id", "conversation", "prompt")
+
+
+def input_bound(body: Body) -> tuple[int, int]:
+    """The most input tokens this body can have, and an estimate of them; media are not text and not counted.
+
+    What the provider has kept of earlier calls is not in the body: `media` says that there is some.
+    """
+    size, items = 0, 1
+    for name, value in body.items():
+        if value is None or name in _SETTINGS:
+            continue
+        size += _size(value) if name == "input" else len(orjson.dumps(value))
+        items += len(value) if type(value) is list else 1
+    return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
+
+
+def _size(node: Any) -> int:
+    if type(node) is str:
+        return texts.size(node)
+    if type(node) is dict:
+        return sum(
+            _size(value) + (0 if name in _FRAME_NAMES else texts.size(name))
+            for name, value in node.items()
+            if name not in _MEDIA_DATA and name not in _FRAME_VALUES
+        )
+    if type(node) is list:
+        return sum(texts.MESSAGE_TOKENS + _size(entry) for entry in node)
+    return len(orjson.dumps(node))
+
+
+def media(body: Body) -> dict[str, int]:
+    """Count what a model reads beside the body's text, by kind: images, audio, files; history that was kept."""
+    counts: dict[str, int] = {}
+    for kind in _media_below(body.get("input")):
+        counts[kind] = counts.get(kind, 0) + 1
+    kept = sum(1 for name in _REMEMBERED if body.get(name) is not None)
+    return {**counts, "history": kept} if kept else counts
+
+
+def _media_below(node: Any) -> Iterator[str]:
+    if type(node) is list:
+        for entry in node:
+            yield from _media_below(entry)
+    elif type(node) is dict:
+        kind = node.get("type")
+        if type(kind) is str and kind in _MEDIA:
+            yield _MEDIA[kind]
+        for name in ("content", "output"):
+            yield from _media_below(node.get(name))
+
+
+def output_bound(body: Body) -> tuple[str | None, int | None]:
+    """The field and the number by which the client limits the answer, reasoning included."""
+    asked = body.get("max_output_tokens")
+    return ("max_output_tokens", asked) if asked is not None else (None, None)
+
+
+def choices(body: Body) -> int:
+    """A response is one answer."""
+    return 1
+
+
+returned = choices
+
+
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
+    """Lower what is asked to what the model allows."""
+    asked = body.get("max_output_tokens")
+    if asked is not None and max_output_tokens is not None:
+        body["max_output_tokens"] = min(asked, max_output_tokens)
+
+
+# --- the answer --------------------------------------------------------------------------------
+
+
+def usage(body: Body) -> Usage | None:
+    """Read the usage of an answer, or of one event of a stream."""
+    answer = _answer_of(body)
+    return usages.from_responses(answer.get("usage"), answer.get("service_tier"))
+
+
+def _answer_of(body: Body) -> Body:
+    response = body.get("response")
+    return response if type(response) is dict else body
+
+
+def finish(body: Body) -> str | None:
+    """Why an answer is incomplete, or else its status; None while it is not over. Of an event, that of its answer."""
+    answer = _answer_of(body)
+    details = answer.get("incomplete_details")
+    reason = details.get("reason") if type(details) is dict else None
+    said = reason or answer.get("status")
+    return said if type(said) is str and said not in {"in_progress", "queued"} else None
+
+
+def reply_texts(body: Body) -> list[tuple[Ref, str]]:
+    """List the texts of an answer."""
+    found: list[tuple[Ref, str]] = []
+    texts.gather(body.get("output"), ("output",), found, _OPAQUE)
+    return found
+
+
+# --- events ------------------------------------------------------------------------------------
+
+QUIET = (
+    b"event: response.output_text.delta\n",
+    b"event: response.function_call_arguments.delta\n",
+    b"event: response.custom_tool_call_input.delta\n",
+    b"event: response.reasoning_text.delta\n",
+    b"event: response.reasoning_summary_text.delta\n",
+    b"event: response.refusal.delta\n",
+)
+"""How events begin that say nothing of usage, errors or the end; most events are such."""
+
+_BINARY = "response.audio.delta"
+
+
+def event_texts(event: Body) -> list[tuple[Strand, Ref, str]]:
+    """List the text deltas of one event of a stream, and the texts that are whole in it: these have no strand."""
+    delta, kind = event.get("delta"), event.get("type")
+    if type(delta) is str:
+        if kind == _BINARY:
+            return []
+        number = event.get("content_index", event.get("summary_index", 0))
+        return [((_index(event), str(kind), number if type(number) is int else 0), ("delta",), delta)]
+    found: list[tuple[Ref, str]] = []
+    response = event.get("response")
+    if type(response) is dict:
+        # What else stands in a response repeats the request.
+        texts.gather(response.get("output"), ("response", "output"), found, _OPAQUE)
+    else:
+        texts.gather(event, (), found, _OPAQUE)
+    return [((), ref, text) for ref, text in found]
+
+
+def event_ends(event: Body) -> list[int]:
+    """The items of the output whose texts this event ends."""
+    kind, response = event.get("type"), event.get("response")
+    if type(response) is dict:
+        output = response.get("output")
+        return list(range(len(output))) if type(output) is list else []
+    return [_index(event)] if type(kind) is str and kind.endswith(".done") else []
+
+
+def _index(event: Body) -> int:
+    index = event.get("output_index")
+    return index if type(index) is int else 0
+
+
+def text_event(event: Body, strand: Strand, text: str) -> Body:
+    """An event like `event` that carries only this text for this strand."""
+    frame = {name: value for name, value in event.items() if name != "obfuscation"}
+    spelled: Body = {"logprobs": []} if "logprobs" in event else {}
+    return {**frame, "delta": text, **spelled}
+
+
+def event_usage(payload: Body) -> Usage | None:
+    """The usage that an event of a stream states: a running total."""
+    return usage(payload) if type(payload.get("response")) is dict else None
+
+
+def event_begins(payload: Body) -> bool:
+    """Whether the model has begun with this event, or the call was taken into the background."""
+    return payload.get("type") not in {"response.created", "response.in_progress"}
+
+
+def event_ends_stream(payload: Body) -> bool:
+    """Whether an answer is over with this event, and to be trusted."""
+    return payload.get("type") in {"response.completed", "response.incomplete"}
+
+
+# The codes of failed responses that the client can mend; they come without a type or a status that would say so.
+_CLIENTS_FAULTS = frozenset(
+    {
+        "bio_policy",
+        "empty_image_file",
+        "failed_to_download_image",
+        "image_content_policy_violation",
+        "image_file_not_found",
+        "image_file_too_large",
+        "image_parse_error",
+        "image_too_large",
+        "image_too_small",
+        "invalid_base64_image",
+        "invalid_image",
+        "invalid_image_format",
+        "invalid_image_mode",
+        "invalid_image_url",
+        "invalid_prompt",
+        "misalignment_policy_violation",
+        "unsupported_image_media_type",
+    }
+)
+
+
+def event_error(payload: Body) -> Body | None:
+    """The error that an event of a stream says, in the shape of OpenAI's error answers; None when it says none."""
+    kind, response = payload.get("type"), payload.get("response")
+    if payload.get("error"):
+        return _error(payload["error"])
+    if kind == "error":
+        return _error({name: payload.get(name) for name in ("message", "param", "code")})
+    if kind == "response.failed":
+        return answer_error(response if type(response) is dict else {})
+    return None
+
+
+def error_event(answer: Body, number: int) -> Body:
+    """The event that tells a client of an error in the middle of a stream; `answer` is the body of an error answer."""
+    error = answer["error"]
+    # OpenAI's SDK raises for what stands under `error`; its documentation has the fields beside the type.
+    beside = {name: error.get(name) for name in ("code", "message", "param")}
+    return {"type": "error", "sequence_number": number, **beside, "error": error}
+
+
+def answer_error(body: Body) -> Body:
+    """The error of a response that failed, in the shape of OpenAI's error answers."""
+    return _error(body.get("error"))
+
+
+def _error(said: Any) -> Body:
+    error = dict(said) if type(said) is dict else {"message": said}
+    code = error.get("code")
+    if type(code) is str and code in _CLIENTS_FAULTS:
+        error["type"] = "invalid_request_error"
+    return {"error": error}
+
+
+# --- streams -----------------------------------------------------------------------------------
+
+
+def explode(body: Body) -> Iterator[Body]:
+    """Turn a complete answer into the events of a stream."""
+    writer = response_events.Writer()
+    unknown_yet: Body = {name: None for name in ("completed_at", "incomplete_details", "error") if name in body}
+    yield from writer.begun({**body, "status": "in_progress", **unknown_yet, "output": [], "usage": None})
+    for index, item in enumerate(body.get("output") or ()):
+        yield from response_events.item_events(writer, index, item)
+    yield writer.ended(body)
+
+
+def assemble(events: Iterable[Body]) -> Body:
+    """Turn the events of a complete stream into the answer it would have been without streaming."""
+    answer: Body = {}
+    items: dict[int, Any] = {}
+    for event in events:
+        if type(event.get("response")) is dict:
+            answer = event["response"]
+        elif event.get("type") == "response.output_item.done":
+            items[_index(event)] = event.get("item")
+    # Some servers leave out of the last event what earlier ones have said.
+    return answer if answer.get("output") or not items else {**answer, "output": [items[at] for at in sorted(items)]}

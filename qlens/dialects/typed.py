@@ -1,0 +1,39 @@
+"""The dialects whose streams are made of named events, each with its type: messages and responses."""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+import orjson
+
+from qlens import dialects
+from qlens.dialects import Body, Dialect
+from qlens.usage import Usage
+
+NAMES = frozenset({"messages", "responses"})
+
+
+class TypedDialect(Dialect, Protocol):
+    """What the core asks of such a dialect beside what it asks of every one."""
+
+    QUIET: tuple[bytes, ...]
+    """How events begin that need no look: they say nothing of usage, errors or the end."""
+
+    def event_usage(self, payload: Body) -> Usage | None:
+        """What an event says was used so far."""
+
+    def event_ends_stream(self, payload: Body) -> bool:
+        """Whether this event is the last one of a stream that came to its end."""
+
+    def event_error(self, payload: Body) -> Body | None:
+        """The error that an event carries, in OpenAI's shape; None when it carries none."""
+
+
+def typed(name: str) -> TypedDialect:
+    """The dialect of this name, which is one of NAMES."""
+    return cast(TypedDialect, dialects.named(name))
+
+
+def write(payload: Body) -> bytes:
+    """One event, named after its type."""
+    return b"event: %b\ndata: %b\n\n" % (str(payload["type"]).encode(), orjson.dumps(payload))

@@ -1,0 +1,71 @@
+"""Puts a bridge around one attempt: the request into the provider's dialect, its reply back into the client's."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import orjson
+from attrs import define, field
+
+from qlens import bridges, dialects, sse
+from qlens.bridges import Bridge, Translation
+from qlens.call import Body, Reply
+from qlens.errors import UpstreamInvalid
+
+
+def bridge_for(dialect: str, spoken: tuple[str, ...]) -> tuple[str, Bridge] | None:
+    """The first of the provider's dialects over which this one can be spoken, with the bridge."""
+    for other in spoken:
+        if (bridge := bridges.between(dialect, other)) is not None:
+            return other, bridge
+    return None
+
+
+def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> None:
+    """Turn a reply in the provider's dialect into one in the client's; raises UpstreamInvalid for nonsense in it."""
+    if reply.chunks is not None:
+        reply.replace(chunks=_Translated(reply.chunks, bridge.stream(asked)))
+    else:
+        body = _object(reply.body or b"")
+        reply.usage = reply.usage or dialects.named(reply.dialect).usage(body)
+        answer = bridge.answer(body, asked)
+        reply.body = orjson.dumps(answer)
+        reply.finish = dialects.named(dialect).finish(answer)
+    reply.dialect = dialect
+
+
+def _object(raw: bytes) -> Body:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider's answer is not JSON.") from None
+    if not isinstance(body, dict):
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+    return body
+
+
+@define(eq=False)
+class _Translated:
+    """A stream on its way back; an iterator of its own, so that closing it leaves nothing running."""
+
+    _source: AsyncIterator[bytes]
+    _translation: Translation
+    _splitter: sse.Splitter = field(factory=sse.Splitter, init=False)
+    _over: bool = field(default=False, init=False)
+
+    def __aiter__(self) -> _Translated:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._over:
+            try:
+                events = self._splitter.feed(await self._source.__anext__())
+            except StopAsyncIteration:
+                self._over = True
+                events = self._splitter.flush()
+            block = b"".join(map(self._translation.feed, events))
+            if self._over:
+                block += self._translation.end()
+            if block:
+                return block
+        raise StopAsyncIteration

@@ -1,0 +1,61 @@
+"""An error as the client's dialect writes it: as the body of an answer, or as an event in a stream that has begun."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import orjson
+
+from qlens import sse
+from qlens.dialects import typed
+from qlens.errors import CallError
+
+log = logging.getLogger("qlens")
+
+# https://platform.claude.com/docs/en/api/errors
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+
+def mistake() -> CallError:
+    """The answer to a call that failed by the gateway's own fault."""
+    return CallError("The gateway made a mistake.", code="internal_error")
+
+
+def error_body(error: CallError, dialect: str, call_id: str) -> bytes:
+    """The body of an answer that is an error."""
+    try:
+        return orjson.dumps(_anthropic(error, call_id) if dialect == "messages" else error.body())
+    except TypeError:
+        log.error("%s says something that is no text", type(error).__name__)
+        return error_body(mistake(), dialect, call_id)
+
+
+def error_event(error: CallError, dialect: str, call_id: str) -> bytes:
+    """The last event of a stream that fails after its first byte."""
+    try:
+        if dialect == "messages":
+            return typed.write(_anthropic(error, call_id))
+        if dialect == "responses":
+            said: Any = error.body()["error"]
+            return typed.write({"type": "error", **{name: said[name] for name in ("code", "message", "param")}})
+        return sse.write(error.body())
+    except TypeError:
+        log.error("%s says something that is no text", type(error).__name__)
+        return error_event(mistake(), dialect, call_id)
+
+
+def _anthropic(error: CallError, call_id: str) -> dict[str, Any]:
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": call_id}
