@@ -14,6 +14,15 @@ STREAM = {**HELLO, "stream": True}
 
 CHAT = "/v1/chat/completions"
 
+BODIES: dict[str, dict[str, object]] = {
+    "chat": {"messages": [{"role": "user", "content": "hello"}]},
+    "completions": {"prompt": "hello"},
+    "embeddings": {"input": "hello"},
+    "responses": {"input": "hello"},
+    "messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 10},
+}
+"""The least that an operation of each dialect wants, without the model."""
+
 
 def config(
     pipeline: Mapping[str, Any] | None = None,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import pytest
 from plugs import Probe
-from yamls import config, probe
+from yamls import BODIES, config, probe
 
 from qlens.operations import OPERATIONS, Operation
 from qlens.paths import ROLES, has_role, own_endpoints
 from qlens.testing import running
 
-BODIES: dict[str, dict[str, object]] = {
-    "chat": {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "hello"}]},
-    "completions": {"model": "gpt-4o-mini", "prompt": "hello"},
-    "embeddings": {"model": "gpt-4o-mini", "input": "hello"},
-}
 CASES = [
     (operation, stream) for operation in OPERATIONS for stream in ((False, True) if operation.streams else (False,))
 ]
 ECHO = {"echo": {"plugin": "echo"}}
 MODELS = {"gpt-4o-mini": {"max_output_tokens": 100, "targets": [{"provider": "echo", "model": "gpt-4o-mini"}]}}
+
+
+def _body(operation: Operation, stream: bool) -> dict[str, object]:
+    return {"model": "gpt-4o-mini", **BODIES[operation.dialect], **({"stream": True} if stream else {})}
 
 
 def _name(case: object) -> str:
@@ -32,7 +31,7 @@ async def test_every_operation_authenticates_admits_and_settles(operation: Opera
     path = operation.path.replace("{id}", "gpt-4o-mini")
     async with running(config(stages, ECHO, MODELS)) as gateway:
         if operation.method == "POST":
-            answer = await gateway.post(path, {**BODIES[operation.dialect], **({"stream": True} if stream else {})})
+            answer = await gateway.post(path, _body(operation, stream))
         else:
             answer = await gateway.get(path)
         assert answer.status == 200
@@ -51,7 +50,7 @@ async def test_every_operation_authenticates_admits_and_settles(operation: Opera
 @pytest.mark.parametrize(("operation", "stream"), CASES, ids=_name)
 async def test_no_operation_answers_a_stranger_or_one_who_is_refused(operation: Operation, stream: bool) -> None:
     path = operation.path.replace("{id}", "gpt-4o-mini")
-    body = {**BODIES[operation.dialect], **({"stream": True} if stream else {})} if operation.dialect else None
+    body = _body(operation, stream) if operation.dialect else None
     for stages, status in (({"auth": [probe("nobody")]}, 401), ({"rate_limit": [probe("no", refuse=["admit"])]}, 429)):
         async with running(config(stages, ECHO, MODELS)) as gateway:
             answer = await (gateway.post(path, body) if operation.method == "POST" else gateway.get(path))

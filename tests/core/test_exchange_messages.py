@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
-from doors import DEADLINES, OPERATIONS
+from claudes import DEADLINES, OPERATION
 
 from qlens import (
     CallError,
@@ -48,7 +48,7 @@ async def claude() -> AsyncIterator[FakeAnthropic]:
 
 async def ask(http: Upstream, claude: FakeAnthropic, *, stream: bool = False, **fields: Any) -> Reply:
     body = {"model": MODEL, "max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}], **fields}
-    outgoing = Outgoing(OPERATIONS["messages"], "messages", body, stream)
+    outgoing = Outgoing(OPERATION["messages"], "messages", body, stream)
     url = f"{claude.url}/v1/messages"
     return await post_messages(http, url, headers=HEADERS, outgoing=outgoing, deadlines=DEADLINES)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from doors import call_of
+from claudes import call_of
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,13 +11,15 @@ from typing import Any
 import openai
 import orjson
 import pytest
-from doors import Door, door, plain
+from claudes import claude as config
+from claudes import openai_client, plain
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import InvalidRequest, UpstreamInvalid, UpstreamUnavailable, sse
 from qlens.bridges import between
 from qlens.dialects import Body, chat, typed
+from qlens.testing import Running, Scripted, running
 from qlens.testing.anthropic import (
     MODEL,
     FakeAnthropic,
@@ -33,7 +35,7 @@ from qlens.testing.anthropic import (
     whole,
 )
 from qlens.testing.messages_rules import refusal
-from qlens.testing.upstreams import TEXT, Scripted
+from qlens.testing.upstreams import TEXT
 
 GOLDEN = json.loads((Path(__file__).parent / "golden/chat_over_messages/requests.json").read_text())
 HELLO: dict[str, Any] = {"role": "user", "content": "Hello"}
@@ -346,22 +348,18 @@ async def claude() -> AsyncIterator[FakeAnthropic]:
 
 
 @pytest.fixture
-async def gate(claude: FakeAnthropic) -> AsyncIterator[Door]:
-    async with door("messages", claude.url, model=MODEL) as found:
+async def gateway(claude: FakeAnthropic) -> AsyncIterator[Running]:
+    async with running(config(claude.url)) as found:
         yield found
 
 
-def client(gate: Door) -> openai.AsyncOpenAI:
-    return openai.AsyncOpenAI(api_key="sk-example", base_url=f"{gate.url}/v1", max_retries=0)
-
-
-async def test_openais_sdk_uses_tools_over_turns_and_keeps_thoughts(claude: FakeAnthropic, gate: Door) -> None:
+async def test_openais_sdk_uses_tools_over_turns_and_keeps_thoughts(claude: FakeAnthropic, gateway: Running) -> None:
     calls = [tool_use("toolu_1", "files_read", {"a": 1}), tool_use("toolu_2", "files_read", {})]
     claude.script(whole(message(thinking(), *calls, stop="tool_use")), stream(message(text("Done."))))
     tools: Any = [{"type": "function", "function": {"name": "files_read", "parameters": {"type": "object"}}}]
     options: Any = {"model": "ours", "tools": tools, "reasoning_effort": "low", "max_completion_tokens": 4000}
     history: list[Any] = [HELLO]
-    async with client(gate) as own:
+    async with openai_client(gateway) as own:
         first = await own.chat.completions.create(messages=history, **options)
         said = first.choices[0].message
         history.append(said.model_dump(exclude_none=True))
@@ -382,14 +380,14 @@ async def test_openais_sdk_uses_tools_over_turns_and_keeps_thoughts(claude: Fake
     assert [block["tool_use_id"] for block in sent[2]["content"]] == ["toolu_1", "toolu_2"]
 
 
-async def test_openais_sdk_parses_an_answer_that_fits_a_schema(claude: FakeAnthropic, gate: Door) -> None:
+async def test_openais_sdk_parses_an_answer_that_fits_a_schema(claude: FakeAnthropic, gateway: Running) -> None:
     from pydantic import BaseModel
 
     class Answer(BaseModel):
         city: str
 
     claude.script(whole(message(text('{"city":"Oslo"}'))))
-    async with client(gate) as own:
+    async with openai_client(gateway) as own:
         answer = await own.chat.completions.parse(
             model="ours", messages=[{"role": "user", "content": "x"}], response_format=Answer
         )
@@ -408,18 +406,18 @@ async def test_openais_sdk_parses_an_answer_that_fits_a_schema(claude: FakeAnthr
     ],
 )
 async def test_failures_are_openais_exceptions(
-    claude: FakeAnthropic, gate: Door, answer: Scripted, kind: type[openai.APIStatusError]
+    claude: FakeAnthropic, gateway: Running, answer: Scripted, kind: type[openai.APIStatusError]
 ) -> None:
     claude.script(answer)
-    async with client(gate) as own:
+    async with openai_client(gateway) as own:
         with pytest.raises(kind):
             await own.chat.completions.create(model="ours", messages=[{"role": "user", "content": "x"}])
 
 
 @pytest.mark.parametrize("split", [1, 7, 64])
-async def test_bytes_may_come_in_any_pieces(claude: FakeAnthropic, gate: Door, split: int) -> None:
+async def test_bytes_may_come_in_any_pieces(claude: FakeAnthropic, gateway: Running, split: int) -> None:
     claude.script(stream(message(text(TEXT + " ünïcödé")), split=split))
-    async with client(gate) as own:
+    async with openai_client(gateway) as own:
         heard = [
             chunk.choices[0].delta.content or ""
             async for chunk in await own.chat.completions.create(
@@ -429,12 +427,12 @@ async def test_bytes_may_come_in_any_pieces(claude: FakeAnthropic, gate: Door, s
     assert "".join(heard) == TEXT + " ünïcödé"
 
 
-async def test_a_stream_that_breaks_is_no_success(claude: FakeAnthropic, gate: Door) -> None:
+async def test_a_stream_that_breaks_is_no_success(claude: FakeAnthropic, gateway: Running) -> None:
     claude.script(Scripted(events=list(streamed(message()))[:4]))
-    async with client(gate) as own:
+    async with openai_client(gateway) as own:
         with pytest.raises(openai.APIError):
             async for _ in await own.chat.completions.create(
                 model="ours", messages=[{"role": "user", "content": "x"}], stream=True
             ):
                 pass
-    assert not gate.meters[0].reply.complete
+    assert (await gateway.settled(1))[0].outcome == "failed"

@@ -11,7 +11,7 @@ from typing import Any
 import anthropic
 import orjson
 import pytest
-from doors import Door, door
+from claudes import anthropic_client, compatible
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,8 +19,8 @@ from qlens import InvalidRequest, UpstreamInvalid, UpstreamLimited, sse
 from qlens.bridges import between
 from qlens.bridges.messages_over_chat import without_extensions
 from qlens.dialects import Body, chat, messages
-from qlens.testing import Scripted, upstream
-from qlens.testing.anthropic import KEY, text, thinking, tool_use
+from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing.anthropic import text, thinking, tool_use
 from qlens.testing.upstreams import FakeUpstream, chat_events
 from qlens.testing.upstreams import error as openai_error
 
@@ -326,22 +326,18 @@ async def up() -> AsyncIterator[FakeUpstream]:
 
 
 @pytest.fixture
-async def gate(up: FakeUpstream) -> AsyncIterator[Door]:
-    async with door("chat", up.url) as found:
+async def gateway(up: FakeUpstream) -> AsyncIterator[Running]:
+    async with running(compatible(up.url)) as found:
         yield found
 
 
-def client(gate: Door) -> anthropic.AsyncAnthropic:
-    return anthropic.AsyncAnthropic(api_key=KEY, base_url=gate.url, max_retries=0)
-
-
-async def test_anthropics_sdk_uses_tools_over_turns(up: FakeUpstream, gate: Door) -> None:
+async def test_anthropics_sdk_uses_tools_over_turns(up: FakeUpstream, gateway: Running) -> None:
     calls = [call("call_1", "f", '{"a":1}'), call("call_2", "f", "{}")]
     first = streamed(completion("tool_calls", USAGE, content="I look.", tool_calls=calls))
     up.script(Scripted(events=first), Scripted(body=completion(content="Done.", usage=USAGE)))
     tools: Any = [{"name": "f", "input_schema": {"type": "object"}}]
     options: Any = {"model": "ours", "max_tokens": 100, "tools": tools}
-    async with client(gate) as own:
+    async with anthropic_client(gateway) as own:
         async with own.messages.stream(messages=[{"role": "user", "content": "Hello"}], **options) as told:
             answer = await told.get_final_message()
         results: Any = [
@@ -356,15 +352,15 @@ async def test_anthropics_sdk_uses_tools_over_turns(up: FakeUpstream, gate: Door
     sent = up.requests[1].body["messages"]
     assert [each["function"] for each in sent[1]["tool_calls"]] == [each["function"] for each in calls]
     assert [each["tool_call_id"] for each in sent[2:]] == ["call_1", "call_2"]
-    assert gate.meters[0].usage().total == 92
+    assert [receipt.usage.total for receipt in await gateway.settled(2)] == [92, 92]
     assert up.requests[0].body["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("split", [1, 7, 64])
-async def test_bytes_may_come_in_any_pieces(up: FakeUpstream, gate: Door, split: int) -> None:
+async def test_bytes_may_come_in_any_pieces(up: FakeUpstream, gateway: Running, split: int) -> None:
     up.script(Scripted(events=chat_events("all ünïcödé words"), split=split))
     async with (
-        client(gate) as own,
+        anthropic_client(gateway) as own,
         own.messages.stream(
             model="ours", max_tokens=9, messages=[{"role": "user", "content": "x"}]
         ) as told,
@@ -382,20 +378,21 @@ async def test_bytes_may_come_in_any_pieces(up: FakeUpstream, gate: Door, split:
     ],
 )
 async def test_failures_are_anthropics_exceptions(
-    up: FakeUpstream, gate: Door, status: int, kind: type[anthropic.APIStatusError]
+    up: FakeUpstream, gateway: Running, status: int, kind: type[anthropic.APIStatusError]
 ) -> None:
     up.script(openai_error(status, "wrong"))
-    async with client(gate) as own:
+    async with anthropic_client(gateway) as own:
         with pytest.raises(kind):
             await own.messages.create(model="ours", max_tokens=9, messages=[{"role": "user", "content": "x"}])
 
 
-async def test_a_stream_that_breaks_is_no_success(up: FakeUpstream, gate: Door) -> None:
+async def test_a_stream_that_breaks_is_no_success(up: FakeUpstream, gateway: Running) -> None:
     up.script(Scripted(events=chat_events()[:3]))
-    async with client(gate) as own:
+    async with anthropic_client(gateway) as own:
         with pytest.raises(anthropic.APIStatusError):
             async with own.messages.stream(
                 model="ours", max_tokens=9, messages=[{"role": "user", "content": "x"}]
             ) as told:
                 await told.get_final_message()
-    assert gate.meters[0].usage().source == "partial"
+    receipt = (await gateway.settled(1))[0]
+    assert (receipt.outcome, receipt.usage.source) == ("failed", "partial")

@@ -199,6 +199,7 @@ def nodes(node: Any) -> Iterator[Any]:
         ("required", "required"),
         ({"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}),
         ({"type": "custom", "name": "c"}, {"type": "custom", "custom": {"name": "c"}}),
+        ({"type": "allowed_tools"}, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
         (
             {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "f"}]},
             {

@@ -7,7 +7,8 @@ from typing import Any
 
 import orjson
 import pytest
-from doors import OPERATIONS, call_of
+from claudes import OPERATION, call_of
+from claudes import claude as config
 
 from qlens import CallError, ConfigError, Outgoing, Reply, UpstreamRejected
 from qlens.testing import Running, running
@@ -36,16 +37,6 @@ async def claude() -> AsyncIterator[FakeAnthropic]:
         yield fake
 
 
-def config(url: str, *, model: str = MODEL, pipeline: Mapping[str, Any] | None = None, **settings: Any) -> str:
-    """One model `ours` behind a fake Anthropic."""
-    content = {
-        "pipeline": {"auth": [{"plugin": "anonymous"}], **(pipeline or {})},
-        "providers": {"claude": {"plugin": "anthropic", "base_url": url, "api_key": KEY, **settings}},
-        "models": {"ours": {"max_output_tokens": 8000, "targets": [{"provider": "claude", "model": model}]}},
-    }
-    return orjson.dumps(content).decode()
-
-
 def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "ours", "max_tokens": 100, "messages": [HELLO], **fields}
 
@@ -55,8 +46,8 @@ async def native(gateway: Running, headers: Mapping[str, str] | None = None, **f
     body = {"model": MODEL, "max_tokens": 100, "messages": [HELLO], **fields}
     call = call_of(body, "messages")
     call.headers = headers or {}
-    plugin = gateway.plugin("provider", "claude")
-    outgoing = Outgoing(OPERATIONS["messages"], "messages", body, bool(body.get("stream")))
+    plugin = gateway.plugin("provider", "theirs")
+    outgoing = Outgoing(OPERATION["messages"], "messages", body, bool(body.get("stream")))
     reply = await plugin.send(call, outgoing)
     assert isinstance(reply, Reply)
     return reply
@@ -165,7 +156,7 @@ async def test_another_target_answers_while_the_first_is_overloaded_in_its_first
     ping = b'event: ping\ndata: {"type": "ping"}\n\n'
     claude.script(Scripted(events=[ping, wrong]))
     settings = orjson.loads(config(claude.url))
-    settings["models"]["ours"]["targets"].append({"provider": "claude", "model": "claude-opus-4-6"})
+    settings["models"]["ours"]["targets"].append({"provider": "theirs", "model": "claude-opus-4-6"})
     async with running(orjson.dumps(settings).decode()) as gateway:
         answer = await gateway.post(CHAT, chat(stream=True))
         assert answer.events()[-1] == "[DONE]"
