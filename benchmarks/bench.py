@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import asdict, define, evolve, field, frozen
 
-from benchmarks import instructions, report, soak, stages
+from benchmarks import instructions, report, scaling, soak, stages
 from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
 from benchmarks.install import default_install
 from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
@@ -239,6 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--chunks", type=int, default=0, help="with --stages or --instructions: streams of that many events"
     )
+    parser.add_argument("--workers", action="store_true", help="two workers against one, and no more")
     parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
     parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(
@@ -266,6 +267,9 @@ def main() -> None:
         if args.stages:
             rounds = args.rounds or (3 if args.quick else stages.ROUNDS)
             print(stages.measure(cores, rounds, args.chunks))
+            return
+        if args.workers:
+            print(scaling.measure(cores, args.rounds or scaling.ROUNDS, say))
             return
         if args.soak:
             print(soak.measure(cores, args.calls, say))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import gc
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ from qlens.money import usd
 from qlens.operations import OPERATIONS, Operation
 from qlens.paths import own_endpoints, plugin_endpoints
 from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
-from qlens.server import served
+from qlens.server import served, spare_the_collector
 from qlens.workers.supervisor import supervise
 
 log = logging.getLogger("qlens")
@@ -172,17 +171,6 @@ async def _serving_until(
         reloading = asyncio.create_task(_reloading(gateway, path, reload))
         await stop.wait()
         reloading.cancel()
-
-
-def spare_the_collector() -> None:
-    """Look for reference cycles less often.
-
-    A call leaves none behind (tests/core/test_account.py), so the collector finds nothing, though at its defaults it
-    walks over everything that is alive a few times in a thousand calls: a tenth of the CPU time of a call.
-    """
-    gc.collect()
-    gc.freeze()  # what is there now stays
-    gc.set_threshold(20_000, 20, 20)
 
 
 async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None:

@@ -144,8 +144,9 @@ async def authenticate(call: Call) -> Caller | None:
 async def admit(call: Call) -> object | None:
     """Decide whether the call may run, and reserve what it may use.
 
-    Runs after the body was read, validated and bounded; all plugins are asked one after another. Every worker has its own
-    instance: one of `rate_limit` or `cost` says with `shares = "store"` that its limits hold for all of them together.
+    Runs after the body was read, validated and bounded; all plugins are asked one after another. Every worker has its
+    own instance: one of `rate_limit` or `cost` says with `shares = "store"` that its limits hold for all of them
+    together.
     Return a hold, which this plugin's own `settle` gets back, or None; add Limit entries to `call.limits`.
     Raise RateLimited, QuotaExceeded or Forbidden to refuse; whoever raises, or is cancelled, has undone itself.
     """

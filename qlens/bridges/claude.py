@@ -49,8 +49,8 @@ def of(model: str) -> Claude:
 
 
 def _version(model: str) -> tuple[int, int]:
-    """(4, 5) in claude-sonnet-4-5-20250929, (3, 7) in claude-3-7-sonnet-latest."""
-    parts = model.partition("claude-")[2].split("-")
+    """(4, 5) in claude-sonnet-4-5-20250929 and in claude-sonnet-4.5, (3, 7) in claude-3-7-sonnet-latest."""
+    parts = re.split(r"[^a-z0-9]+", model.partition("claude-")[2])
     numbers = [int(part) for part in parts if re.fullmatch(r"\d{1,2}", part)]
     major, minor = (*numbers, 0, 0)[:2]
     return (major, minor) if numbers else (99, 0)

@@ -14,12 +14,11 @@ from typing import Any
 
 from attrs import define, field
 
-from qlens.cli import spare_the_collector
 from qlens.config import Draft, draft
 from qlens.errors import Fault, StartupError
 from qlens.gateway import Gateway
 from qlens.paths import health_of
-from qlens.server import Server, served
+from qlens.server import Server, served, spare_the_collector
 from qlens.workers.channel import Channel, ChannelClosed
 from qlens.workers.merged import collected
 

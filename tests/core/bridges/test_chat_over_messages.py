@@ -37,7 +37,9 @@ from qlens.testing.anthropic import (
 from qlens.testing.messages_rules import refusal
 from qlens.testing.upstreams import TEXT
 
-GOLDEN = json.loads((Path(__file__).parent / "golden/chat_over_messages/requests.json").read_text())
+FOLDER = Path(__file__).parent / "golden/chat_over_messages"
+GOLDEN = json.loads((FOLDER / "requests.json").read_text())
+ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 HELLO: dict[str, Any] = {"role": "user", "content": "Hello"}
 BODY: dict[str, Any] = {"model": MODEL, "messages": [HELLO]}
 TOOL = {"type": "function", "function": {"name": "files.read"}}
@@ -157,6 +159,17 @@ def test_what_cannot_be_said_is_refused_by_the_clients_own_field(fields: dict[st
 
 
 # --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ANSWERS, ids=[case["case"] for case in ANSWERS])
+def test_answers_and_streams_are_what_they_were(case: dict[str, Any]) -> None:
+    """The wire, event by event: `events` is what the provider writes, `chunks` what the client reads."""
+    assert plain(bridge().answer(case["provider"], case["asked"])) == plain(case["client"])
+    found = chunks([event.encode() for event in case["events"]], **case["asked"])
+    assert [event if event == "[DONE]" else plain(event) for event in found] == [
+        event if event == "[DONE]" else plain(event) for event in case["chunks"]
+    ]
+    assert "".join(case["events"]).encode() == b"".join(streamed(case["provider"], 4))
 
 
 def test_an_answer_is_a_chat_completion() -> None:

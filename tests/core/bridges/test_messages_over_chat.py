@@ -24,7 +24,9 @@ from qlens.testing.anthropic import text, thinking, tool_use
 from qlens.testing.upstreams import FakeUpstream, chat_events
 from qlens.testing.upstreams import error as openai_error
 
-GOLDEN = json.loads((Path(__file__).parent / "golden/messages_over_chat/requests.json").read_text())
+FOLDER = Path(__file__).parent / "golden/messages_over_chat"
+GOLDEN = json.loads((FOLDER / "requests.json").read_text())
+ANSWERS = json.loads((FOLDER / "answers.json").read_text())
 HELLO: dict[str, Any] = {"role": "user", "content": "Hello"}
 BODY: dict[str, Any] = {"model": "gpt", "max_tokens": 100, "messages": [HELLO]}
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o"}
@@ -143,6 +145,13 @@ def test_what_cannot_be_said_is_refused_by_the_clients_own_field(body: Body, par
 
 
 # --- answers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ANSWERS, ids=[case["case"] for case in ANSWERS])
+def test_answers_and_streams_are_what_they_were(case: dict[str, Any]) -> None:
+    """The wire, event by event: `chunks` is what the provider writes, `events` what the client reads."""
+    assert bridge().answer(case["provider"], case["asked"]) == case["client"]
+    assert events([chunk.encode() for chunk in case["chunks"]], **case["asked"]) == case["events"]
 
 
 def test_an_answer_is_a_message() -> None:

@@ -369,6 +369,20 @@ def test_an_answer_left_out_of_the_last_event_is_put_together() -> None:
     assert responses.assemble([*events, {**end, "response": {**body, "output": []}}]) == body
 
 
+def test_a_text_of_its_own_takes_nothing_of_the_event_it_is_made_after() -> None:
+    event = {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "delta": "old",
+        "logprobs": [{"token": "old", "logprob": 0}],
+        "obfuscation": "xx",
+    }
+    made = responses.text_event(event, (0, event["type"], 0), "new")
+    assert made == {"type": "response.output_text.delta", "output_index": 0, "delta": "new", "logprobs": []}
+    call = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": "old"}
+    assert responses.text_event(call, (0, call["type"], 0), "new") == {**call, "delta": "new"}
+
+
 # --- rewriting ---------------------------------------------------------------------------------
 
 
