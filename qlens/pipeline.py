@@ -222,11 +222,14 @@ class Pipeline:
         call = account.call
         for hook in self.hooks.admit:
             if hook.bounded and not call.bounded and call.model is not None:
+                field, _ = dialects.named(call.operation.dialect).output_bound(
+                    {"max_output_tokens": 1, "max_tokens": 1}
+                )
                 raise InvalidRequest(
-                    f"max_tokens is required: the model `{call.model.name}`, or a fallback of it, has no "
+                    f"{field} is required: the model `{call.model.name}`, or a fallback of it, has no "
                     f"max_output_tokens in this gateway's configuration and {hook.plugin} must know how much a call "
                     "can generate.",
-                    param="max_tokens",
+                    param=field,
                     code="missing_required_parameter",
                 )
             try:
@@ -400,21 +403,19 @@ class Pipeline:
     def outgoing(self, call: Call, target: Target, provider: Provider) -> tuple[Outgoing, Bridge | None]:
         """What this target is sent, in a dialect it speaks, with the bridge that is needed for it."""
         dialect, spoken = call.operation.dialect, provider.dialects(target)
-        body = {**call.body, **target.params, "model": target.model}
+        body, bridge = {**call.body, "model": target.model}, None
+        if dialect not in spoken:
+            dialect, bridge = bridge_for(
+                dialect, spoken, f"The provider {target.provider} of the model `{target.public}`"
+            )
+            body = bridge.request(body)
+        body.update(target.params)
         model = self.models.named(target.public)
         if model is not None and (target.params or model is not call.model):
             # A fallback may allow less than the model that was asked for, and params may ask for more.
             dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
-        if dialect in spoken:
-            return Outgoing(call.operation, dialect, body, call.stream), None
-        found = bridge_for(dialect, spoken)
-        if found is None:
-            raise InvalidRequest(
-                f"The provider {target.provider} of the model `{target.public}` does not do {call.operation.name}.",
-                code="unsupported_operation",
-            )
-        other, bridge = found
-        return Outgoing(call.operation, other, bridge.request(body), call.stream), bridge
+        body["model"] = target.model
+        return Outgoing(call.operation, dialect, body, call.stream), bridge
 
     def metered(self, account: Account, reply: Reply) -> Meter | TypedMeter | None:
         """See to it that usage is known: read from a body at once, found in a stream as it passes."""

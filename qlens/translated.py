@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 
 import orjson
 from attrs import define, field
@@ -10,15 +10,39 @@ from attrs import define, field
 from qlens import bridges, dialects, sse
 from qlens.bridges import Bridge, Translation
 from qlens.call import Body, Reply
-from qlens.errors import UpstreamInvalid
+from qlens.errors import CallError, InvalidRequest, UpstreamInvalid
 
 
-def bridge_for(dialect: str, spoken: tuple[str, ...]) -> tuple[str, Bridge] | None:
-    """The first of the provider's dialects over which this one can be spoken, with the bridge."""
+def bridge_for(dialect: str, spoken: tuple[str, ...], provider: str) -> tuple[str, Bridge]:
+    """The first of the provider's dialects over which this one can be spoken, with the bridge.
+
+    `provider` says whose they are. Raises InvalidRequest when there is none.
+    """
     for other in spoken:
         if (bridge := bridges.between(dialect, other)) is not None:
-            return other, bridge
-    return None
+            return other, _Named(bridge, provider)
+    raise InvalidRequest(f"{provider} does not do {dialect}.", code="unsupported_operation")
+
+
+@define(eq=False)
+class _Named:
+    """A bridge whose refusals say which provider lacks something: the bridge itself cannot know."""
+
+    _bridge: Bridge
+    _provider: str
+
+    def request(self, body: Body) -> Body:
+        try:
+            return self._bridge.request(body)
+        except InvalidRequest as error:
+            error.message = error.message.replace("The provider of this model", self._provider)
+            raise
+
+    def answer(self, body: Body, asked: Body) -> Body:
+        return self._bridge.answer(body, asked)
+
+    def stream(self, asked: Body) -> Translation:
+        return self._bridge.stream(asked)
 
 
 def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> None:
@@ -52,6 +76,7 @@ class _Translated:
     _translation: Translation
     _splitter: sse.Splitter = field(factory=sse.Splitter, init=False)
     _over: bool = field(default=False, init=False)
+    _error: CallError | None = field(default=None, init=False)
 
     def __aiter__(self) -> _Translated:
         return self
@@ -63,9 +88,20 @@ class _Translated:
             except StopAsyncIteration:
                 self._over = True
                 events = self._splitter.flush()
-            block = b"".join(map(self._translation.feed, events))
-            if self._over:
-                block += self._translation.end()
-            if block:
+            if block := self._fed(events):
                 return block
+        if self._error is not None:
+            raise self._error
         raise StopAsyncIteration
+
+    def _fed(self, events: Iterable[bytes]) -> bytes:
+        """What these events become; an error comes after what was in front of it."""
+        passing = []
+        try:
+            for event in events:
+                passing.append(self._translation.feed(event))
+            if self._over:
+                passing.append(self._translation.end())
+        except CallError as error:
+            self._over, self._error = True, error
+        return b"".join(passing)

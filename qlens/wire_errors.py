@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from qlens import sse
-from qlens.dialects import typed
+from qlens.dialects import responses, typed
 from qlens.errors import CallError
 
 log = logging.getLogger("qlens")
@@ -48,8 +48,7 @@ def error_event(error: CallError, dialect: str, call_id: str) -> bytes:
         if dialect == "messages":
             return typed.write(_anthropic(error, call_id))
         if dialect == "responses":
-            said: Any = error.body()["error"]
-            return typed.write({"type": "error", **{name: said[name] for name in ("code", "message", "param")}})
+            return typed.write(responses.error_event(error.body()))
         return sse.write(error.body())
     except TypeError:
         log.error("%s says something that is no text", type(error).__name__)

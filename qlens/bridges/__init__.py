@@ -41,12 +41,13 @@ class Bridge(Protocol):
 @cache
 def between(client: str, provider: str) -> Bridge | None:
     """The bridge for a client's dialect over a provider's; None when there is none."""
-    from qlens.bridges import chat_over_messages, messages_over_chat, responses_over_chat
+    from qlens.bridges import chat_over_messages, composed, messages_over_chat, responses_over_chat
 
     table: dict[tuple[str, str], Callable[[], Bridge]] = {
         ("chat", "messages"): chat_over_messages.bridge,
         ("messages", "chat"): messages_over_chat.bridge,
         ("responses", "chat"): responses_over_chat.bridge,
+        ("responses", "messages"): lambda: composed.Composed(responses_over_chat.bridge(), chat_over_messages.bridge()),
     }
     make = table.get((client, provider))
     return make() if make is not None else None

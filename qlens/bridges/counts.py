@@ -33,19 +33,18 @@ def openai_tier(usage: Usage) -> str | None:
 
 def as_anthropic(usage: Usage) -> dict[str, Any]:
     """Anthropic's usage object: what was read from a cache or written to one is no part of input_tokens."""
-    counts: dict[str, Any] = {
+    # Its clients may be generated from its schema, in which all of these are required.
+    return {
         "input_tokens": usage.input + usage.audio_in,
         "cache_creation_input_tokens": usage.cache_write_5m + usage.cache_write_1h,
         "cache_read_input_tokens": usage.cached_input,
-        "output_tokens": usage.completion,
-    }
-    if counts["cache_creation_input_tokens"]:
-        counts["cache_creation"] = {
+        "cache_creation": {
             "ephemeral_5m_input_tokens": usage.cache_write_5m,
             "ephemeral_1h_input_tokens": usage.cache_write_1h,
-        }
-    if usage.reasoning:
-        counts["output_tokens_details"] = {"thinking_tokens": usage.reasoning}
-    if usage.tier:
-        counts["service_tier"] = _TO_ANTHROPIC.get(usage.tier, usage.tier)
-    return counts
+        },
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"thinking_tokens": usage.reasoning} if usage.reasoning else None,
+        "server_tool_use": None,
+        "inference_geo": None,
+        "service_tier": _TO_ANTHROPIC.get(usage.tier, usage.tier) if usage.tier else None,
+    }

@@ -414,12 +414,13 @@ def event_error(payload: Body) -> Body | None:
     return None
 
 
-def error_event(answer: Body, number: int) -> Body:
+def error_event(answer: Body, number: int | None = None) -> Body:
     """The event that tells a client of an error in the middle of a stream; `answer` is the body of an error answer."""
     error = answer["error"]
     # OpenAI's SDK raises for what stands under `error`; its documentation has the fields beside the type.
     beside = {name: error.get(name) for name in ("code", "message", "param")}
-    return {"type": "error", "sequence_number": number, **beside, "error": error}
+    numbered = {} if number is None else {"sequence_number": number}
+    return {"type": "error", **numbered, **beside, "error": error}
 
 
 def answer_error(body: Body) -> Body:

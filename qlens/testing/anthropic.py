@@ -26,6 +26,9 @@ USAGE = {
     "cache_read_input_tokens": 0,
     "cache_creation": {"ephemeral_5m_input_tokens": 0, "ephemeral_1h_input_tokens": 0},
     "output_tokens": 4,
+    "output_tokens_details": None,
+    "server_tool_use": None,
+    "inference_geo": None,
     "service_tier": "standard",
 }
 
@@ -115,6 +118,8 @@ def message(
         "content": [dict(block) for block in blocks] or [text(TEXT)],
         "stop_reason": stop,
         "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
         "usage": dict(usage),
         **fields,
     }
@@ -188,5 +193,6 @@ def _usual_message(body: dict[str, Any]) -> dict[str, Any]:
     forced = body["tool_choice"]["name"] if choice == "tool" else tools[0]["name"] if choice == "any" else None
     thoughts = [thinking()] if (body.get("thinking") or {}).get("type") in {"enabled", "adaptive"} else []
     if forced is not None:
-        return message(*thoughts, tool_use("toolu_01Example", forced, {}), stop="tool_use", model=body["model"])
-    return message(*thoughts, text(TEXT), model=body["model"])
+        called = {**tool_use("toolu_01Example", forced, {}), "caller": {"type": "direct"}}
+        return message(*thoughts, called, stop="tool_use", model=body["model"])
+    return message(*thoughts, text(TEXT, citations=None), model=body["model"])

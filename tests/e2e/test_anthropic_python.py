@@ -159,7 +159,7 @@ def ask(request: pytest.FixtureRequest) -> Any:
 async def test_a_text_and_what_it_used(asked: Asked, ask: Any) -> None:
     asked.say("Hello from there.", stream=ask is heard)
     answer = await ask(asked, system="Be brief.", stop_sequences=["END"], metadata={"user_id": "u-1"})
-    assert [block.to_dict() for block in answer.content] == [{"type": "text", "text": "Hello from there."}]
+    assert [(block.type, block.text) for block in answer.content] == [("text", "Hello from there.")]
     assert (answer.type, answer.role, answer.stop_reason) == ("message", "assistant", "end_turn")
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (9, 4)
     assert answer.id.startswith("msg_")
@@ -249,7 +249,7 @@ def test_the_first_call_after_the_start(client: anthropic.Anthropic) -> None:
     answer = client.messages.create(
         model="gpt-4o-mini", max_tokens=50, messages=[{"role": "user", "content": "Say hello."}]
     )
-    assert answer.to_dict()["content"] == [{"type": "text", "text": "Say hello."}]
+    assert [block.to_dict()["text"] for block in answer.content] == ["Say hello."]
     with client.messages.stream(
         model="gpt-4o-mini", max_tokens=50, messages=[{"role": "user", "content": "Say hello."}]
     ) as told:

@@ -33,9 +33,9 @@ def answered(body: Body, asked: Body) -> Body:
         content = [*_thoughts(message), *_texts(message), *_calls(message, finish)]
     except (AttributeError, LookupError, TypeError) as error:
         raise UpstreamInvalid("The provider's answer is not a chat completion.") from error
-    called = any(block["type"] == "tool_use" for block in content)
+    calls = any(block["type"] == "tool_use" for block in content)
     usage = chat.usage(body) or NO_USAGE
-    return {**opening(body, usage), "content": content, **stopped(choice, called, asked)}
+    return {**opening(body, usage), "content": content, **stopped(choice, calls, asked)}
 
 
 def opening(body: Body, usage: Usage) -> Body:
@@ -49,15 +49,30 @@ def opening(body: Body, usage: Usage) -> Body:
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
         "usage": counts.as_anthropic(usage),
     }
 
 
-def stopped(choice: Block, called: bool, asked: Body) -> Body:
+# Clients that are generated from Anthropic's schema want the fields that say nothing, too.
+
+
+def said(text: str) -> Block:
+    """A block of text."""
+    return {"type": "text", "text": text, "citations": None}
+
+
+def called(identifier: str, name: str, given: Body) -> Block:
+    """A block that calls a tool."""
+    return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
+
+
+def stopped(choice: Block, calls: bool, asked: Body) -> Body:
     """Why an answer stopped; some servers say which stop sequence it was."""
     finish, matched = choice.get("finish_reason"), choice.get("stop_reason")
     reason = _STOPS.get(str(finish), "end_turn")
-    if reason == "end_turn" and called:
+    if reason == "end_turn" and calls:
         reason = "tool_use"
     if reason == "end_turn" and isinstance(matched, str) and matched in (asked.get("stop_sequences") or ()):
         return {"stop_reason": "stop_sequence", "stop_sequence": matched}
@@ -68,16 +83,16 @@ def _thoughts(message: Block) -> list[Block]:
     signed = message.get("thinking_blocks")
     if isinstance(signed, list) and signed:
         return signed
-    said = next((message[name] for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
+    thought = next((message[name] for name in REASONING if isinstance(message.get(name), str) and message[name]), None)
     # Nobody signed it: it is for people to read, and not sent on when it comes back.
-    return [{"type": "thinking", "thinking": said, "signature": ""}] if said else []
+    return [{"type": "thinking", "thinking": thought, "signature": ""}] if thought else []
 
 
 def _texts(message: Block) -> list[Block]:
     content = message.get("content")
     parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     texts = [*(part.get("text") for part in parts), message.get("refusal")]
-    return [{"type": "text", "text": text} for text in texts if isinstance(text, str) and text]
+    return [said(text) for text in texts if isinstance(text, str) and text]
 
 
 def _calls(message: Block, finish: object) -> list[Block]:
@@ -85,10 +100,7 @@ def _calls(message: Block, finish: object) -> list[Block]:
     calls = [(call.get("id") or f"call_{index}", call["function"]) for index, call in given]
     if message.get("function_call"):
         calls.append(("call_0", message["function_call"]))
-    return [
-        {"type": "tool_use", "id": name, "name": function["name"], "input": _input(function, finish)}
-        for name, function in calls
-    ]
+    return [called(name, function["name"], _input(function, finish)) for name, function in calls]
 
 
 def _input(function: Block, finish: object) -> Body:

@@ -9,7 +9,7 @@ from attrs import define, field
 
 from qlens import sse
 from qlens.bridges import counts
-from qlens.bridges.messages_over_chat.answer import REASONING, opening, stopped
+from qlens.bridges.messages_over_chat.answer import REASONING, called, opening, said, stopped
 from qlens.dialects import Body, chat, typed
 from qlens.errors import UpstreamInvalid
 from qlens.metering import parsed
@@ -80,8 +80,8 @@ class Events:
 
     def _chunk(self, payload: Body) -> list[bytes]:
         events = []
-        if (said := chat.usage(payload)) is not None:
-            self._usage = larger(self._usage, said)
+        if (usage := chat.usage(payload)) is not None:
+            self._usage = larger(self._usage, usage)
         choices = [choice for choice in payload.get("choices") or () if not choice.get("index")]
         if not self._began and choices:
             self._began = True
@@ -113,7 +113,7 @@ class Events:
     def _say(self, kind: str, delta: Block) -> list[bytes]:
         events = []
         if self._open != kind:
-            empty = {"type": "thinking", "thinking": "", "signature": ""} if kind == "thinking" else _TEXT
+            empty = {"type": "thinking", "thinking": "", "signature": ""} if kind == "thinking" else said("")
             events = [*self._close_all(), self._start(kind, empty)]
         return [*events, self._grow(delta)]
 
@@ -157,8 +157,7 @@ class Events:
         while self._queue:
             call = self._calls[self._queue[0]]
             if self._open != "tool_use":
-                block = {"type": "tool_use", "id": call.id, "name": call.name, "input": {}}
-                events += [*self._close(), self._start("tool_use", block)]
+                events += [*self._close(), self._start("tool_use", called(call.id, call.name, {}))]
             if call.waiting:
                 events.append(self._grow({"type": "input_json_delta", "partial_json": call.waiting}))
                 call.waiting = ""
@@ -185,9 +184,6 @@ class Events:
 
     def _close_all(self) -> list[bytes]:
         return [*self._advance(complete=True), *self._close()]
-
-
-_TEXT: Block = {"type": "text", "text": ""}
 
 
 def _is_json(text: str) -> bool:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from qlens import InvalidRequest, UpstreamInvalid, UpstreamLimited, sse
 from qlens.bridges import between
 from qlens.bridges.messages_over_chat import without_extensions
+from qlens.bridges.messages_over_chat.answer import called, said
 from qlens.dialects import Body, chat, messages
 from qlens.testing import Running, Scripted, running, upstream
-from qlens.testing.anthropic import text, thinking, tool_use
+from qlens.testing.anthropic import thinking
 from qlens.testing.upstreams import FakeUpstream, chat_events
 from qlens.testing.upstreams import error as openai_error
 
@@ -44,6 +45,9 @@ COUNTS = {
     "output_tokens": 50,
     "cache_creation": {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20},
     "output_tokens_details": {"thinking_tokens": 30},
+    "server_tool_use": None,
+    "inference_geo": None,
+    "service_tier": None,
 }
 
 
@@ -161,9 +165,11 @@ def test_an_answer_is_a_message() -> None:
         "type": "message",
         "role": "assistant",
         "model": "gpt-4o",
-        "content": [text("I look."), tool_use("call_1", "f", {"a": 1})],
+        "content": [said("I look."), called("call_1", "f", {"a": 1})],
         "stop_reason": "tool_use",
         "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
         "usage": {**COUNTS, "service_tier": "standard"},
     }
 
@@ -197,18 +203,18 @@ def test_the_stop_sequence_is_told_where_the_server_says_it() -> None:
 
 def test_signed_thoughts_come_back_as_they_were_and_others_unsigned() -> None:
     signed = completion(content="x", reasoning_content="hm", thinking_blocks=[thinking("hm")])
-    assert answered(signed)["content"] == [thinking("hm"), text("x")]
-    assert messages.assemble(events(streamed(signed)))["content"] == [thinking("hm"), text("x")]
+    assert answered(signed)["content"] == [thinking("hm"), said("x")]
+    assert messages.assemble(events(streamed(signed)))["content"] == [thinking("hm"), said("x")]
     unsigned = completion(content="x", reasoning_content="hm")
-    expected = [{"type": "thinking", "thinking": "hm", "signature": ""}, text("x")]
+    expected = [{"type": "thinking", "thinking": "hm", "signature": ""}, said("x")]
     assert answered(unsigned)["content"] == expected
     assert messages.assemble(events(streamed(unsigned)))["content"] == expected
 
 
 def test_a_refusal_is_what_the_answer_says() -> None:
     told = completion("stop", refusal="I cannot.")
-    assert answered(told)["content"] == [text("I cannot.")]
-    assert messages.assemble(events(streamed(told)))["content"] == [text("I cannot.")]
+    assert answered(told)["content"] == [said("I cannot.")]
+    assert messages.assemble(events(streamed(told)))["content"] == [said("I cannot.")]
 
 
 def test_arguments_that_are_no_object_are_the_providers_fault_unless_they_were_cut() -> None:
@@ -216,7 +222,7 @@ def test_arguments_that_are_no_object_are_the_providers_fault_unless_they_were_c
     with pytest.raises(UpstreamInvalid):
         answered(completion("tool_calls", tool_calls=broken))
     cut = answered(completion("length", tool_calls=broken))
-    assert (cut["content"], cut["stop_reason"]) == ([tool_use("call_1", "f", {})], "max_tokens")
+    assert (cut["content"], cut["stop_reason"]) == ([called("call_1", "f", {})], "max_tokens")
 
 
 @pytest.mark.parametrize("choices", [None, [], [{}], [{"message": {"tool_calls": [1]}}]])
@@ -254,9 +260,13 @@ CALLS = st.dictionaries(st.text(max_size=4), st.text(max_size=4) | st.integers(0
 
 
 @given(st.text(max_size=12), st.text(max_size=12), st.lists(CALLS, max_size=3), st.integers(1, 9))
-def test_no_text_is_lost_or_doubled_by_streaming(thought: str, said: str, calls: list[str], size: int) -> None:
+def test_no_text_is_lost_or_doubled_by_streaming(thought: str, words: str, calls: list[str], size: int) -> None:
     tools = [call(f"call_{at}", "f", arguments) for at, arguments in enumerate(calls)]
-    fields: dict[str, Any] = {"content": said, "reasoning_content": thought, **({"tool_calls": tools} if tools else {})}
+    fields: dict[str, Any] = {
+        "content": words,
+        "reasoning_content": thought,
+        **({"tool_calls": tools} if tools else {}),
+    }
     told = completion("tool_calls" if tools else "stop", USAGE, **fields)
     assert messages.assemble(events(_in_pieces(streamed(told), size))) == answered(told)
 
@@ -295,13 +305,13 @@ def test_calls_without_index_begin_with_their_id() -> None:
         {"id": "b", "function": {"name": "g", "arguments": "{}"}},
     ]
     found = messages.assemble(events([*(delta(tool_calls=[part]) for part in parts), delta("tool_calls"), sse.DONE]))
-    assert found["content"] == [tool_use("a", "f", {}), tool_use("b", "g", {})]
+    assert found["content"] == [called("a", "f", {}), called("b", "g", {})]
 
 
 def test_text_after_a_call_begins_a_block_of_its_own() -> None:
     chunks = [delta(tool_calls=[{"index": 0, **call("a", "f", "{}")}]), delta(content="then"), delta("tool_calls")]
     found = messages.assemble(events(chunks))
-    assert found["content"] == [tool_use("a", "f", {}), text("then")]
+    assert found["content"] == [called("a", "f", {}), said("then")]
     with pytest.raises(UpstreamInvalid):
         events([*chunks[:2], delta(tool_calls=[{"index": 0, "function": {"arguments": "x"}}])])
 
@@ -357,7 +367,7 @@ async def test_anthropics_sdk_uses_tools_over_turns(up: FakeUpstream, gateway: R
         history: Any = [HELLO, {"role": "assistant", "content": answer.content}, {"role": "user", "content": results}]
         last = await own.messages.create(messages=history, **options)
     assert (answer.stop_reason, answer.usage.input_tokens, answer.usage.cache_read_input_tokens) == ("tool_use", 5, 7)
-    assert last.content[0].to_dict() == text("Done.")
+    assert last.content[0].to_dict() == said("Done.")
     sent = up.requests[1].body["messages"]
     assert [each["function"] for each in sent[1]["tool_calls"]] == [each["function"] for each in calls]
     assert [each["tool_call_id"] for each in sent[2:]] == ["call_1", "call_2"]

@@ -354,6 +354,34 @@ def test_every_event_is_one_that_openais_own_types_accept() -> None:
         EVENTS.validate_python(event)
 
 
+def test_items_and_parts_begin_empty_and_in_progress_and_end_as_they_are() -> None:
+    body = rich_answer()
+    events = list(responses.explode(body))
+    began = [event["item"] for event in events if event["type"] == "response.output_item.added"]
+    assert [item.get("status") for item in began] == [None, None, *["in_progress"] * 3, None, "in_progress"]
+    assert [item.get("content") for item in began] == [None, [], None, [], None, None, []]
+    assert [item.get("arguments", item.get("input")) for item in began] == [None] * 4 + ["", "", None]
+    assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == body["output"]
+    parts = [event["part"] for event in events if event["type"].endswith("part.added")]
+    assert parts == [
+        {"type": "summary_text", "text": ""},
+        {"type": "reasoning_text", "text": ""},
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+        {"type": "refusal", "refusal": ""},
+        {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    ]
+
+
+def test_log_probabilities_stand_beside_the_text_they_spell_and_nowhere_else() -> None:
+    events = list(responses.explode(rich_answer()))
+    spelled = {event["type"]: event["logprobs"] for event in events if "logprobs" in event}
+    assert spelled.keys() == {"response.output_text.delta", "response.output_text.done"}
+    delta = next(event for event in events if event["type"] == "response.output_text.delta")
+    assert [token["token"] for token in delta["logprobs"]] == ["Hel"]
+    plain = next(e for e in responses.explode(answer(message())) if e["type"] == "response.output_text.delta")
+    assert plain["logprobs"] == []
+
+
 @pytest.mark.parametrize("status", ["completed", "incomplete", "failed"])
 def test_a_stream_becomes_the_answer_it_was(status: str) -> None:
     body = {**rich_answer(), "status": status}
@@ -370,7 +398,7 @@ def test_an_answer_left_out_of_the_last_event_is_put_together() -> None:
 
 
 def test_a_text_of_its_own_takes_nothing_of_the_event_it_is_made_after() -> None:
-    event = {
+    event: Body = {
         "type": "response.output_text.delta",
         "output_index": 0,
         "delta": "old",
@@ -379,7 +407,7 @@ def test_a_text_of_its_own_takes_nothing_of_the_event_it_is_made_after() -> None
     }
     made = responses.text_event(event, (0, event["type"], 0), "new")
     assert made == {"type": "response.output_text.delta", "output_index": 0, "delta": "new", "logprobs": []}
-    call = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": "old"}
+    call: Body = {"type": "response.function_call_arguments.delta", "output_index": 0, "delta": "old"}
     assert responses.text_event(call, (0, call["type"], 0), "new") == {**call, "delta": "new"}
 
 

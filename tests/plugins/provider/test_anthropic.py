@@ -11,6 +11,7 @@ from claudes import OPERATION, call_of
 from claudes import claude as config
 
 from qlens import CallError, ConfigError, Outgoing, Reply, UpstreamRejected
+from qlens.dialects import messages as dialect
 from qlens.testing import Running, running
 from qlens.testing.anthropic import (
     KEY,
@@ -23,11 +24,14 @@ from qlens.testing.anthropic import (
     stream,
     streamed,
     text,
+    thinking,
+    tool_use,
     whole,
 )
 from qlens.testing.upstreams import TEXT, Scripted
 
 CHAT = "/v1/chat/completions"
+MESSAGES = "/v1/messages"
 HELLO: dict[str, Any] = {"role": "user", "content": "Hello"}
 
 
@@ -211,6 +215,71 @@ async def test_messages_pass_unchanged_and_say_what_they_used(claude: FakeAnthro
         claude.script(failure("overloaded_error", "Overloaded"))
         with pytest.raises(CallError):
             await native(gateway, stream=True)
+
+
+# --- messages at the front door ----------------------------------------------------------------
+
+
+def messages(**fields: Any) -> dict[str, Any]:
+    return {"model": "ours", "max_tokens": 100, "messages": [HELLO], **fields}
+
+
+async def test_messages_pass_byte_by_byte_and_are_counted(claude: FakeAnthropic) -> None:
+    told = message(thinking(), text("Hi."), tool_use("toolu_1", "f", {"a": 1}), stop="tool_use")
+    claude.script(whole(told), stream(told))
+    async with running(config(claude.url)) as gateway:
+        answer = await gateway.post(MESSAGES, messages())
+        streamed_answer = await gateway.post(MESSAGES, messages(stream=True))
+        receipts = await gateway.settled(2)
+    assert answer.json() == told
+    assert streamed_answer.body == b"".join(streamed(told))
+    assert [(each.outcome, each.usage.total, each.usage.source) for each in receipts] == [
+        ("complete", 13, "provider"),
+        ("complete", 13, "provider"),
+    ]
+
+
+async def test_a_guard_finds_what_it_looks_for_in_messages_and_their_streams(claude: FakeAnthropic) -> None:
+    rule = {"name": "word", "regex": "secret", "action": "redact", "replacement": "[word]"}
+    guard = {"guard": [{"plugin": "pattern", "rules": [rule]}]}
+    told = message(text("a secret, a secret"), tool_use("toolu_1", "f", {"a": "secret"}), stop="tool_use")
+    claude.script(whole(told), stream(told, size=3))
+    called = {"role": "assistant", "content": [tool_use("toolu_1", "f", {"name": "a secret"})]}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "toolu_1", "content": "secret"}]}
+    asked = messages(
+        system="keep the secret",
+        messages=[HELLO, called, result],
+        tools=[{"name": "f", "input_schema": {"type": "object"}}],
+    )
+    async with running(config(claude.url, pipeline=guard)) as gateway:
+        answer = await gateway.post(MESSAGES, asked)
+        streamed_answer = await gateway.post(MESSAGES, {**asked, "stream": True})
+    clean = message(text("a [word], a [word]"), tool_use("toolu_1", "f", {"a": "[word]"}), stop="tool_use")
+    assert answer.json() == clean
+    assert dialect.assemble(streamed_answer.events()) == clean
+    assert all(b"secret" not in request.content for request in claude.requests)
+
+
+async def test_a_cached_message_is_streamed_to_who_wants_a_stream(claude: FakeAnthropic) -> None:
+    cache = {"cache": [{"plugin": "exact", "store": {"kind": "memory"}, "ttl_seconds": 60}]}
+    told = message(text("once"))
+    claude.script(stream(told))
+    async with running(config(claude.url, pipeline=cache)) as gateway:
+        first = await gateway.post(MESSAGES, messages(stream=True, temperature=0))
+        second = await gateway.post(MESSAGES, messages(temperature=0))
+        third = await gateway.post(MESSAGES, messages(stream=True, temperature=0))
+    assert dialect.assemble(first.events()) == second.json() == dialect.assemble(third.events()) == told
+    assert second.headers["x-qlens-cache"] == third.headers["x-qlens-cache"] == "hit"
+
+
+async def test_an_error_in_messages_has_anthropics_shape(claude: FakeAnthropic) -> None:
+    claude.script(failure("overloaded_error", "Overloaded"), Scripted(events=list(streamed(message()))[:5]))
+    async with running(config(claude.url)) as gateway:
+        before = await gateway.post(MESSAGES, messages())
+        within = await gateway.post(MESSAGES, messages(stream=True))
+    assert (before.status, before.json()["type"], before.json()["error"]["type"]) == (503, "error", "overloaded_error")
+    assert within.events()[-1]["error"]["type"] == "api_error"
+    assert within.body.rindex(b"event: error\n") > within.body.rindex(b"event: content_block_delta\n")
 
 
 # --- settings ----------------------------------------------------------------------------------

@@ -1,0 +1,44 @@
+"""One bridge behind another: for a client's dialect that reaches the provider's over a third one."""
+
+from __future__ import annotations
+
+from attrs import define, frozen
+
+from qlens import sse
+from qlens.bridges import Bridge, Translation
+from qlens.dialects import Body
+
+
+@frozen
+class Composed:
+    """The client's side of the first bridge, the provider's of the second."""
+
+    first: Bridge
+    second: Bridge
+
+    def request(self, body: Body) -> Body:
+        """The body as the provider's dialect says it; what only the second cannot say is refused in its words."""
+        return self.second.request(self.first.request(body))
+
+    def answer(self, body: Body, asked: Body) -> Body:
+        """A complete answer in the client's dialect."""
+        return self.first.answer(self.second.answer(body, self.first.request(asked)), asked)
+
+    def stream(self, asked: Body) -> Translation:
+        """The state of one stream."""
+        return _Stream(self.first.stream(asked), self.second.stream(self.first.request(asked)))
+
+
+@define(eq=False)
+class _Stream:
+    _first: Translation
+    _second: Translation
+
+    def feed(self, event: bytes) -> bytes:
+        return self._through(self._second.feed(event))
+
+    def end(self) -> bytes:
+        return self._through(self._second.end()) + self._first.end()
+
+    def _through(self, block: bytes) -> bytes:
+        return b"".join(map(self._first.feed, sse.cut(block))) if block else b""
