@@ -16,6 +16,7 @@ from attrs import field, frozen
 from qlens import dialects, returned, sse
 from qlens.account import Account, run_apart
 from qlens.bridges import Bridge
+from qlens.bridges.messages_over_chat import without_extensions
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
 from qlens.dialects import typed
@@ -409,10 +410,13 @@ class Pipeline:
                 dialect, spoken, f"The provider {target.provider} of the model `{target.public}`"
             )
             body = bridge.request(body)
+            if dialect == "chat" and not getattr(provider.plugin, "takes_extensions", False):
+                body = without_extensions(body)
         body.update(target.params)
         model = self.models.named(target.public)
-        if model is not None and (target.params or model is not call.model):
-            # A fallback may allow less than the model that was asked for, and params may ask for more.
+        if model is not None and (bridge is not None or target.params or model is not call.model):
+            # A fallback may allow less than the model that was asked for, params may ask for more, and where a
+            # provider wants a number that the client did not give, a bridge has put in what the model can do.
             dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
         body["model"] = target.model
         return Outgoing(call.operation, dialect, body, call.stream), bridge

@@ -57,4 +57,7 @@ def error_event(error: CallError, dialect: str, call_id: str) -> bytes:
 
 def _anthropic(error: CallError, call_id: str) -> dict[str, Any]:
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": call_id}
+    # This API has no field for the parameter, so the message must name it.
+    named = error.param and error.param not in error.message
+    message = f"{error.param}: {error.message}" if named else error.message
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": call_id}

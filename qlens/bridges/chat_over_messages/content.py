@@ -42,7 +42,7 @@ def _block(part: Block, param: str) -> Block | None:
             return _document(part["file"], f"{param}.file")
         case other:
             raise InvalidRequest(
-                f"The provider takes no content of type '{str(other)[:64]}'.",
+                f"The provider of this model takes no content of type '{str(other)[:64]}'.",
                 param=f"{param}.type",
                 code="unsupported_value",
             )
@@ -58,7 +58,7 @@ def _image(url: Any, param: str) -> Block:
     media = next((kind for magic, kind in _MAGIC if encoded.startswith(magic)), media)
     if media not in _IMAGES:
         raise InvalidRequest(
-            "The provider takes images of these types only: gif, jpeg, png, webp.",
+            "The provider of this model takes images of these types only: gif, jpeg, png, webp.",
             param=param,
             code="unsupported_value",
         )
@@ -69,7 +69,7 @@ def _document(file: Block, param: str) -> Block:
     data = file.get("file_data")
     if not data:
         raise InvalidRequest(
-            "The provider does not have this file: send the file itself, as a data URL in 'file_data'.",
+            "The provider of this model does not have this file: send the file itself, as a data URL in 'file_data'.",
             param=f"{param}.file_id" if file.get("file_id") else f"{param}.file_data",
             code="unsupported_value",
         )
@@ -82,7 +82,7 @@ def _document(file: Block, param: str) -> Block:
         source = {"type": "text", "media_type": "text/plain", "data": text}
     else:
         raise InvalidRequest(
-            "The provider takes documents in PDF and plain text only.",
+            "The provider of this model takes documents in PDF and plain text only.",
             param=f"{param}.file_data",
             code="unsupported_value",
         )

@@ -83,11 +83,11 @@ class Conversation:
                 raise _unsupported("The assistant says text only for this provider.", f"{param}.content")
             yield block
         if message.get("audio"):
-            raise _unsupported("The provider takes no spoken answers.", f"{param}.audio")
+            raise _unsupported("The provider of this model takes no spoken answers.", f"{param}.audio")
         for position, call in enumerate(message.get("tool_calls") or ()):
             where = f"{param}.tool_calls[{position}]"
             if call.get("type", "function") != "function":
-                raise _unsupported("The provider takes calls of functions only.", f"{where}.type")
+                raise _unsupported("The provider of this model takes calls of functions only.", f"{where}.type")
             yield marked(self._use(call_id(call["id"]), call["function"], f"{where}.function"), call)
         if message.get("function_call"):
             self._called.append(f"call_{len(self.turns)}")

@@ -41,7 +41,7 @@ def format_of(body: Body, model: Claude, names: Names) -> Format:
         return Format(hint="Answer with one JSON object and nothing else.")
     if kind != "json_schema":
         raise InvalidRequest(
-            "The provider answers in the formats text, json_object and json_schema only.",
+            "The provider of this model answers in the formats text, json_object and json_schema only.",
             param="response_format.type",
             code="unsupported_value",
         )
@@ -51,7 +51,7 @@ def format_of(body: Body, model: Claude, names: Names) -> Format:
         return Format(output={"format": {"type": "json_schema", "schema": _closed(schema)}})
     if schema.get("type") != "object":
         raise InvalidRequest(
-            "The provider takes a schema of type 'object' only.", param=_SCHEMA, code="unsupported_value"
+            "The provider of this model takes a schema of type 'object' only.", param=_SCHEMA, code="unsupported_value"
         )
     text = described.get("description") or "Gives the answer to the user: call it once, at the end."
     return Format(tool={"name": names.unused(HELPER), "description": text, "input_schema": schema})

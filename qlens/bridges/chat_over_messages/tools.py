@@ -100,7 +100,7 @@ def offered(body: Body, names: Names, model: Claude) -> list[Block]:
     for position, tool in enumerate(body.get("tools") or ()):
         if tool.get("type") != "function":
             raise InvalidRequest(
-                f"The provider takes tools of type 'function' only, not '{str(tool.get('type'))[:64]}'.",
+                f"The provider of this model takes tools of type 'function' only, not '{str(tool.get('type'))[:64]}'.",
                 param=f"tools[{position}].type",
                 code="unsupported_value",
             )
@@ -157,7 +157,7 @@ def _choice(given: Any, names: Names) -> Block | None:
             return {"type": "tool", "name": names.sent(str((given.get("function") or {}).get("name")))}
         if given.get("type") != "allowed_tools":
             raise InvalidRequest(
-                "The provider lets a tool of type 'function' be chosen only.",
+                "The provider of this model lets a tool of type 'function' be chosen only.",
                 param="tool_choice.type",
                 code="unsupported_value",
             )

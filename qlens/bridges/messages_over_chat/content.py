@@ -51,7 +51,7 @@ def parts_of_block(block: Block, param: str) -> Iterator[Block]:
             text = "\n".join([f"{block['title']} ({block['source']})", *texts])
             yield marked({"type": "text", "text": text}, block)
         case other:
-            raise refused(f"The provider takes no block of type '{str(other)[:64]}'.", f"{param}.type")
+            raise refused(f"The provider of this model takes no block of type '{str(other)[:64]}'.", f"{param}.type")
 
 
 def marked(part: Block, block: Mapping[str, Any]) -> Block:
@@ -68,13 +68,16 @@ def _url_of(source: Block, param: str, media: str | None) -> str:
         case "url" if media is None:
             return str(source["url"])
         case "file":
-            raise refused("The provider does not have this file: send the file itself, in base64.", f"{param}.file_id")
-    raise refused(f"The provider takes no source of type '{source['type'][:64]}' here.", f"{param}.type")
+            raise refused(
+                "The provider of this model does not have this file: send the file itself, in base64.",
+                f"{param}.file_id",
+            )
+    raise refused(f"The provider of this model takes no source of type '{source['type'][:64]}' here.", f"{param}.type")
 
 
 def _document(block: Block, param: str) -> list[Block]:
     if (block.get("citations") or {}).get("enabled"):
-        raise refused("The provider cannot cite documents.", f"{param}.citations")
+        raise refused("The provider of this model cannot cite documents.", f"{param}.citations")
     source, title = block["source"], block.get("title")
     about = [text for text in (title, block.get("context")) if text]
     if source["type"] == "text":

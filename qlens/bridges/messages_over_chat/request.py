@@ -90,7 +90,8 @@ def _limit(body: Body) -> int:
     limit: int = body["max_tokens"]
     if not limit:
         raise _unsupported(
-            "max_tokens", "The provider cannot fill its cache without generating: ask for a token at least."
+            "max_tokens",
+            "The provider of this model cannot fill its cache without generating: ask for a token at least.",
         )
     return limit
 
@@ -99,7 +100,7 @@ def _stops(body: Body) -> list[str] | None:
     stops = body.get("stop_sequences") or None
     if stops is not None and len(stops) > _MOST_STOPS:
         raise InvalidRequest(
-            f"The provider takes at most {_MOST_STOPS} stop sequences.",
+            f"The provider of this model takes at most {_MOST_STOPS} stop sequences.",
             param="stop_sequences",
             code="array_above_max_length",
         )
@@ -112,7 +113,8 @@ def _stops(body: Body) -> list[str] | None:
 def _tool(tool: Block, param: str) -> Block:
     if tool.get("type") not in {None, "custom"}:
         raise _unsupported(
-            f"{param}.type", f"The provider has no tool of type '{str(tool['type'])[:64]}': it takes the client's own."
+            f"{param}.type",
+            f"The provider of this model has no tool of type '{str(tool['type'])[:64]}': it takes the client's own.",
         )
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
     if tool.get("description"):

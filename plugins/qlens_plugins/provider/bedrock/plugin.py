@@ -46,6 +46,7 @@ class Bedrock:
     """The models that refused to make an answer fit a schema by themselves."""
 
     Config = BedrockConfig
+    takes_extensions = True
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target: a model either makes embeddings or chats."""
