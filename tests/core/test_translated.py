@@ -7,7 +7,7 @@ from typing import Any
 from yamls import config
 
 from qlens.testing import running, upstream
-from qlens.testing.anthropic import KEY, anthropic
+from qlens.testing.anthropic import KEY, MODEL, anthropic
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]}
 
@@ -27,7 +27,7 @@ async def test_a_chat_provider_gets_nothing_that_only_claude_knows() -> None:
 async def test_a_bridge_never_asks_for_more_than_the_model_may_generate() -> None:
     async with anthropic() as server:
         providers = {"claude": {"plugin": "anthropic", "base_url": server.url, "api_key": KEY}}
-        models = {"m": {"max_output_tokens": 77, "targets": [{"provider": "claude", "model": "claude-sonnet-4-5"}]}}
+        models = {"m": {"max_output_tokens": 77, "targets": [{"provider": "claude", "model": MODEL}]}}
         async with running(config({}, providers, models)) as gateway:
             body = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
             answer = await gateway.post("/v1/chat/completions", body)
