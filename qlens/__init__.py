@@ -50,13 +50,15 @@ if TYPE_CHECKING:
         UpstreamUnavailable,
         UpstreamUnreachable,
     )
-    from qlens.exchange import Mend, post_openai
+    from qlens.exchange import Mend, post_openai, send_request
     from qlens.exchange_messages import post_messages
     from qlens.gateway import Gateway
     from qlens.hookspecs import hookimpl
     from qlens.money import picos, usd
+    from qlens.passthrough import path_patterns
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
+    from qlens.session import Frame, Session, SessionClosed
     from qlens.upstream import Answer, Deadlines, Upstream, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
@@ -71,13 +73,15 @@ _HOMES = {
         "UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated UpstreamUnavailable "
         "UpstreamUnreachable"
     ),
-    "qlens.exchange": "Mend post_openai",
+    "qlens.exchange": "Mend post_openai send_request",
     "qlens.exchange_messages": "post_messages",
     "qlens.gateway": "Gateway",
     "qlens.hookspecs": "hookimpl",
     "qlens.money": "picos usd",
+    "qlens.passthrough": "path_patterns",
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
+    "qlens.session": "Frame Session SessionClosed",
     "qlens.upstream": "Answer Deadlines Upstream header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
@@ -101,6 +105,7 @@ __all__ = [
     "Endpoint",
     "Fault",
     "Forbidden",
+    "Frame",
     "Gateway",
     "Health",
     "InvalidRequest",
@@ -115,6 +120,8 @@ __all__ = [
     "Receipt",
     "Reply",
     "Secret",
+    "Session",
+    "SessionClosed",
     "StartupError",
     "Target",
     "Unauthenticated",
@@ -137,10 +144,12 @@ __all__ = [
     "header_value",
     "hookimpl",
     "http_url",
+    "path_patterns",
     "picos",
     "post_messages",
     "post_openai",
     "read_yaml",
+    "send_request",
     "usd",
 ]
 

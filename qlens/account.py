@@ -7,15 +7,13 @@ import logging
 import sys
 import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from attrs import define, field
 
 from qlens import returned
 from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
-from qlens.errors import Blocked, CallError, QuotaExceeded, frames
-from qlens.metering import Meter
-from qlens.metering_typed import TypedMeter
+from qlens.errors import Blocked, CallError, QuotaExceeded, SessionCut, frames
 from qlens.usage import NO_USAGE, Usage, together
 
 if TYPE_CHECKING:
@@ -41,6 +39,15 @@ def run_apart(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return asyncio.get_running_loop().create_task(work)
 
 
+class Metering(Protocol):
+    """What watches a stream or a session."""
+
+    reply: Reply
+
+    def usage(self) -> Usage:
+        """What was used so far."""
+
+
 @define(eq=False)
 class Account:
     """What a call holds, tries and owes. Whoever made one leaves it, whatever happens: leaving settles."""
@@ -54,8 +61,8 @@ class Account:
     """What the client gets."""
     source: Reply | None = None
     """What the cache or the provider gave; a guard may have put another reply in front."""
-    meters: dict[int, Meter | TypedMeter] = field(factory=dict)
-    """What watches each attempt's stream, by the attempt's place."""
+    meters: dict[int, Metering] = field(factory=dict)
+    """What watches each attempt's stream or session, by the attempt's place."""
     first_byte: float | None = None
     bytes_out: int = 0
     rested: float = 0.0
@@ -86,6 +93,8 @@ class Account:
     async def _finish(self, error: BaseException | None) -> None:
         ending = self._ending(error)  # before anything is waited for, which may change the reasons
         await self._close()
+        if self.call.form is not None:
+            self.call.form.close()
         await self.pipeline.settle(self, self._receipt(*ending))
 
     async def _close(self) -> None:
@@ -146,7 +155,7 @@ class Account:
         """Note that an attempt was cancelled; why, is known when the call ends."""
         self.call.attempts[place].ended = time.monotonic()
 
-    def answered(self, place: int, reply: Reply, meter: Meter | TypedMeter | None) -> None:
+    def answered(self, place: int, reply: Reply, meter: Metering | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
         self.open(reply)
         attempt = self.call.attempts[place]
@@ -272,7 +281,7 @@ class Account:
         code = error.code or error.type
         if isinstance(error, Blocked):
             return "blocked", status, code
-        if isinstance(error, QuotaExceeded) and self.first_byte is not None:
+        if isinstance(error, QuotaExceeded | SessionCut) and self.first_byte is not None:
             return "cut", status, code
         if not self.admitted and error.status < 500:
             return "rejected", status, code
@@ -283,7 +292,8 @@ class Account:
         if self.call.operation.runs == "local":
             return "complete", status, None
         if not self.call.attempts:
-            return "cached", status, None
+            is_own = self.call.operation.runs == "count" and self.source is None
+            return ("complete" if is_own else "cached"), status, None
         if self.source is not None and self.source.complete:
             return "complete", status, None
         return "failed", status, "upstream_truncated"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 from attrs import Factory, define, field, frozen
 
 from qlens import dialects, sse
-from qlens.dialects.rewrite import rewrite_body, rewrite_stream
+from qlens.dialects.rewrite import rewrite_body, rewrite_plain, rewrite_stream
 from qlens.usage import NO_USAGE, Usage
 
 if TYPE_CHECKING:
+    from qlens.forms import File, Form
+    from qlens.object_ids import Kept
     from qlens.operations import Operation
+    from qlens.upstream_connection import Upload
 
 Body = dict[str, Any]
 """A parsed JSON object in the client's (call.body) or the provider's (outgoing.body) dialect."""
@@ -155,6 +158,22 @@ class Receipt:
     config_version: str
 
 
+@frozen
+class Request:
+    """What is asked of a provider as it is, where no dialect says it: about an object it keeps, or what passes through.
+
+    Clients' credentials are never in it.
+    """
+
+    method: str
+    path: str
+    """Below the provider's address, escaped: `/files/file-1`."""
+    query: tuple[tuple[str, str], ...] = ()
+    headers: Mapping[str, str] = field(factory=dict, hash=False)
+    """Those of the client's that the provider may see: what the body is, and what is wanted."""
+    body: bytes | Upload | None = field(default=None, repr=False)
+
+
 @define(eq=False)
 class Outgoing:
     """What is sent to one target: a fresh copy for each attempt, which the provider may edit."""
@@ -163,6 +182,10 @@ class Outgoing:
     dialect: str
     _given: Body = field(alias="body", repr=False)
     stream: bool
+    request: Request | None = None
+    """For operations without a dialect: there is no body then but the one in here."""
+    form: Form | None = None
+    """The files that go with the body, which is then sent as a form."""
     _own: Body | None = field(default=None, init=False, repr=False)
 
     @property
@@ -175,6 +198,11 @@ class Outgoing:
     @body.setter
     def body(self, body: Body) -> None:
         self._own = body
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files to send; each attempt reads them from their beginning."""
+        return () if self.form is None else self.form.files
 
     def fields(self) -> Body:
         """The body's fields in a new dict. What is nested in them may be the call's own: it is only to be read."""
@@ -205,9 +233,13 @@ class Call:
     deadline: float
     """Monotonic seconds; whatever runs then is cancelled."""
     reader: Callable[[], Awaitable[bytes]] = field(repr=False)
+    arriving: Callable[[], AsyncGenerator[bytes]] | None = field(default=None, repr=False)
+    """Reads the request body as it arrives, instead of whole."""
 
     caller: Caller | None = None
     body: Body = field(factory=dict, repr=False)
+    form: Form | None = None
+    """What was uploaded with the body, for operations that take a form; it is kept until the call ends."""
     model: Model | None = None
     asked_model: str | None = None
     """The name the client asked for: the model's name, or what a wildcard matched."""
@@ -218,6 +250,8 @@ class Call:
     """The most this call can use: input is the UTF-8 bytes of all texts, output the clamped max tokens times n."""
     estimated_input: int = 0
     """Input tokens by estimate (bytes / 3), for soft limits and for answers without usage."""
+    extended: bool = False
+    """Whether the body may have fields in its messages that only providers of Claude know."""
     bounded: bool = True
     """False when neither the client nor the model says how much may be generated: `bound.output` is then 0."""
     bound_cost: Cost = UNPRICED
@@ -227,6 +261,8 @@ class Call:
     attempts: list[Attempt] = Factory(list)
     attempts_left: int | None = None
     """How many more sends the call may make, over all its targets and fallbacks; None: each target once."""
+    kept: Kept | None = None
+    """The objects that the call names: it may go nowhere but to the provider that keeps them."""
     cache: CacheState = "off"
     keep: int = 0
     """A cache that wants a stream's answer sets this to the most bytes to collect."""
@@ -237,6 +273,16 @@ class Call:
     async def read(self) -> bytes:
         """Read the request body whole; raises BodyTooLarge, BodyTimedOut or UnsupportedMedia."""
         return await self.reader()
+
+    def pieces(self) -> AsyncGenerator[bytes]:
+        """Read the request body as it arrives, bounded as by `read`; once, and instead of it."""
+        assert self.arriving is not None, "the call did not arrive by HTTP"
+        return self.arriving()
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """The files of a form; two calls with the same body may differ in them."""
+        return () if self.form is None else self.form.files
 
     @property
     def known(self) -> Caller:
@@ -255,7 +301,7 @@ class Call:
 
 @define(eq=False)
 class Reply:
-    """What comes back: one body, or a stream of chunks in the framing of server-sent events.
+    """What comes back: one body, or a stream of chunks in the framing of server-sent events, unless it is `raw`.
 
     `close` releases what stands behind the reply (an upstream connection). It is kept here, beside the chunks,
     because closing a generator that never started runs none of its `finally`.
@@ -270,6 +316,8 @@ class Reply:
     usage: Usage | None = None
     finish: str | None = None
     complete: bool = False
+    raw: bool = False
+    """Whether the answer is neither JSON nor events, but bytes of the content-type in `headers`: speech, subtitles."""
     close: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)
     upstream_id: str | None = None
     _layers: list[AsyncIterator[bytes]] = field(factory=list, init=False, repr=False)
@@ -310,7 +358,9 @@ class Reply:
         `hold_back` is the longest match of `fn` in characters: a stream keeps that many back, so that nothing
         slips through between two chunks. `fn` may raise Blocked, which ends the answer.
         """
-        if self.body is not None:
+        if self.raw:
+            self.body = self.body if self.body is None else rewrite_plain(self.body, fn)
+        elif self.body is not None:
             self.body = rewrite_body(self.dialect, self.body, fn)
         elif self.chunks is not None:
             self.replace(chunks=rewrite_stream(self.dialect, self.events(), fn, hold_back))

@@ -259,6 +259,8 @@ def _story(operation: Operation, hooks: Hooks) -> str:
     names = (
         ("authenticate", "admit", "settle")
         if operation.runs == "local"
+        else ("authenticate", "admit", "choose", "retry", "wrap_send", "connect", "settle")
+        if operation.runs == "session"
         else ("authenticate", "admit", "wrap_call", "lookup", "choose", "retry", "wrap_send", "send", "store", "settle")
     )
     return " > ".join(part for name in names if (part := _names(name, getattr(hooks, name))))

@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -18,8 +18,17 @@ from attrs import define, field
 
 from qlens.account import Account, ClientLeft
 from qlens.call import Call, Reply
-from qlens.errors import BodyTimedOut, BodyTooLarge, CallError, InvalidRequest, UnsupportedMedia, frames
+from qlens.errors import (
+    BodyTimedOut,
+    BodyTooLarge,
+    CallError,
+    InvalidRequest,
+    UnsupportedMedia,
+    UpgradeRequired,
+    frames,
+)
 from qlens.heads import head, of_body, of_error, of_stream, sendable
+from qlens.websocket import ClientSocket
 from qlens.wire_errors import error_body, error_event, mistake
 
 log = logging.getLogger("qlens")
@@ -124,7 +133,7 @@ class Connection(web.RequestHandler):
             if isinstance(message, RawRequestMessage):
                 exchange = Exchange(self, message, payload)
                 await self._answer(exchange)
-                keep_alive = exchange.keep_alive and not message.upgrade
+                keep_alive = exchange.keep_alive
                 if not payload.is_eof():
                     keep_alive = await self._linger(payload) and keep_alive
             else:
@@ -207,6 +216,8 @@ class Exchange:
     message: RawRequestMessage
     payload: StreamReader
     id: str = field(factory=new_id)
+    most_bytes: int = field(default=0, init=False)
+    """How large the body may be."""
     keep_alive: bool = field(init=False)
     begun: bool = field(default=False, init=False)
     """Whether something of the answer was written."""
@@ -217,7 +228,7 @@ class Exchange:
     _chunked: bool = field(default=False, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.keep_alive = not self.message.should_close
+        self.keep_alive = not self.message.should_close and not self.message.upgrade
 
     # --- the request ---------------------------------------------------------------------------
 
@@ -227,9 +238,9 @@ class Exchange:
         peer = self.connection.peername
         return peer[0] if peer else None
 
-    async def read(self, most: int) -> bytes:
+    async def read(self) -> bytes:
         """The body, bounded in size and slowness. Called after authentication: only then is 100-continue answered."""
-        headers, payload = self.message.headers, self.payload
+        headers, payload, most = self.message.headers, self.payload, self.most_bytes
         encoding = headers.get("content-encoding")
         if encoding is not None and encoding.strip().lower() not in {"identity", "gzip"}:
             raise unsupported_encoding()
@@ -242,10 +253,37 @@ class Exchange:
             if len(body) > most:
                 raise _too_large(most)
             return body
-        expected = headers.get("expect", "").lower()
+        return b"".join([piece async for piece in self._arriving()])
+
+    def pieces(self) -> AsyncGenerator[bytes]:
+        """The body as it arrives, bounded as by `read`; what is not taken waits at the client."""
+        headers = self.message.headers
+        encoding = headers.get("content-encoding")
+        if encoding is not None and encoding.strip().lower() not in {"identity", "gzip"}:
+            raise unsupported_encoding()
+        if int(headers.get("content-length", 0)) > self.most_bytes:
+            raise _too_large(self.most_bytes)
+        return self._arriving()
+
+    async def _arriving(self) -> AsyncGenerator[bytes]:
+        expected = self.message.headers.get("expect", "").lower()
         if expected == "100-continue" and self.message.version >= HttpVersion11:
             await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return await _read_slowly(payload, most)
+        size, started = 0, asyncio.get_running_loop().time()
+        try:
+            while True:
+                async with asyncio.timeout_at(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND):
+                    piece = await self.payload.readany()
+                if not piece:
+                    return
+                size += len(piece)
+                if size > self.most_bytes:
+                    raise _too_large(self.most_bytes)
+                yield piece
+        except TimeoutError:
+            raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
+        except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+            raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -257,18 +295,28 @@ class Exchange:
             await self.whole(reply.status, of_body(account, reply), body)
             account.bytes_out, account.delivered = len(body), True
             return
-        self._events = True
+        self._events = not reply.raw
         async for chunk in reply.chunks:
             if self.begun:
                 await self._write(chunk)
             else:
                 account.first_byte = time.monotonic()
-                await self._begin(200, of_stream(account, reply), chunk)
+                await self._begin(reply.status, of_stream(account, reply), chunk)
             account.bytes_out += len(chunk)
         if not self.begun:
-            await self._begin(200, of_stream(account, reply), b"")
+            await self._begin(reply.status, of_stream(account, reply), b"")
         account.delivered = True
         await self._end()
+
+    async def switch(self, lines: str) -> ClientSocket:
+        """Leave HTTP for WebSocket; raises ClientLeft."""
+        if not self.message.upgrade:
+            raise UpgradeRequired("This path is served by WebSocket alone, which needs HTTP/1.1.")
+        self.begun = self._over = True
+        await self.connection.send(head(101, f"{lines}x-request-id: {self.id}\r\n"))
+        socket = ClientSocket(self.connection)
+        self.connection.set_parser(socket.parser)
+        return socket
 
     async def plain(self, reply: Reply) -> None:
         """Write the reply of an endpoint as it is."""
@@ -299,7 +347,10 @@ class Exchange:
 
     async def fail(self, error: CallError, call: Call | None) -> None:
         """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
-        dialect = "" if call is None else call.operation.dialect
+        if call is not None:
+            dialect = call.operation.dialect
+        else:
+            dialect = "messages" if self.message.path.startswith("/v1/messages") else ""
         if not self.begun:
             await self.whole(error.status, of_error(error, call), error_body(error, dialect, self.id))
         elif self._events and not self._over:
@@ -314,6 +365,8 @@ class Exchange:
         if self.connection.is_closing:
             self.keep_alive = False
         lines = f"{lines}x-request-id: {self.id}\r\n"
+        if self.message.path.startswith("/v1/messages"):
+            lines += f"request-id: {self.id}\r\n"  # where Anthropic's clients look for it
         if not self.keep_alive:
             lines += "connection: close\r\n"
         if self.message.version >= HttpVersion11:
@@ -341,24 +394,6 @@ class Exchange:
         self._over = True
         if self._chunked:
             await self.connection.send(b"0\r\n\r\n")
-
-
-async def _read_slowly(content: StreamReader, most: int) -> bytes:
-    parts, size = [], 0
-    started = asyncio.get_running_loop().time()
-    try:
-        async with asyncio.timeout(BODY_GRACE_SECONDS) as timer:
-            while part := await content.readany():
-                parts.append(part)
-                size += len(part)
-                if size > most:
-                    raise _too_large(most)
-                timer.reschedule(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND)
-    except TimeoutError:
-        raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
-    except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
-        raise InvalidRequest("The request body does not arrive as its headers say.") from None
-    return b"".join(parts)
 
 
 def unsupported_encoding() -> UnsupportedMedia:

@@ -89,10 +89,25 @@ class ModelNotFound(CallError):
     status, type, code = 404, "invalid_request_error", "model_not_found"
 
 
+class ObjectMissing(CallError):
+    """No such response, file or batch, or one of another tenant: 404."""
+
+    status, type = 404, "invalid_request_error"
+
+
 class UnknownPath(CallError):
     """Nothing is served at this path: 404."""
 
     status, type, code = 404, "invalid_request_error", "unknown_url"
+
+
+class UpgradeRequired(CallError):
+    """The path is served by WebSocket, which the request does not ask for: 426."""
+
+    status, type, code = 426, "invalid_request_error", "upgrade_required"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"sec-websocket-version": "13"})
 
 
 class WrongMethod(CallError):
@@ -151,6 +166,12 @@ class Unavailable(CallError):
     """The gateway cannot decide or serve at the moment: 503."""
 
     status, code = 503, "unavailable"
+
+
+class SessionCut(CallError):
+    """A session that was open longer than it may be, or silent for too long; its client has what it was answered."""
+
+    status, code = 504, "session_expired"
 
 
 class CallTimedOut(CallError):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
+from urllib.parse import urlencode
 
 import orjson
 from attrs import define, field, frozen
@@ -14,18 +15,32 @@ from qlens import dialects, sse
 from qlens.call import Body, Outgoing, Reply
 from qlens.dialects import responses, typed
 from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
+from qlens.forms import FormBody
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
 
-__all__ = ["FORWARDED", "Mend", "error_from", "post_openai"]
+__all__ = ["FORWARDED", "Mend", "error_from", "post_openai", "send_request"]
 
 FORWARDED = frozenset({"openai-processing-ms", "x-ms-region"})
 """The headers of a provider's answer that the client may see."""
 
 _ASKING = {"content-type": "application/json", "accept": "application/json"}
 _ASKING_FOR_EVENTS = {**_ASKING, "accept": "text/event-stream"}
+_OF_CONTENT = ("content-type", "content-disposition")
 _ERROR_BODY_BYTES = 64 * 1024
-_ITEMS = {"chat": "choices", "completions": "choices", "embeddings": "data", "responses": "output"}
+_RAW = frozenset({"speech", "transcriptions", "translations"})
+"""The dialects whose answers may be bytes of any kind."""
+_ITEMS = {
+    "chat": "choices",
+    "completions": "choices",
+    "embeddings": "data",
+    "image_edits": "data",
+    "image_variations": "data",
+    "images": "data",
+    "moderations": "results",
+    "rerank": "results",
+    "responses": "output",
+}
 """Under which key a dialect's answer has its list, without which no client can read it."""
 _OBJECTS = frozenset({dict})
 
@@ -54,13 +69,18 @@ async def post_openai(
     `ask_usage` asks a stream for its usage event; False is for servers that refuse `stream_options`.
     Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
     """
-    answer = await http.open(
-        "POST",
-        url,
-        headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
-        body=_written(_asked(outgoing, ask_usage)),
-        deadlines=deadlines,
-    )
+    if outgoing.form is not None:
+        form = FormBody.of(_asked(outgoing, ask_usage), outgoing.form.files)
+        sent = {"accept": "*/*", "content-type": form.content_type, **headers}
+        answer = await http.open("POST", url, headers=sent, body=form, deadlines=deadlines)
+    else:
+        answer = await http.open(
+            "POST",
+            url,
+            headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
+            body=_written(_asked(outgoing, ask_usage)),
+            deadlines=deadlines,
+        )
     upstream_id = _plain(answer.headers, "x-request-id") or _plain(answer.headers, "apim-request-id")
     try:
         reply = await _read(answer, outgoing, mend)
@@ -69,9 +89,60 @@ async def post_openai(
         if isinstance(error, CallError):
             error.upstream_id = upstream_id
         raise
+    if reply.raw:
+        forward = (*forward, "content-type")
     reply.headers = {name: value for name in forward if (value := _plain(answer.headers, name))}
     reply.upstream_id = upstream_id
     return reply
+
+
+async def send_request(
+    http: Upstream,
+    url: str,
+    *,
+    headers: Mapping[str, str],
+    outgoing: Outgoing,
+    deadlines: Deadlines,
+    forward: Collection[str] = FORWARDED,
+) -> Reply:
+    """Send `outgoing.request`, which has no dialect, below an address, whose query stays; hand on what comes back.
+
+    JSON comes back as a body, unless `outgoing.stream`; all else as chunks, as it arrives. Raises UpstreamRejected for
+    the client's mistakes, UpstreamModelMissing for a 404, and an UpstreamError for all others.
+    """
+    request = outgoing.request
+    assert request is not None, "the operation has a dialect"
+    address, _, own = url.partition("?")
+    query = "&".join([*([own] if own else []), *([urlencode(request.query)] if request.query else [])])
+    answer = await http.open(
+        request.method,
+        f"{address.rstrip('/')}{request.path}{'?' if query else ''}{query}",
+        headers={**request.headers, **headers},
+        body=request.body,
+        deadlines=deadlines,
+    )
+    upstream_id = _plain(answer.headers, "x-request-id") or _plain(answer.headers, "apim-request-id")
+    try:
+        reply = await _taken(answer, outgoing)
+    except BaseException as error:
+        await answer.close()
+        if isinstance(error, CallError):
+            error.upstream_id = upstream_id
+        raise
+    said = {name: value for name in forward if (value := _plain(answer.headers, name))}
+    reply.headers = {**said, **{name: answer.headers[name] for name in _OF_CONTENT if name in answer.headers}}
+    reply.upstream_id = upstream_id
+    return reply
+
+
+async def _taken(answer: Answer, outgoing: Outgoing) -> Reply:
+    if not 200 <= answer.status < 300:
+        raise await _refusal(answer)
+    media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if (media_type == "application/json" and not outgoing.stream) or answer.status == 204:
+        return Reply(status=answer.status, body=await answer.read(), dialect="")
+    is_raw = media_type != "text/event-stream"
+    return Reply(status=answer.status, chunks=answer.chunks(), dialect="", raw=is_raw, close=answer.close)
 
 
 # --- the request -------------------------------------------------------------------------------
@@ -108,6 +179,8 @@ def _written(body: Body) -> bytes:
 async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
     if not 200 <= answer.status < 300:
         raise await _refusal(answer)
+    if outgoing.dialect in _RAW and (raw := await _raw(answer, outgoing)) is not None:
+        return raw
     if not outgoing.stream:
         return _full(await answer.read(), outgoing)
     media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -116,6 +189,23 @@ async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
     if media_type != "text/event-stream":
         raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
     return await _stream(answer, outgoing, mend)
+
+
+async def _raw(answer: Answer, outgoing: Outgoing) -> Reply | None:
+    """An answer that is neither JSON nor the events that were asked for: a text whole, others from their first byte."""
+    media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "application/json" or (outgoing.stream and media_type == "text/event-stream"):
+        return None
+    reply = Reply(dialect=outgoing.dialect, raw=True)
+    if media_type.startswith("text/") and media_type != "text/event-stream":
+        reply.body, reply.complete = await answer.read(), True
+        return reply
+    reply.chunks, reply.close = answer.chunks(), answer.close
+    first = await anext(reply.chunks, b"")
+    if not first:
+        raise UpstreamInvalid("The provider's answer is empty.")
+    answer.put_back(first)
+    return reply
 
 
 async def _refusal(answer: Answer) -> CallError:

@@ -10,9 +10,11 @@ import orjson
 from qlens import sse
 from qlens.call import Body, Outgoing, Reply
 from qlens.dialects import messages
+from qlens.dialects.count_tokens import countable
 from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
+from qlens.usage import NO_USAGE
 
 __all__ = ["post_messages"]
 
@@ -55,7 +57,7 @@ async def post_messages(
 
 
 def _written(outgoing: Outgoing) -> bytes:
-    body = outgoing.fields()
+    body = countable(outgoing.fields()) if outgoing.dialect == "count_tokens" else outgoing.fields()
     if outgoing.stream:
         body["stream"] = True
     else:
@@ -75,21 +77,29 @@ async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
         raise await _refusal(answer)
     media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not outgoing.stream or media_type == "application/json":
-        return _full(await answer.read())
+        return _full(await answer.read(), outgoing.dialect)
     if media_type != "text/event-stream":
         raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
     answer.put_back(await _to_first_event(answer))
     return Reply(chunks=answer.chunks(), dialect="messages", close=answer.close)
 
 
-def _full(content: bytes) -> Reply:
+def _full(content: bytes, dialect: str) -> Reply:
     body = _parsed(content)
     if (error := messages.event_error(body)) is not None:
         raise error_from(error)
+    if dialect == "count_tokens":
+        return _count(content, body)
     if not isinstance(body.get("content"), list):
         raise UpstreamInvalid("The provider's answer has no content.")
     usage, finish = messages.usage(body), messages.finish(body)
     return Reply(body=content, dialect="messages", usage=usage, finish=finish, complete=True)
+
+
+def _count(content: bytes, body: Body) -> Reply:
+    if type(body.get("input_tokens")) is not int:
+        raise UpstreamInvalid("The provider's answer has no input_tokens.")
+    return Reply(body=content, dialect="count_tokens", usage=NO_USAGE, complete=True)
 
 
 async def _to_first_event(answer: Answer) -> bytes:

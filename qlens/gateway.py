@@ -17,6 +17,7 @@ from qlens.config import Config, Draft
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.metrics import CallMetrics, Metrics
 from qlens.models import Models
+from qlens.object_ids import ObjectIds
 from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.paths import Served, served
 from qlens.pipeline import Pipeline
@@ -110,6 +111,15 @@ class _Lifespan:
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=1)
+
+
+def _keepers(registration: Registration) -> dict[str, Instance]:
+    """The providers that keep objects for clients, by name."""
+    return {
+        instance.entry.name: instance
+        for instance in registration.instances
+        if instance.entry.stage == "provider" and getattr(instance.plugin, "objects", None)
+    }
 
 
 @define(eq=False)
@@ -256,9 +266,13 @@ class Gateway:
             models=registration.models,
             hooks=registration.hooks,
             providers=registration.providers,
+            ids=ObjectIds.of(registration.config, _keepers(registration)),
             metrics=self.calls,
             stopping=lambda: self.expired,
         )
+        for name in _keepers(registration):
+            if not pipeline.ids.keeps(name):
+                log.info("%s has no secret to seal ids with: nothing it keeps can be asked for without id_key", name)
         client, admin = served(self, registration)
         generation = Generation(registration, pipeline, client, admin)
         generation.idle.set()

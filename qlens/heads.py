@@ -17,7 +17,7 @@ from qlens.metering import cost_text
 
 STREAM_LINES = "content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _STREAM_NAMES = frozenset({"content-type", "cache-control", "x-accel-buffering"})
-_OURS = frozenset({"date", "server", "x-request-id"})
+_OURS = frozenset({"date", "request-id", "server", "x-request-id"})
 _LONG = 10.0**9
 """Seconds that are as good as for ever."""
 _FRAMING = frozenset({"connection", "content-length", "keep-alive", "trailer", "transfer-encoding", "upgrade"})
@@ -66,6 +66,10 @@ def of_body(account: Account, reply: Reply) -> str:
 
 def of_stream(account: Account, reply: Reply) -> str:
     """The lines in front of a stream."""
+    if reply.raw:
+        given = sendable(reply.headers)
+        media = "" if "content-type: " in given else "content-type: application/octet-stream\r\n"
+        return f"{media}{given}{_told(account)}"
     return f"{STREAM_LINES}{sendable(reply.headers, _STREAM_NAMES)}{_told(account)}"
 
 
@@ -73,7 +77,7 @@ def _told(account: Account) -> str:
     """What tells how a call was answered."""
     call, source = account.call, account.source
     lines = limits(call.limits) if call.limits else ""
-    if call.operation.runs != "full":
+    if call.operation.runs == "local":
         return lines
     now = time.monotonic()
     own = max(0.0, now - call.started - account.waited(now)) * 1000

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qlens.call import Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
     from qlens.gateway import Gateway
     from qlens.registry import Command, Endpoint, Health
+    from qlens.session import Session
     from qlens.usage import Usage
 
 __all__ = [
@@ -214,11 +215,12 @@ async def send(call: Call, target: Target, outgoing: Outgoing) -> Reply:  # type
 
 
 @hookspec
-async def connect(call: Call, target: Target) -> object:
+async def connect(call: Call, target: Target) -> Session:  # type: ignore[empty-body]
     """Open a duplex session with a target; only the provider that the target names is asked.
 
-    Reserved for realtime operations; nothing calls it yet.
-    Return the session.
+    Runs inside `wrap_send` for `/v1/realtime`; `gateway.http.connect` opens a WebSocket. `wrap_call`, `lookup` and
+    `store` do not run for sessions. The core passes frames both ways and meters OpenAI's `response.done` events.
+    Return a Session that is open: nothing was sent to the client yet, so that another target may still be asked.
     Raise as `send` does.
     """
 

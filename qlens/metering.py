@@ -11,6 +11,7 @@ from attrs import define, field
 
 from qlens import dialects, returned, sse
 from qlens.call import Call, Cost, Reply
+from qlens.dialects.plain import Plain
 from qlens.errors import CallError, UpstreamInvalid, UpstreamTruncated
 from qlens.exchange import error_from
 from qlens.money import usd
@@ -374,9 +375,12 @@ def cost_text(cost: Cost) -> str | None:
 
 def estimated(call: Call, dialect: str, body: dict[str, Any]) -> Usage:
     """A guess at what a whole answer used, for providers that do not say."""
-    texts = dialects.named(dialect).reply_texts(body)
-    size = sum(len(text.encode()) for _, text in texts)
-    return Usage(input=call.estimated_input, output=-(-size // _BYTES_PER_TOKEN), source="estimated")
+    spoken = dialects.named(dialect)
+    texts = [text for _, text in spoken.reply_texts(body)]
+    size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    meters = spoken.guessed_meters(call.bound.meters, texts) if isinstance(spoken, Plain) else {}
+    output = -(-size // _BYTES_PER_TOKEN)
+    return Usage(input=call.estimated_input, output=output, meters=meters, source="estimated")
 
 
 def exploded(call: Call, reply: Reply, cost: Cost) -> list[bytes]:

@@ -14,7 +14,7 @@ from qlens.call import Call, Cost, Reply
 from qlens.dialects import typed
 from qlens.dialects.typed import TypedDialect
 from qlens.errors import CallError, UpstreamTruncated
-from qlens.metering import parsed
+from qlens.metering import estimated, parsed
 from qlens.provider_errors import error_from
 from qlens.returned import mistakes
 from qlens.usage import Usage, grown
@@ -166,7 +166,8 @@ class TypedMeter:
             return said
         source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
         if said is None or not said.prompt:
-            return Usage(input=self.call.estimated_input, output=guess, source=source)
+            unsaid = estimated(self.call, self.reply.dialect, {})
+            return evolve(unsaid, output=guess, source=source)
         # An answer that stops in the middle has used as much as was said of it, or as was heard.
         return evolve(said, output=max(said.output, guess - said.reasoning), source=source)
 

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from attrs import define, field, frozen
 
 from qlens.errors import ModelNotFound, UnknownPath, WrongMethod
+from qlens.passthrough import METHODS
 
 if TYPE_CHECKING:
     from qlens.call import Call, Model
@@ -24,12 +25,15 @@ class Operation:
     method: str
     path: str
     """A `{parameter}` stands for one segment; the last of them for all that are left, slashes included."""
-    runs: Literal["full", "affinity", "local"]
-    """full: all stages; affinity: bound to the target that made an object; local: answered by the gateway."""
+    runs: Literal["full", "affinity", "count", "local", "session"]
+    """full: all stages; affinity: bound to the target that made an object; count: as full, or answered by the gateway
+    where no target can; local: answered by the gateway; session: a WebSocket, without the stages for bodies."""
     dialect: str = ""
-    body: Literal["json", "none"] = "none"
+    body: Literal["json", "form", "none"] = "none"
     streams: bool = False
     meters: tuple[str, ...] = ()
+    kind: Literal["", "response", "file", "batch"] = ""
+    """What an operation with affinity is about."""
     local: Callable[[Call, Models], Body] | None = field(default=None, repr=False)
 
     @property
@@ -38,7 +42,7 @@ class Operation:
 
         `{deployment}` is the name of the model asked for; it wins over the body's.
         """
-        if self.dialect == "messages":
+        if self.dialect in {"count_tokens", "messages"} or self.name == "passthrough":
             return (self.path,)  # no API of OpenAI's or Azure's
         place = self.path.removeprefix("/v1")
         classic = "/openai/deployments/{deployment}" if place in _OF_DEPLOYMENTS else "/openai"
@@ -76,12 +80,56 @@ def model_not_found(name: str) -> ModelNotFound:
     return ModelNotFound(f"The model `{name[:256]}` does not exist or you do not have access to it.", param="model")
 
 
+_IMAGES = (
+    Operation("images", "POST", "/v1/images/generations", "full", "images", "json", True, ("images", "tokens")),
+    Operation("image_edits", "POST", "/v1/images/edits", "full", "image_edits", "form", True, ("images", "tokens")),
+    Operation(
+        "image_variations", "POST", "/v1/images/variations", "full", "image_variations", "form", False, ("images",)
+    ),
+)
+_AUDIO = (
+    Operation("speech", "POST", "/v1/audio/speech", "full", "speech", "json", False, ("characters", "tokens")),
+    Operation(
+        "transcriptions",
+        "POST",
+        "/v1/audio/transcriptions",
+        "full",
+        "transcriptions",
+        "form",
+        True,
+        ("seconds", "tokens"),
+    ),
+    Operation(
+        "translations", "POST", "/v1/audio/translations", "full", "translations", "form", False, ("seconds", "tokens")
+    ),
+)
 OPERATIONS = (
     Operation("chat", "POST", "/v1/chat/completions", "full", "chat", "json", True, ("tokens",)),
     Operation("completions", "POST", "/v1/completions", "full", "completions", "json", True, ("tokens",)),
     Operation("responses", "POST", "/v1/responses", "full", "responses", "json", True, ("tokens",)),
     Operation("messages", "POST", "/v1/messages", "full", "messages", "json", True, ("tokens",)),
+    Operation("count_tokens", "POST", "/v1/messages/count_tokens", "count", "count_tokens", "json"),
     Operation("embeddings", "POST", "/v1/embeddings", "full", "embeddings", "json", False, ("tokens",)),
+    Operation("moderations", "POST", "/v1/moderations", "full", "moderations", "json", False, ("tokens",)),
+    Operation("rerank", "POST", "/v1/rerank", "full", "rerank", "json", False, ("queries", "tokens")),
+    *_IMAGES,
+    *_AUDIO,
+    Operation("realtime", "GET", "/v1/realtime", "session", meters=("tokens",)),
+    # Of two patterns the longer comes first: a last parameter takes all segments that are left.
+    Operation("response_input_items", "GET", "/v1/responses/{id}/input_items", "affinity", kind="response"),
+    Operation("response_cancel", "POST", "/v1/responses/{id}/cancel", "affinity", kind="response"),
+    Operation("response", "GET", "/v1/responses/{id}", "affinity", kind="response"),
+    Operation("response_delete", "DELETE", "/v1/responses/{id}", "affinity", kind="response"),
+    Operation("file_upload", "POST", "/v1/files", "affinity", "uploads", "form", kind="file"),
+    Operation("files", "GET", "/v1/files", "affinity", kind="file"),
+    Operation("file_content", "GET", "/v1/files/{id}/content", "affinity", kind="file"),
+    Operation("file", "GET", "/v1/files/{id}", "affinity", kind="file"),
+    Operation("file_delete", "DELETE", "/v1/files/{id}", "affinity", kind="file"),
+    Operation("batches", "GET", "/v1/batches", "affinity", kind="batch"),
+    Operation("batch_create", "POST", "/v1/batches", "affinity", body="json", kind="batch"),
+    Operation("batch_cancel", "POST", "/v1/batches/{id}/cancel", "affinity", kind="batch"),
+    Operation("batch", "GET", "/v1/batches/{id}", "affinity", kind="batch"),
+    *(Operation("passthrough", method, "/v1/providers/{provider}/{path}", "affinity") for method in METHODS),
     Operation("models", "GET", "/v1/models", "local", local=_list_models),
     Operation("model", "GET", "/v1/models/{id}", "local", local=_retrieve_model),
 )

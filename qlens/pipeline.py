@@ -7,19 +7,20 @@ import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
 from operator import itemgetter
 from typing import Protocol
 
 import orjson
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
-from qlens import dialects, returned, sse
-from qlens.account import Account, run_apart
+from qlens import affinity, dialects, objects, realtime, returned, sse
+from qlens.account import Account, Metering, run_apart
 from qlens.bridges import Bridge
 from qlens.bridges.messages_over_chat import without_extensions
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
-from qlens.dialects import typed
+from qlens.dialects import count_tokens, typed
 from qlens.errors import (
     CallError,
     CallTimedOut,
@@ -32,16 +33,19 @@ from qlens.errors import (
     UpstreamInvalid,
     frames,
 )
+from qlens.forms import meters_of, read_form
 from qlens.metering import Meter, as_openai, estimated, exploded, parsed
+from qlens.metering_raw import RawMeter
 from qlens.metering_typed import TypedMeter
 from qlens.metering_typed import exploded as typed_events
 from qlens.metrics import CallMetrics
 from qlens.models import Models
+from qlens.object_ids import ObjectIds
 from qlens.operations import model_not_found
 from qlens.registry import Bound, Hooks, Provider
 from qlens.returned import mistakes
 from qlens.translated import bridge_for, translate
-from qlens.usage import Usage
+from qlens.usage import NO_USAGE, Usage
 
 log = logging.getLogger("qlens")
 
@@ -76,6 +80,7 @@ class Pipeline:
     models: Models
     hooks: Hooks
     providers: dict[str, Provider]
+    ids: ObjectIds
     metrics: CallMetrics
     stopping: Callable[[], bool]
     """Whether calls are being cut off because the gateway stops."""
@@ -88,6 +93,7 @@ class Pipeline:
     """The same of those that settle."""
     _wrapped: Step = field(init=False)
     _sent: Ask = field(init=False)
+    _connected: Ask = field(init=False)
 
     @stores_at_once.default
     def _stores_at_once(self) -> bool:
@@ -108,7 +114,15 @@ class Pipeline:
     @_sent.default
     def _around_attempt(self) -> Ask:
         """`attempt` inside the layers of `wrap_send`."""
-        ask: Ask = self.attempt
+        return self.inside_layers(self.attempt)
+
+    @_connected.default
+    def _around_connection(self) -> Ask:
+        """The same for a session: to a circuit breaker, one that cannot be opened is a send that failed."""
+        return self.inside_layers(partial(realtime.attempt, self))
+
+    def inside_layers(self, ask: Ask) -> Ask:
+        """A way to ask a target inside the layers of `wrap_send`."""
         for hook in reversed(self.hooks.wrap_send):
             ask = self._send_layer(hook, ask)
         return ask
@@ -161,19 +175,57 @@ class Pipeline:
     async def answer(self, account: Account) -> Reply:
         """Find the answer to an authenticated call."""
         call = account.call
-        if call.operation.local is not None:
-            await self.admit(account)
-            return _local(call.operation.local(call, self.models))
+        if call.operation.runs != "full":
+            return await self.apart(account)
         await self.open(call)
         await self.admit(account)
         reply = account.reply = await self._wrapped(account)
-        if (reply.chunks is None) is call.stream:
+        if (reply.chunks is None) is call.stream and not reply.raw:
             reply = await self.shaped(account, reply)
         return reply
 
+    async def apart(self, account: Account) -> Reply:
+        """Find the answer to a call that leaves out some of the stages."""
+        call = account.call
+        match call.operation.runs:
+            case "session":
+                return await self.session(account)
+            case "affinity":
+                if call.operation.body != "none":
+                    call.body = await (read_form(call) if call.operation.body == "form" else _json_body(call))
+                return await affinity.answer(self, account)
+            case "count":
+                return await self.count(account)
+        assert call.operation.local is not None
+        await self.admit(account)
+        return _local(call.operation.local(call, self.models))
+
+    async def count(self, account: Account) -> Reply:
+        """Let a target count that can, or else estimate."""
+        call = account.call
+        await self.open(call)
+        assert call.model is not None
+        call.bound, call.bound_cost, call.estimated_input = NO_USAGE, FREE, 0  # to count costs nothing
+        able = tuple(
+            each for each in call.targets if call.operation.dialect in self.providers[each.provider].dialects(each)
+        )
+        if able:
+            call.model, call.targets = evolve(call.model, candidates=able, fallbacks={}), able
+        await self.admit(account)
+        if able:
+            account.reply = await self._wrapped(account)
+            return account.reply
+        return _local(count_tokens.estimate(call.body))
+
+    async def session(self, account: Account) -> Reply:
+        """Open a session; there is no body to guard, to know already or to keep."""
+        realtime.open_session(self, account.call)
+        await self.admit(account)
+        return await self.ask(account, self._connected)
+
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
-        call.body = await _json_body(call)
+        call.body = await (read_form(call) if call.operation.body == "form" else _json_body(call))
         if (named := call.path_params.get("deployment")) is not None:
             call.body["model"] = named  # Azure's clients name it in the path, whatever the body says
         dialect = dialects.named(call.operation.dialect)
@@ -193,7 +245,12 @@ class Pipeline:
         most = asked if asked is not None else _most_output(self.reachable(call))
         call.bounded = most is not None or not dialect.GENERATES
         output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
-        call.bound = Usage(input=hard, output=output, meters=dialect.media(call.body), source="estimated")
+        media = dialect.media(call.body)
+        if media or call.operation.name == "responses":
+            objects.claim(call, self.ids)
+        if call.form is not None:
+            media = {**media, **meters_of(call)}
+        call.bound = Usage(input=hard, output=output, meters=media, source="estimated")
         call.bound_cost = self.bound_cost(call)
 
     def bound_cost(self, call: Call) -> Cost:
@@ -260,13 +317,14 @@ class Pipeline:
 
     async def found(self, account: Account) -> Reply:
         """The cache's answer, or else a provider's, which the caches may keep."""
-        if self.hooks.lookup:
+        # What was uploaded is no part of the body by which caches know a call.
+        if self.hooks.lookup and account.call.form is None:
             known = await self.lookup(account.call)
             if known is not None:
                 account.open(known)
                 return known
         reply = await self.ask(account)
-        if self.hooks.store and reply.body is not None and reply.complete:
+        if self.hooks.store and reply.body is not None and reply.complete and not reply.raw:
             await self.store(account.call, reply)
         return reply
 
@@ -285,7 +343,7 @@ class Pipeline:
 
     # --- asking providers ----------------------------------------------------------------------
 
-    async def ask(self, account: Account) -> Reply:
+    async def ask(self, account: Account, sent: Ask | None = None) -> Reply:
         """The one owner of retries and fallback; it never runs again once a good byte is in hand.
 
         Each target of the model is asked in turn, then those of its fallbacks. Only when all were tried is one asked
@@ -310,7 +368,7 @@ class Pipeline:
                 raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
             target, before = waiting.pop(0), len(call.attempts)
             try:
-                return await self._sent(account, target)
+                return await (sent or self._sent)(account, target)
             except CallError as raised:
                 if len(call.attempts) == before:  # refused before it was sent: no attempt
                     error = error if call.attempts else _latest(error, raised)
@@ -388,6 +446,8 @@ class Pipeline:
             reply.target = reply.target or target  # a provider may know better which model it was
             if bridge is not None:
                 translate(reply, bridge, call.operation.dialect, call.body)
+            elif reply.dialect == "responses":
+                objects.Sealer.of(call, target, self.ids).reply(reply)
             meter = self.metered(account, reply)
         except CallError as error:
             account.failed(place, error)
@@ -410,8 +470,10 @@ class Pipeline:
                 dialect, spoken, f"The provider {target.provider} of the model `{target.public}`"
             )
             body = bridge.request(body)
-            if dialect == "chat" and not getattr(provider.plugin, "takes_extensions", False):
-                body = without_extensions(body)
+        may_be_extended = dialect == "chat" and (call.extended or bridge is not None)
+        if may_be_extended and not getattr(provider.plugin, "takes_extensions", False):
+            # A field beside the messages that a client of chats sends is for a server that knows it.
+            body = without_extensions(body, keep_settings=bridge is None)
         body.update(target.params)
         model = self.models.named(target.public)
         if model is not None and (bridge is not None or target.params or model is not call.model):
@@ -419,15 +481,15 @@ class Pipeline:
             # provider wants a number that the client did not give, a bridge has put in what the model can do.
             dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
         body["model"] = target.model
-        return Outgoing(call.operation, dialect, body, call.stream), bridge
+        return Outgoing(call.operation, dialect, body, call.stream, form=call.form), bridge
 
-    def metered(self, account: Account, reply: Reply) -> Meter | TypedMeter | None:
+    def metered(self, account: Account, reply: Reply) -> Metering | None:
         """See to it that usage is known: read from a body at once, found in a stream as it passes."""
         call, target = account.call, reply.target
         assert target is not None
         said = returned.usage(reply.usage)
         if reply.chunks is None:
-            if said is None or not said.total:
+            if said is None or not (said.total or said.meters):
                 reply.usage = _usage_of(call, reply)
             return None
 
@@ -435,6 +497,13 @@ class Pipeline:
             kept = Reply(body=body, dialect=reply.dialect, target=target, usage=meter.usage(), complete=True)
             kept.finish = reply.finish
             await self.store(call, kept)
+
+        if reply.raw:
+            raw = RawMeter(
+                call, reply, failed=lambda error: self.provider_failure(self.providers[target.provider], error)
+            )
+            reply.replace(chunks=raw.watch(reply.chunks))
+            return raw
 
         meter = (TypedMeter if reply.dialect in typed.NAMES else Meter)(
             call,
@@ -542,6 +611,7 @@ async def _json_body(call: Call) -> dialects.Body:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The JSON body of your request must be an object.")
+    call.extended = b'"thinking_blocks"' in raw or b'"cache_control"' in raw
     return body
 
 
@@ -553,6 +623,8 @@ def _most_output(models: Iterable[Model]) -> int | None:
 
 def _usage_of(call: Call, reply: Reply) -> Usage:
     """The usage a whole answer states, or else an estimate: never a silent zero."""
+    if reply.raw:
+        return estimated(call, reply.dialect, {"text": (reply.body or b"").decode(errors="ignore")})
     try:
         body = orjson.loads(reply.body or b"")
     except orjson.JSONDecodeError:
@@ -563,7 +635,7 @@ def _usage_of(call: Call, reply: Reply) -> Usage:
     said = dialect.usage(body)
     reply.finish = reply.finish or dialect.finish(body)
     guess = estimated(call, reply.dialect, body)
-    return said if said is not None and (said.total or not guess.output) else guess
+    return said if said is not None and (said.total or said.meters or not guess.output) else guess
 
 
 def _local(body: dialects.Body) -> Reply:

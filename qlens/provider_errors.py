@@ -147,7 +147,7 @@ def _limited(error: _Error, status: int, retry_after: float | None) -> UpstreamL
 
 def _rejected(error: _Error, status: int) -> UpstreamRejected:
     plain = f"The provider refused the request with status {status}."
-    message = (_masked(error.message) or plain) if status in {400, 413, 422} else plain
+    message = (masked(error.message) or plain) if status in {400, 413, 422} else plain
     if error.names & _FILTERED:
         code = "content_policy_violation" if "content_policy_violation" in error.names else "content_filter"
         return UpstreamRejected(message, param=error.param, code=code, verdict=_verdict(error.inner))
@@ -178,11 +178,11 @@ def _findings(results: Mapping[str, Any]) -> dict[str, dict[str, object]]:
     return found
 
 
-def _masked(message: str) -> str:
+def masked(message: str) -> str:
     """A provider's sentence on one line, short, without anything that looks like a secret or names an account."""
     line = "".join(char if char.isprintable() else " " for char in message[:_READ_CHARS])
-    masked = _SECRETS.sub("***", " ".join(line.split()))
-    return masked if len(masked) <= _SHOWN_CHARS else masked[: _SHOWN_CHARS - 1] + "…"
+    shown = _SECRETS.sub("***", " ".join(line.split()))
+    return shown if len(shown) <= _SHOWN_CHARS else shown[: _SHOWN_CHARS - 1] + "…"
 
 
 def _identifier(value: object) -> str | None:

@@ -75,6 +75,8 @@ class Bound:
     """Whether the plugin must know how much a call can generate."""
     waits: bool = True
     """Whether it may wait for anything: an `async def` without an await in it cannot."""
+    owner: object = field(default=None, repr=False, eq=False)
+    """The plugin."""
 
 
 @frozen
@@ -111,6 +113,8 @@ class Provider:
     send: Bound
     spoken: Mapping[tuple[str, str], tuple[str, ...]]
     """The dialects it speaks for each target known at start-up, by target key."""
+    connect: Bound | None = None
+    """None: it has no realtime sessions."""
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects this provider speaks for a target; one behind a wildcard is asked when it is met."""
@@ -415,6 +419,7 @@ def _bound(name: str, impl: pluggy.HookImpl, owner: Instance) -> Bound:
         fn=_adapted(impl.function, expected, tuple(impl.argnames)),
         bounded=bool(getattr(owner.plugin, "bounded", False)),
         waits=_waits(impl.function),
+        owner=owner.plugin,
     )
 
 
@@ -439,6 +444,7 @@ def _adapted(function: Callable[..., Any], given: tuple[str, ...], taken: tuple[
 
 def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faults: list[Fault]) -> dict[str, Provider]:
     senders = {hook.instance: hook for hook in hooks.send}
+    connectors = {hook.instance: hook for hook in hooks.connect}
     providers = {}
     for instance in instances:
         if instance.entry.stage != "provider":
@@ -453,5 +459,7 @@ def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faul
             for message in getattr(instance.plugin, "check", lambda _: ())(target):
                 faults.append(Fault(f"models.{target.public}", message))
         spoken = {target.key: spoken_by(instance.plugin, target) for target in targets}
-        providers[instance.entry.name] = Provider(instance.entry.name, instance.plugin, senders[instance.key], spoken)
+        providers[instance.entry.name] = Provider(
+            instance.entry.name, instance.plugin, senders[instance.key], spoken, connectors.get(instance.key)
+        )
     return providers

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlens.call import Caller, Cost, Reply, Target
 from qlens.registry import Health
+from qlens.session import Session
 from qlens.usage import Usage, counts_of
 
 
@@ -36,6 +37,13 @@ def reply(value: Any) -> Reply:
     if type(value.body) is bytes if value.chunks is None else hasattr(value.chunks, "__aiter__"):
         return value
     raise TypeError("a Reply was returned with neither a body of bytes nor an asynchronous iterator of chunks")
+
+
+def session(value: Any) -> Session:
+    """What `connect` returned; TypeError when nothing can be sent through it."""
+    if not isinstance(value, Session):
+        raise TypeError(f"connect returned {_kind(value)}, not a Session with send, receive and close")
+    return value
 
 
 def targets(value: Any, providers: Container[str]) -> list[Target]:

@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.http import HttpVersion11
 from attrs import define, field
 
-from qlens import config
+from qlens import config, realtime
 from qlens.account import ClientLeft
 from qlens.call import Call
 from qlens.connection import Connection, Exchange
@@ -25,6 +25,7 @@ from qlens.errors import CallError, CallTimedOut, Forbidden, InvalidRequest, Sta
 from qlens.gateway import Gateway, Generation
 from qlens.operations import Operation, Paths
 from qlens.paths import Served, has_role
+from qlens.pipeline import Relay
 from qlens.registry import Endpoint, register
 from qlens.wire_errors import mistake
 
@@ -242,7 +243,9 @@ class Server:
         try:
             call, what = self._call(exchange, generation, paths)
             if isinstance(what, Operation):
-                await generation.pipeline.run(call, exchange.relay)
+                await generation.pipeline.run(
+                    call, exchange.relay if what.runs != "session" else _joined(exchange, generation)
+                )
             else:
                 await self._endpoint(what, call, generation, exchange)
         except CallError as error:
@@ -271,6 +274,7 @@ class Server:
         if what is None:
             path = _path(path)
             what, params = paths.find(message.method, path)
+        exchange.most_bytes = limits.max_body_bytes
         now = time.monotonic()
         call = Call(
             id=exchange.id,
@@ -284,7 +288,8 @@ class Server:
             started=now,
             wall_ns=time.time_ns(),
             deadline=now + limits.call_seconds,
-            reader=partial(exchange.read, limits.max_body_bytes),
+            reader=exchange.read,
+            arriving=exchange.pieces,
         )
         return call, what
 
@@ -312,6 +317,11 @@ class Server:
             await exchange.fail(error, call)
 
 
+def _joined(exchange: Exchange, generation: Generation) -> Relay:
+    """What joins a client that changes to WebSocket with its session."""
+    return partial(realtime.relay, exchange.switch, generation.registration.config.server)
+
+
 def _path(target: str) -> str:
     """The path of a request target."""
     path = target.partition("?")[0]
@@ -324,8 +334,8 @@ def _path(target: str) -> str:
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:
-    """The bearer token, or the api-key of Azure's clients, or the x-api-key of Anthropic's."""
+    """The bearer token, the api-key of Azure's clients, the x-api-key of Anthropic's, or the key of a web page."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
     if (scheme == "Bearer" or scheme.lower() == "bearer") and (token := token.strip()):
         return token
-    return headers.get("api-key") or headers.get("x-api-key") or None
+    return headers.get("api-key") or headers.get("x-api-key") or realtime.key_of_page(headers)

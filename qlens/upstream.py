@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from attrs import define, field, frozen
@@ -13,10 +13,14 @@ from attrs import define, field, frozen
 from qlens import __version__
 from qlens.config import Secret
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated, UpstreamUnreachable
-from qlens.upstream_connection import Connection
+from qlens.upstream_connection import Connection, Upload
 from qlens.upstream_dialer import Dialer, Origin, Tls, invalid_url
 
-__all__ = ["Answer", "Deadlines", "Tls", "Upstream", "header_value", "http_url"]
+if TYPE_CHECKING:
+    from qlens.session import Session
+    from qlens.websocket import Client
+
+__all__ = ["Answer", "Deadlines", "Tls", "Upload", "Upstream", "header_value", "http_url"]
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
@@ -75,6 +79,7 @@ class Upstream:
     _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
     _known: dict[tuple[object, ...], _Known] = field(init=False, factory=dict, repr=False)
     _closed: bool = field(init=False, default=False)
+    _sockets: Client | None = field(init=False, default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._dialer = Dialer(self.proxy)
@@ -85,12 +90,13 @@ class Upstream:
         url: str,
         *,
         headers: Mapping[str, str],
-        body: bytes | None,
+        body: bytes | Upload | None,
         deadlines: Deadlines,
         tls: Tls | None = None,
     ) -> Answer:
         """Send a request and wait for the head of its answer, of whatever status; whoever gets an Answer closes it.
 
+        An Upload is read as fast as the provider takes it, and from its beginning again if it must be sent again.
         Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
         origin, head = self._known_request(method, url, headers, tls)
@@ -105,9 +111,40 @@ class Upstream:
             error.add_note(f"host: {origin.host}")
             raise
 
+    async def connect(
+        self,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        deadlines: Deadlines,
+        protocols: Sequence[str] = (),
+        tls: Tls | None = None,
+    ) -> Session:
+        """Open a WebSocket at an http or https URL; its messages are bounded, its pings are passed on and not answered.
+
+        Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid, or what the provider's refusal means.
+        """
+        if self._closed:
+            raise _stopping()
+        context = await self._dialer.context(tls) if url.startswith("https:") else None
+        if self._sockets is None:
+            from qlens.websocket import Client  # it needs this module's errors, and most gateways never need it
+
+            self._sockets = Client(self.proxy)
+        return await self._sockets.open(
+            url,
+            headers=headers,
+            protocols=protocols,
+            context=context,
+            server_name=tls.server_name if tls is not None else None,
+            seconds=deadlines.connect_seconds + deadlines.first_byte_seconds,
+        )
+
     async def aclose(self) -> None:
         """Close all connections."""
         self._closed = True
+        if self._sockets is not None:
+            await self._sockets.aclose()
         for peer in self._peers.values():
             await peer.aclose()
 
@@ -290,7 +327,7 @@ class _Peer:
     def is_unused(self) -> bool:
         return not self._users and not self._connections
 
-    async def send(self, head: bytes, body: bytes, deadlines: Deadlines, *, bare: bool) -> Answer:
+    async def send(self, head: bytes, body: bytes | Upload, deadlines: Deadlines, *, bare: bool) -> Answer:
         if self._slots is not None:
             await self._take_slot(self._slots, deadlines)
         self._users += 1

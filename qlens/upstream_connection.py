@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import httptools
 from attrs import Factory, define, field
 
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTruncated, UpstreamUnreachable
 
-__all__ = ["READ_BYTES", "Connection", "Headers"]
+__all__ = ["READ_BYTES", "Connection", "Headers", "Upload"]
 
 READ_BYTES = 64 * 1024
 """The size of the buffer that all connections of one event loop read into."""
@@ -61,6 +62,15 @@ class Headers(Mapping[str, str]):
         """The value of a header, or the default."""
         value = self._values.get(name.lower())
         return default if value is None else _text(value)
+
+
+class Upload(Protocol):
+    """A request's body that is sent piece by piece; iterated anew, it starts at its beginning."""
+
+    def __len__(self) -> int:
+        """Its bytes, all pieces together."""
+
+    def __aiter__(self) -> AsyncGenerator[bytes]: ...
 
 
 # The stages of a connection. Numbers and no enum: they are compared several times for every piece that arrives.
@@ -146,7 +156,7 @@ class Connection(asyncio.BufferedProtocol):
         """Whether the whole answer is here: what is left of it is one more `take`."""
         return self._stage == _OVER
 
-    async def ask(self, head: bytes, body: bytes, until: float, *, bare: bool = False) -> None:
+    async def ask(self, head: bytes, body: bytes | Upload, until: float, *, bare: bool = False) -> None:
         """Send a request and wait for the head of its answer; TimeoutError at `until`, by the loop's clock.
 
         `bare` says that the answer to this request has no body: HEAD, CONNECT.
@@ -154,7 +164,10 @@ class Connection(asyncio.BufferedProtocol):
         if self._stage != _IDLE:
             raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
         self._begin(bare)
-        if len(body) <= _WRITE_BYTES:
+        if not isinstance(body, bytes):
+            self._transport.write(head)
+            await self._write_pieces(body, until)
+        elif len(body) <= _WRITE_BYTES:
             self._transport.write(head + body)
         else:
             self._transport.write(head)
@@ -330,12 +343,25 @@ class Connection(asyncio.BufferedProtocol):
     async def _write_in_parts(self, body: bytes, until: float) -> None:
         view = memoryview(body)
         for start in range(0, len(body), _WRITE_BYTES):
-            while self._undrained and self._is_unanswered():
-                await self.wait(until)
-            if not self._is_unanswered():
-                self._reusable = False  # answered, or gone, before it has read the request
+            if not await self._takes_more(until):
                 return
             self._transport.write(view[start : start + _WRITE_BYTES])
+
+    async def _write_pieces(self, body: Upload, until: float) -> None:
+        async with aclosing(body.__aiter__()) as pieces:
+            async for piece in pieces:
+                if not await self._takes_more(until):
+                    return
+                self._transport.write(piece)
+
+    async def _takes_more(self, until: float) -> bool:
+        """Wait until the peer has read what was written; whether it wants the rest of the request."""
+        while self._undrained and self._is_unanswered():
+            await self.wait(until)
+        if self._is_unanswered():
+            return True
+        self._reusable = False  # answered, or gone, before it has read the request
+        return False
 
     def _break(self, error: Exception) -> None:
         cause = error.__context__

@@ -102,7 +102,7 @@ class Dialer:
     async def dial(self, origin: Origin, on_lost: Callable[[Connection], None], until: float) -> Connection:
         """Open a connection that is ready for a request; TimeoutError when a proxy has not answered at `until`."""
         try:
-            context = await self._context(origin.tls) if origin.scheme == "https" else None
+            context = await self.context(origin.tls) if origin.scheme == "https" else None
             if self.proxy is None:
                 return await self._connect((origin.host, origin.port), on_lost, context, origin.server_name)
             connection = await self._connect(self._proxy_at, on_lost)
@@ -147,7 +147,8 @@ class Dialer:
                 name.until = self._loop.time() + _NAME_SECONDS
         return name.addresses
 
-    async def _context(self, tls: Tls | None) -> ssl.SSLContext:
+    async def context(self, tls: Tls | None) -> ssl.SSLContext:
+        """How TLS is spoken; made once for each set of files."""
         if (context := self._contexts.get(tls)) is None:
             try:
                 context = await self._loop.run_in_executor(None, _new_context, tls or Tls())

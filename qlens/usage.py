@@ -161,6 +161,41 @@ def from_responses(raw: object, tier: object = None) -> Usage | None:
     return from_openai(renamed, tier)
 
 
+def from_realtime(raw: object) -> Usage | None:
+    """Read the `usage` object of a realtime response; None when it states no sane counts.
+
+    Cached audio is counted among the audio and among the cached tokens: it is cached input here, as it is in prices.
+    Images cost something else than texts and are meters of their own.
+    """
+    if not _is_object(raw):
+        return None
+    prompt, completion = _count(raw.get("input_tokens")), _count(raw.get("output_tokens"))
+    if prompt is None or completion is None:
+        return None
+    inside, outside = _details(raw, "input_token_details"), _details(raw, "output_token_details")
+    kept = _details(inside, "cached_tokens_details")
+    cached = min(prompt, _part(inside, "cached_tokens"))
+    audio = max(0, _part(inside, "audio_tokens") - _part(kept, "audio_tokens"))
+    images, cached_images = _part(inside, "image_tokens"), _part(kept, "image_tokens")
+    images = max(0, images - cached_images)
+    said = min(completion, _part(outside, "audio_tokens"))
+    meters = {"image_tokens": images, "cached_image_tokens": cached_images}
+    return Usage(
+        input=_rest(prompt, cached + audio + images),
+        cached_input=max(0, cached - cached_images),
+        output=completion - said,
+        audio_in=audio,
+        audio_out=said,
+        meters={name: count for name, count in meters.items() if count},
+        source="provider",
+    )
+
+
+def _details(raw: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = raw.get(name)
+    return found if _is_object(found) else {}
+
+
 def larger(one: Usage | None, other: Usage) -> Usage:
     """The field-wise maximum: providers that report usage several times send running totals, not parts."""
     if one is None:

@@ -13,6 +13,9 @@ from qlens.errors import CallError
 
 log = logging.getLogger("qlens")
 
+_ANTHROPIC = frozenset({"count_tokens", "messages"})
+"""The dialects of Anthropic's API."""
+
 # https://platform.claude.com/docs/en/api/errors
 _ANTHROPIC_TYPES = {
     400: "invalid_request_error",
@@ -36,7 +39,7 @@ def mistake() -> CallError:
 def error_body(error: CallError, dialect: str, call_id: str) -> bytes:
     """The body of an answer that is an error."""
     try:
-        return orjson.dumps(_anthropic(error, call_id) if dialect == "messages" else error.body())
+        return orjson.dumps(_anthropic(error, call_id) if dialect in _ANTHROPIC else error.body())
     except TypeError:
         log.error("%s says something that is no text", type(error).__name__)
         return error_body(mistake(), dialect, call_id)

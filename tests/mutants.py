@@ -39,8 +39,44 @@ ACCOUNT = ("tests/core/test_attacks_account.py",)
 HTTP = ("tests/core/test_attacks_http.py",)
 LIFE = ("tests/core/test_attacks_life.py",)
 BEDROCK = ("tests/plugins/provider/bedrock",)
+REALTIME = ("tests/core/test_realtime.py",)
 
 MUTANTS = (
+    Mutant(
+        "a session that does not wait for a side that does not read",
+        "qlens/realtime.py",
+        "            await sink.send(look(frame))\n",
+        "            asyncio.ensure_future(sink.send(look(frame)))\n",
+        REALTIME,
+    ),
+    Mutant(
+        "pages of browsers use a gateway without keys",
+        "qlens/realtime.py",
+        '    if "origin" not in call.headers:\n',
+        "    if call.headers:\n",
+        REALTIME,
+    ),
+    Mutant(
+        "sessions pass by the guards",
+        "qlens/realtime.py",
+        "    _refuse_guarded(pipeline)\n",
+        "",
+        REALTIME,
+    ),
+    Mutant(
+        "tokens of a session without a bound are not taken from the limit",
+        "qlens/realtime.py",
+        "    call.estimated_input = 1\n",
+        "    call.estimated_input = 0\n",
+        REALTIME,
+    ),
+    Mutant(
+        "a key follows a redirect",
+        "qlens/websocket.py",
+        "            middlewares=(_only_upgrades,),\n",
+        "",
+        REALTIME,
+    ),
     Mutant(
         "settle dropped when the client leaves",
         "qlens/account.py",

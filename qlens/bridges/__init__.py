@@ -41,10 +41,20 @@ class Bridge(Protocol):
 @cache
 def between(client: str, provider: str) -> Bridge | None:
     """The bridge for a client's dialect over a provider's; None when there is none."""
-    from qlens.bridges import chat_over_messages, composed, messages_over_chat, responses_over_chat
+    from qlens.bridges import (
+        chat_over_messages,
+        completions_over_chat,
+        composed,
+        messages_over_chat,
+        responses_over_chat,
+    )
 
     table: dict[tuple[str, str], Callable[[], Bridge]] = {
         ("chat", "messages"): chat_over_messages.bridge,
+        ("completions", "chat"): completions_over_chat.bridge,
+        ("completions", "messages"): lambda: composed.Composed(
+            completions_over_chat.bridge(), chat_over_messages.bridge()
+        ),
         ("messages", "chat"): messages_over_chat.bridge,
         ("responses", "chat"): responses_over_chat.bridge,
         ("responses", "messages"): lambda: composed.Composed(responses_over_chat.bridge(), chat_over_messages.bridge()),

@@ -12,6 +12,7 @@ from attrs.validators import and_, ge, gt, le, optional
 
 from qlens.config.environment import MissingText
 from qlens.config.faults import has_missing
+from qlens.config.scalars import Secret
 from qlens.errors import Fault
 
 STAGES: tuple[str, ...] = ("auth", "rate_limit", "guard", "cache", "route", "cost", "observe")
@@ -20,10 +21,18 @@ STAGES: tuple[str, ...] = ("auth", "rate_limit", "guard", "cache", "route", "cos
 FallbackKind = Literal["any", "context_length", "content_filter", "rate_limit"]
 FALLBACK_KINDS: tuple[str, ...] = get_args(FallbackKind)
 
+LEAST_KEY_CHARS = 32
+"""The shortest key that ids may be sealed with."""
+
 
 def _not_empty(_: object, __: attrs.Attribute[Any], value: Any) -> None:
     if not value:
         raise ValueError("must not be empty")
+
+
+def _not_guessed(_: object, __: attrs.Attribute[Any], value: Secret) -> None:
+    if len(value.reveal()) < LEAST_KEY_CHARS:
+        raise ValueError(f"must have at least {LEAST_KEY_CHARS} characters, at random: openssl rand -base64 32")
 
 
 _PORT = and_(ge(0), le(65535))
@@ -59,6 +68,14 @@ class Server:
     """How long running calls may go on after the order to stop."""
     call_seconds: float = field(default=600.0, validator=gt(0))
     """How long one call may take, whatever it waits for."""
+    session_seconds: float = field(default=3600.0, validator=gt(0))
+    """How long a realtime session may be open."""
+    session_idle_seconds: float = field(default=900.0, validator=gt(0))
+    """How long a realtime session may be silent: without a message of the client or of the provider."""
+    id_key: Secret | None = field(default=None, validator=optional(_not_guessed))
+    """Seals the ids of objects that providers keep (responses, files, batches); the same for all replicas. Without it
+    each provider's ids are sealed with its own secrets: ids end when those change, and a provider without any keeps
+    nothing."""
 
     def __attrs_post_init__(self) -> None:
         if self.port and (self.host, self.port) == (self.admin.host, self.admin.port):

@@ -17,7 +17,7 @@ text that is whole in its event."""
 
 
 class Dialect(Protocol):
-    """What the core asks of a dialect. Every module of this package that is one has these functions."""
+    """What the core asks of a dialect: a module of this package, or a `plain.Plain` in one, with these functions."""
 
     GENERATES: bool
     """Whether answers are generated token by token, so that an output bound is needed."""
@@ -74,14 +74,26 @@ class Dialect(Protocol):
 @cache
 def named(name: str) -> Dialect:
     """The dialect of this name; KeyError if there is none."""
-    from qlens.dialects import chat, completions, embeddings, messages, responses
+    from qlens.dialects import audio, chat, completions, embeddings, images, messages, moderations, rerank, responses
+    from qlens.dialects.count_tokens import COUNT_TOKENS
+    from qlens.dialects.uploads import UPLOADS
 
     table: dict[str, Dialect] = {
         "chat": chat,
         "completions": completions,
+        "count_tokens": COUNT_TOKENS,
         "embeddings": embeddings,
+        "image_edits": images.IMAGE_EDITS,
+        "image_variations": images.IMAGE_VARIATIONS,
+        "images": images.IMAGES,
         "messages": messages,
+        "moderations": moderations.MODERATIONS,
+        "rerank": rerank.RERANK,
         "responses": responses,
+        "speech": audio.SPEECH,
+        "transcriptions": audio.TRANSCRIPTIONS,
+        "translations": audio.TRANSLATIONS,
+        "uploads": UPLOADS,
     }
     return table[name]
 

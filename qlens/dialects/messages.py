@@ -88,7 +88,7 @@ def _tool(value: Any, path: fields.Path) -> None:
         _CUSTOM(value, path)
 
 
-_FIELDS = {
+FIELDS = {
     "cache_control": fields.free_form,
     "max_tokens": fields.integer(0, fields.MAX_TOKENS),  # 0 fills the cache and generates nothing
     "messages": fields.array(_MESSAGES, of="objects", least=1),
@@ -108,7 +108,7 @@ _FIELDS = {
     "top_k": fields.integer(0),
     "top_p": fields.number(0, 1),
 }
-_REQUEST = fields.record(_FIELDS, required=("model", "max_tokens", "messages"))
+_REQUEST = fields.record(FIELDS, required=("model", "max_tokens", "messages"))
 
 
 def validate(body: Body) -> None:

@@ -35,8 +35,16 @@ def rewrite_body(dialect: str, body: bytes, fn: Rewrite) -> bytes:
         if new != text:
             changed = True
             dialects.put(answer, ref, new)
-            _forget_spelling(answer[ref[0]][ref[1]])
+            _forget_spelling(answer[ref[0]][ref[1]] if len(ref) > 1 else answer)
     return orjson.dumps(answer) if changed else body
+
+
+def rewrite_plain(body: bytes, fn: Rewrite) -> bytes:
+    """Send a complete answer that is plain text through `fn`; what is no text stays as it is."""
+    try:
+        return fn(body.decode()).encode(errors="surrogatepass")
+    except UnicodeDecodeError:
+        return body
 
 
 async def rewrite_stream(

@@ -1,4 +1,4 @@
-"""The dialects whose streams are made of named events, each with its type: messages and responses."""
+"""The dialects whose streams are made of events that name their types."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qlens import dialects
 from qlens.dialects import Body, Dialect
 from qlens.usage import Usage
 
-NAMES = frozenset({"messages", "responses"})
+NAMES = frozenset({"image_edits", "images", "messages", "responses", "transcriptions"})
 
 
 class TypedDialect(Dialect, Protocol):

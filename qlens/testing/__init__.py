@@ -6,6 +6,7 @@ Everything here is public. The pytest plugin (`qlens.testing.plugin`) is loaded 
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import tempfile
 from collections.abc import AsyncIterator, Mapping
@@ -37,6 +38,9 @@ __all__ = [
     "running",
     "upstream",
 ]
+
+_LARGE_BYTES = 1024 * 1024
+"""Of which aiohttp warns that they hold the loop up, given as one piece."""
 
 
 @frozen
@@ -111,6 +115,21 @@ class Running:
         body = payload if isinstance(payload, bytes) else orjson.dumps(payload)
         return await self.request("POST", path, body=body, key=key, headers=headers)
 
+    async def post_form(
+        self,
+        path: str,
+        fields: Mapping[str, str],
+        files: Mapping[str, bytes],
+        *,
+        key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """POST a form of fields and files, each file under its field's name."""
+        form = aiohttp.FormData(dict(fields))
+        for name, content in files.items():
+            form.add_field(name, io.BytesIO(content), filename=f"{name}.bin", content_type="application/octet-stream")
+        return await self.request("POST", path, body=form(), key=key, headers=headers)
+
     async def get(self, path: str, *, key: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
         """GET a path; one that starts with /admin or is /metrics goes to the admin listener."""
         return await self.request("GET", path, key=key, headers=headers)
@@ -120,16 +139,18 @@ class Running:
         method: str,
         path: str,
         *,
-        body: bytes | None = None,
+        body: bytes | aiohttp.payload.Payload | None = None,
         key: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
         """Send one request and read the whole answer."""
         base = self.admin_url if path.startswith("/admin") or path == "/metrics" else self.url
         sent = {**({"authorization": f"Bearer {key}"} if key else {}), **(headers or {})}
-        if body is not None:
+        data: Any = body
+        if isinstance(body, bytes):
             sent.setdefault("content-type", "application/json")
-        async with self.session.request(method, base + path, data=body, headers=sent) as answer:
+            data = io.BytesIO(body) if len(body) >= _LARGE_BYTES else body
+        async with self.session.request(method, base + path, data=data, headers=sent) as answer:
             return Response(answer.status, answer.headers, await answer.read())
 
 

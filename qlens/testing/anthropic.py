@@ -18,6 +18,7 @@ from qlens.testing.messages_rules import MODELS, VERSIONS, Card, refusal
 from qlens.testing.upstreams import TEXT, FakeUpstream, Recorded, Scripted, serving
 
 KEY = "sk-ant-example"
+COUNT_PATH = "/v1/messages/count_tokens"
 MODEL = "claude-haiku-4-5-20251001"
 THOUGHT = "The user greets me."
 USAGE = {
@@ -31,6 +32,9 @@ USAGE = {
     "inference_geo": None,
     "service_tier": "standard",
 }
+
+UNCOUNTED = frozenset({"max_tokens", "metadata", "service_tier", "stop_sequences", "stream", "temperature"})
+"""Fields of messages that nobody counts."""
 
 _STATUS = {
     "invalid_request_error": 400,
@@ -69,11 +73,14 @@ class FakeAnthropic(FakeUpstream):
         return found
 
     def _usual(self, request: Recorded) -> Scripted:
+        if request.path == COUNT_PATH:
+            return Scripted(body={"input_tokens": USAGE["input_tokens"]}, headers={"request-id": "req_011Example"})
         told = _usual_message(request.body)
         return stream(told) if request.body.get("stream") else whole(told)
 
     def _refusal(self, request: Recorded) -> Scripted | None:
-        if request.path != "/v1/messages" or request.method != "POST":
+        counting = request.path == COUNT_PATH
+        if request.path not in {"/v1/messages", COUNT_PATH} or request.method != "POST":
             return failure("not_found_error", "Not Found")
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         key = request.headers.get("x-api-key") or (token if scheme == "Bearer" else None)
@@ -92,7 +99,9 @@ class FakeAnthropic(FakeUpstream):
             return failure("invalid_request_error", "The request body is not valid JSON")
         if isinstance(body, dict) and isinstance(body.get("model"), str) and body["model"] not in self.models:
             return failure("not_found_error", f"model: {body['model']}")
-        fault = refusal(body, version)
+        if counting and (uncounted := sorted(UNCOUNTED.intersection(body))):
+            return failure("invalid_request_error", f"{uncounted[0]}: Extra inputs are not permitted")
+        fault = refusal({**body, "max_tokens": 1} if counting else body, version)
         return failure("invalid_request_error", fault) if fault is not None else None
 
 

@@ -12,9 +12,10 @@ from typing import Any, Literal
 from urllib.parse import unquote
 
 import orjson
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from qlens.testing.entra import FakeEntra
+from qlens.testing.objects import FakeKeeper
 from qlens.testing.upstreams import (
     TEXT,
     USAGE,
@@ -41,6 +42,7 @@ OFFSETS = {"check_offset": 44, "start_offset": 44, "end_offset": 64}
 
 _NAMELESS = {"id": "", "object": "", "created": 0, "model": ""}
 _PLACE = re.compile(r"/openai/(?:deployments/(?P<deployment>[^/]+)|(?P<v1>v1))/(?P<operation>.+)")
+_KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?:batches|files)(?:/.*)?)")
 
 
 @frozen
@@ -109,9 +111,11 @@ class FakeAzure(FakeUpstream):
     entra: FakeEntra | None = None
     """Whose tokens it accepts; None: keys alone."""
     region: str = "swedencentral"
+    keeper: FakeKeeper = field(factory=FakeKeeper)
+    """Its files and batches."""
 
     def _usual(self, request: Recorded) -> Scripted:
-        found = self._refused(request) or self._answered(request)
+        found = self._kept(request) or self._refused(request) or self._answered(request)
         return Scripted(
             found.status,
             headers={
@@ -125,6 +129,18 @@ class FakeAzure(FakeUpstream):
             events=found.events,
         )
 
+    def _kept(self, request: Recorded) -> Scripted | None:
+        """The answer about what the resource keeps, which belongs to no deployment; None for all else."""
+        place = _KEPT.fullmatch(request.path)
+        if place is None:
+            return None
+        if not self._known(request):
+            return access_denied()
+        versions = V1_VERSIONS if place["v1"] else CLASSIC_VERSIONS
+        if request.query.get("api-version") not in versions:
+            return resource_not_found()
+        return self.keeper.answer(evolve(request, path=f"/v1/{place['rest']}"))
+
     # --- who, where -----------------------------------------------------------------------------
 
     def _refused(self, request: Recorded) -> Scripted | None:
@@ -134,10 +150,11 @@ class FakeAzure(FakeUpstream):
         versions = CLASSIC_VERSIONS if place is not None and place["deployment"] else V1_VERSIONS
         if place is None or request.method != "POST" or request.query.get("api-version") not in versions:
             return resource_not_found()
-        if not request.headers.get("content-type", "").startswith("application/json"):
+        wanted = "multipart/form-data" if place["operation"] in _FORMS else "application/json"
+        if not request.headers.get("content-type", "").startswith(wanted):
             return refusal("Unsupported content type", status=415)
         try:
-            body = orjson.loads(request.content)
+            body = request.fields
         except orjson.JSONDecodeError:
             return refusal("Your request contained invalid JSON.")
         if place["v1"] and not isinstance(body.get("model"), str):
@@ -159,7 +176,7 @@ class FakeAzure(FakeUpstream):
     def _deployment(self, request: Recorded) -> Deployment | None:
         place = _PLACE.fullmatch(request.path)
         assert place is not None, "a place that is not known was refused before"
-        return self.deployments.get(unquote(place["deployment"] or "") or request.body["model"])
+        return self.deployments.get(unquote(place["deployment"] or "") or request.fields["model"])
 
     # --- what -----------------------------------------------------------------------------------
 
@@ -174,7 +191,7 @@ class FakeAzure(FakeUpstream):
             if spillover is None:
                 return throttled(1200)
             deployment = spillover
-            headers["x-ms-spillover-from-deployment"] = unquote(place["deployment"] or "") or request.body["model"]
+            headers["x-ms-spillover-from-deployment"] = unquote(place["deployment"] or "") or request.fields["model"]
         version = None if place["v1"] else request.query["api-version"]
         answer = _operate(place["operation"], deployment, request, version)
         return Scripted(answer.status, {**answer.headers, **headers}, body=answer.body, events=answer.events)
@@ -204,12 +221,16 @@ _FIELDS = {
     "completions": _SHARED | {"prompt", "suffix", "echo", "best_of"},
     "embeddings": {"model", "input", "user", "dimensions", "encoding_format"},
 }
+_FORMS = {"images/edits", "audio/transcriptions", "audio/translations"}
+_OTHER = {*_FORMS, "images/generations", "audio/speech"}
 _SINCE = {"stream_options": "2024-09-01", "max_completion_tokens": "2024-09-01", "reasoning_effort": "2024-12-01"}
 _SAMPLING = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 _WITHOUT_SAMPLING = ("logprobs", "top_logprobs", "logit_bias")
 
 
 def _operate(operation: str, deployment: Deployment, request: Recorded, version: str | None) -> Scripted:
+    if operation in _OTHER:
+        return usual_answer(request)
     if operation not in _FIELDS or (operation == "completions" and version is None):
         return resource_not_found()
     kind = "embeddings" if operation == "embeddings" else "chat"

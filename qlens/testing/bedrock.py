@@ -23,6 +23,8 @@ KEY = Identity("AKIAIOSFODNN7EXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY
 API_KEY = "bedrock-api-key-example"
 """A bearer key that every fake knows."""
 TEXT = "Hello from Bedrock."
+PICTURE = "iVBORw0KGgo="
+"""The image of every answer."""
 USAGE = {"inputTokens": 9, "outputTokens": 4, "totalTokens": 13}
 
 _PATH = re.compile(r"/model/(?P<model>[^/]+)/(?P<operation>converse|converse-stream|invoke)")
@@ -96,13 +98,24 @@ def invalid(operation: str, model: str, content: bytes) -> str | None:
         return "The request body is not valid JSON."
     if operation == "InvokeModel":
         found = fault(known.input_shape, {"modelId": model})
-        return found or _invalid_embedding(model, body)
+        return found or _invalid_body(model, body)
     found = fault(known.input_shape, {"modelId": model, **body} if isinstance(body, dict) else body)
     return found or converse_rules.refusal(model, body)
 
 
-def _invalid_embedding(model: str, body: Any) -> str | None:
-    if "titan-embed-text-v2" in model:
+def _invalid_body(model: str, body: Any) -> str | None:
+    if ".rerank-" in model:
+        known = {"query", "documents", "top_n", *(["api_version", "max_tokens_per_doc"] if "cohere" in model else [])}
+        texts = [body.get("query"), *(body.get("documents") or [None])]
+        good = "cohere" not in model or body.get("api_version") == 2
+    elif "nova-canvas" in model or "titan-image" in model:
+        known = {"taskType", "textToImageParams", "imageGenerationConfig"}
+        config = body.get("imageGenerationConfig", {})
+        texts, good = [body.get("textToImageParams", {}).get("text")], 1 <= config.get("numberOfImages", 1) <= 5
+    elif model.startswith("stability."):
+        known = {"prompt", "negative_prompt", "mode", "aspect_ratio", "output_format", "seed"}
+        texts, good = [body.get("prompt")], body.get("output_format", "png") in {"png", "jpeg"}
+    elif "titan-embed-text-v2" in model:
         known = {"inputText", "dimensions", "normalize", "embeddingTypes"}
         texts, good = [body.get("inputText")], body.get("dimensions", 1024) in {1024, 512, 256}
     elif "cohere.embed" in model:
@@ -199,7 +212,7 @@ def failure(name: str, message: str = "", *, status: int = 400, in_header: bool 
 
 def _usual_of(operation: str, model: str, body: Any) -> Scripted:
     if operation == "invoke":
-        return _vectors(model, body)
+        return _invoked(model, body)
     told = _usual_answer(body)
     return whole(told) if operation == "converse" else stream(streamed(told))
 
@@ -214,6 +227,17 @@ def _usual_answer(body: Any) -> dict[str, Any]:
         return answer()
     use = {"toolUseId": f"tooluse_{uuid4().hex[:22]}", "name": forced, "input": {}}
     return answer({"toolUse": use}, stop="tool_use")
+
+
+def _invoked(model: str, body: Any) -> Scripted:
+    if ".rerank-" in model:
+        order = range(min(len(body["documents"]), body.get("top_n", len(body["documents"]))))
+        return Scripted(body={"results": [{"index": index, "relevance_score": 1 / (1 + index)} for index in order]})
+    if "imageGenerationConfig" in body:
+        return Scripted(body={"images": [PICTURE] * body["imageGenerationConfig"]["numberOfImages"], "error": None})
+    if model.startswith("stability."):
+        return Scripted(body={"images": [PICTURE], "seeds": [1], "finish_reasons": [None]})
+    return _vectors(model, body)
 
 
 def _vectors(model: str, body: Any) -> Scripted:

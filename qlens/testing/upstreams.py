@@ -18,6 +18,7 @@ from attrs import define, field, frozen
 from multidict import CIMultiDict
 
 from qlens import sse
+from qlens.testing.other_answers import Part, parts_of, told
 
 Event = dict[str, Any] | str | bytes
 """An event of a stream: JSON, the text after `data: `, or bytes that are written as they are."""
@@ -72,6 +73,18 @@ class Recorded:
     def body(self) -> Any:
         """The parsed JSON body; None without a body."""
         return orjson.loads(self.content) if self.content else None
+
+    @property
+    def form(self) -> list[Part]:
+        """The parts of a form, in the order in which they came."""
+        return parts_of(self.headers.get("content-type", ""), self.content)
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of a form that are no files, or the JSON body."""
+        if not self.headers.get("content-type", "").startswith("multipart/"):
+            return self.body or {}
+        return {part.name: part.text for part in self.form if part.filename is None}
 
 
 @define(eq=False)
@@ -303,6 +316,9 @@ def usual_answer(request: Recorded) -> Scripted:
         return _completion(request.body)
     if request.path.endswith("/embeddings"):
         return _embedding(request.body)
+    if (other := told(request.path, lambda: request.fields)) is not None:
+        headers = {"content-type": other.content_type} if other.content_type else {}
+        return Scripted(headers=headers, body=other.body, events=other.events)
     return error(404, f"Unknown request URL: {request.method} {request.path}", code="unknown_url")
 
 

@@ -61,7 +61,7 @@ def test_the_pipeline_knows_nothing_of_http() -> None:
 
 
 def test_aiohttp_is_known_to_the_server_and_the_kit_alone() -> None:
-    allowed = {"qlens/connection.py", "qlens/server.py", "qlens/workers/admin.py"}
+    allowed = {"qlens/connection.py", "qlens/server.py", "qlens/websocket.py", "qlens/workers/admin.py"}
     for path in CORE:
         if _id(path) in allowed or "testing" in path.parts:
             continue

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import NO_USAGE, Usage
-from qlens.usage import BUCKETS, from_anthropic, from_openai, grown, larger, together
+from qlens.usage import BUCKETS, from_anthropic, from_openai, from_realtime, grown, larger, together
 
 COUNTS = st.integers(0, 10**7)
 NONSENSE = st.recursive(
@@ -197,3 +197,40 @@ def test_a_mode_with_prices_of_its_own_is_a_tier() -> None:
     usage = from_anthropic({"input_tokens": 1, "output_tokens": 1, "speed": "fast", "service_tier": "standard"})
     assert usage is not None
     assert usage.tier == "fast"
+
+
+@given(
+    *([st.integers(0, 10_000)] * 8),
+)
+def test_buckets_of_a_realtime_answer_are_disjoint_and_sum_to_the_total(
+    text: int, audio: int, image: int, kept_text: int, kept_audio: int, kept_image: int, said: int, spoken: int
+) -> None:
+    usage = from_realtime(
+        {
+            "input_tokens": text + audio + image + kept_text + kept_audio + kept_image,
+            "output_tokens": said + spoken,
+            "input_token_details": {
+                "text_tokens": text + kept_text,
+                "audio_tokens": audio + kept_audio,
+                "image_tokens": image + kept_image,
+                "cached_tokens": kept_text + kept_audio + kept_image,
+                "cached_tokens_details": {
+                    "text_tokens": kept_text,
+                    "audio_tokens": kept_audio,
+                    "image_tokens": kept_image,
+                },
+            },
+            "output_token_details": {"text_tokens": said, "audio_tokens": spoken},
+        }
+    )
+    assert usage is not None
+    assert (usage.input, usage.audio_in, usage.cached_input) == (text, audio, kept_text + kept_audio)
+    assert (usage.output, usage.audio_out, usage.source) == (said, spoken, "provider")
+    images = {"image_tokens": image, "cached_image_tokens": kept_image}
+    assert usage.meters == {name: count for name, count in images.items() if count}
+
+
+@given(NONSENSE | st.dictionaries(st.sampled_from(["input_tokens", "output_tokens", "input_token_details"]), NONSENSE))
+def test_nonsense_from_a_realtime_session_is_no_usage_or_a_sane_one(raw: Any) -> None:
+    usage = from_realtime(raw)
+    assert usage is None or min(buckets(usage)) >= 0

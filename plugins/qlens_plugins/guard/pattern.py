@@ -81,6 +81,8 @@ class PatternConfig:
     """Applied in this order, each to what the one before left."""
     hold_back: int = field(default=64, validator=[ge(1), _fit])
     """The longest match in characters that is sure to be found in a stream, which is kept back by as many."""
+    realtime: Literal["refuse", "pass"] = "refuse"
+    """Realtime sessions cannot be looked into: they are refused with a 400, or pass unseen."""
 
 
 Compiled = tuple[tuple[Rule, re.Pattern[str]], ...]
@@ -102,6 +104,11 @@ class Pattern:
         rules = [(rule, rule.compiled()) for rule in self.config.rules]
         self._on_request = tuple((rule, pattern) for rule, pattern in rules if "request" in rule.on)
         self._on_reply = tuple((rule, pattern) for rule, pattern in rules if "reply" in rule.on)
+
+    @property
+    def passes_sessions(self) -> bool:
+        """Whether realtime sessions run though nothing in them is looked at."""
+        return self.config.realtime == "pass"
 
     @hookimpl
     @asynccontextmanager

@@ -22,11 +22,15 @@ from qlens import (
     header_value,
     hookimpl,
     http_url,
+    path_patterns,
     post_messages,
+    send_request,
 )
 
 if TYPE_CHECKING:
     from attrs import Attribute
+
+PATHS = {"messages": "/v1/messages", "count_tokens": "/v1/messages/count_tokens"}
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _OURS = {
@@ -71,6 +75,9 @@ class AnthropicConfig:
     """Betas that clients may ask for in their own `anthropic-beta`: names, or patterns (`context-*`)."""
     headers: Mapping[str, Secret] = field(factory=dict, hash=False, validator=_extra_headers)
     """More headers for every request."""
+    passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
+    """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /v1/models`. It runs auth and
+    limits, is not priced, and objects there belong to all tenants."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
@@ -100,7 +107,12 @@ class Anthropic:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
-        return ("messages",)
+        return ("messages", "count_tokens")
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """The patterns of requests that pass as they are."""
+        return self.config.passthrough
 
     @hookimpl
     @asynccontextmanager
@@ -113,13 +125,17 @@ class Anthropic:
     async def send(self, call: Call, outgoing: Outgoing) -> Reply:
         """Post the messages."""
         assert self._http is not None, "the lifespan is not open"
+        if outgoing.request is not None:
+            return await send_request(
+                self._http, self.config.base_url, headers=self._headers, outgoing=outgoing, deadlines=self._deadlines
+            )
         if outgoing.operation.dialect != outgoing.dialect and self.config.version > _LAST_WITH_SAMPLING:
             # Clients of other APIs cannot know that this version has no such fields; its own clients are told.
             outgoing.body = {name: value for name, value in outgoing.fields().items() if name not in _SAMPLING}
         betas = self._betas(call)
         return await post_messages(
             self._http,
-            self.config.base_url.rstrip("/") + "/v1/messages",
+            self.config.base_url.rstrip("/") + PATHS[outgoing.dialect],
             headers={**self._headers, "anthropic-beta": betas} if betas else self._headers,
             outgoing=outgoing,
             deadlines=self._deadlines,

@@ -6,21 +6,26 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
+from urllib.parse import urlencode
 
 from attrs import define, field, frozen, validators
 
 from qlens import (
+    Call,
     Deadlines,
     Gateway,
     Outgoing,
     Reply,
     Secret,
+    Session,
     Target,
     Upstream,
     header_value,
     hookimpl,
     http_url,
+    path_patterns,
     post_openai,
+    send_request,
 )
 
 if TYPE_CHECKING:
@@ -30,8 +35,20 @@ PATHS = {
     "chat": "/chat/completions",
     "completions": "/completions",
     "embeddings": "/embeddings",
+    "image_edits": "/images/edits",
+    "image_variations": "/images/variations",
+    "images": "/images/generations",
+    "moderations": "/moderations",
+    "rerank": "/rerank",
     "responses": "/responses",
+    "speech": "/audio/speech",
+    "transcriptions": "/audio/transcriptions",
+    "translations": "/audio/translations",
 }
+
+BETA = {"openai-beta": "realtime=v1"}
+"""What asks for the first version of realtime sessions."""
+_BETA_PROTOCOL = "openai-beta.realtime-v1"
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _OURS = {
@@ -61,12 +78,19 @@ class OpenAIConfig:
     """Sent as `OpenAI-Organization`."""
     project: str | None = field(default=None, validator=header_value)
     """Sent as `OpenAI-Project`."""
-    headers: Mapping[str, Secret] = field(factory=dict, hash=False, validator=_extra_headers)
+    headers: Mapping[str, Secret] = field(
+        factory=dict, hash=False, validator=_extra_headers, metadata={"lasting": False}
+    )
     """More headers for every request."""
     stream_options: bool = True
     """Ask streams for their usage; false for servers that refuse the field `stream_options`."""
     responses: bool = True
     """Send calls of the Responses API as they are; false for servers without it: they are then asked by chat."""
+    files: bool = True
+    """Keep files and batches for clients; false for servers without them."""
+    passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
+    """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
+    runs auth and limits, is not priced, and objects there belong to all tenants."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
@@ -82,6 +106,7 @@ class OpenAI:
     config: OpenAIConfig
     name: str
     _http: Upstream | None = field(default=None, init=False, repr=False)
+    _spoken: tuple[str, ...] = field(init=False, repr=False)
     _urls: Mapping[str, str] = field(init=False, repr=False)
     _headers: Mapping[str, str] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
@@ -90,6 +115,7 @@ class OpenAI:
 
     def __attrs_post_init__(self) -> None:
         config = self.config
+        self._spoken = tuple(dialect for dialect in PATHS if dialect != "responses" or config.responses)
         self._urls = {dialect: config.base_url.rstrip("/") + path for dialect, path in PATHS.items()}
         named = {
             "authorization": f"Bearer {config.api_key.reveal()}" if config.api_key else None,
@@ -102,7 +128,17 @@ class OpenAI:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
-        return tuple(dialect for dialect in PATHS if dialect != "responses" or self.config.responses)
+        return self._spoken
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """The patterns of requests that pass as they are."""
+        return self.config.passthrough
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """What is kept for clients."""
+        return (*(("response",) if self.config.responses else ()), *(("file", "batch") if self.config.files else ()))
 
     @hookimpl
     @asynccontextmanager
@@ -112,9 +148,26 @@ class OpenAI:
         yield
 
     @hookimpl
+    async def connect(self, call: Call, target: Target) -> Session:
+        """Open a realtime session, of the kind that the client speaks: the events of the beta are others."""
+        assert self._http is not None, "the lifespan is not open"
+        asked = {"model": target.model, **{name: call.query[name] for name in ("intent",) if name in call.query}}
+        headers = {**self._headers, **(BETA if _is_beta(call) else {})}
+        place = f"{self.config.base_url.rstrip('/')}/realtime?{urlencode(asked)}"
+        return await self._http.connect(place, headers=headers, deadlines=self._deadlines)
+
+    @hookimpl
     async def send(self, outgoing: Outgoing) -> Reply:
         """Post the body to the path of its dialect."""
         assert self._http is not None, "the lifespan is not open"
+        if outgoing.request is not None:
+            return await send_request(
+                self._http,
+                self.config.base_url,
+                headers=self._headers,
+                outgoing=outgoing,
+                deadlines=self._deadlines,
+            )
         return await post_openai(
             self._http,
             self._urls[outgoing.dialect],
@@ -123,3 +176,10 @@ class OpenAI:
             deadlines=self._deadlines,
             ask_usage=self.config.stream_options,
         )
+
+
+def _is_beta(call: Call) -> bool:
+    """Whether the client asks for the beta: by its header, or as a page in a browser does."""
+    offered = call.headers.get("sec-websocket-protocol", "").split(",")
+    named = call.headers.get("openai-beta", "").split(",")
+    return BETA["openai-beta"] in map(str.strip, named) or _BETA_PROTOCOL in map(str.strip, offered)

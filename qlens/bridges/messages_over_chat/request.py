@@ -60,9 +60,9 @@ def written(body: Body) -> Body:
     return copied
 
 
-def without_extensions(body: Body) -> Body:
+def without_extensions(body: Body, *, keep_settings: bool = False) -> Body:
     """The chat without the fields that only providers of Claude know: OpenAI refuses what it does not know."""
-    kept = {name: value for name, value in body.items() if name not in {"thinking", "top_k"}}
+    kept = {name: value for name, value in body.items() if keep_settings or name not in {"thinking", "top_k"}}
     kept["messages"] = [_plain_message(message) for message in kept["messages"]]
     if kept.get("tools"):
         kept["tools"] = [_plain(tool) for tool in kept["tools"]]

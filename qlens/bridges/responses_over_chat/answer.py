@@ -396,15 +396,25 @@ def _repeated(tool: Body) -> Body:
 
 def usage_of(usage: Body) -> Body:
     """Chat's usage as Responses count it, with every count that chat has."""
-    prompt, completion = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
     read = {"cached_tokens": 0, "cache_write_tokens": 0, **_counts(usage.get("prompt_tokens_details"))}
+    thought = {"reasoning_tokens": 0, **_counts(usage.get("completion_tokens_details"))}
+    said = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    prompt = _whole(said[0], read, "cached_tokens", "cache_write_tokens", "audio_tokens")
+    completion = _whole(said[1], thought, "reasoning_tokens", "audio_tokens")
+    total = usage.get("total_tokens") if (prompt, completion) == said else None
     return {
         "input_tokens": prompt,
         "input_tokens_details": read,
         "output_tokens": completion,
-        "output_tokens_details": {"reasoning_tokens": 0, **_counts(usage.get("completion_tokens_details"))},
-        "total_tokens": usage.get("total_tokens") or prompt + completion,
+        "output_tokens_details": thought,
+        "total_tokens": total or prompt + completion,
     }
+
+
+def _whole(said: int, details: Body, *names: str) -> int:
+    """A count with its parts in it: some servers leave out of it what they count apart, as no client expects."""
+    parts = sum(details[name] for name in names if type(details.get(name)) is int)
+    return said if said >= parts else said + parts
 
 
 def _counts(details: Any) -> Body:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import orjson
 from attrs import define, evolve, field
@@ -17,6 +17,7 @@ from qlens import (
     Health,
     Outgoing,
     Reply,
+    Session,
     Target,
     Upstream,
     UpstreamAuth,
@@ -24,6 +25,7 @@ from qlens import (
     UpstreamRejected,
     hookimpl,
     post_openai,
+    send_request,
 )
 from qlens_plugins.provider.azure_openai import identities
 from qlens_plugins.provider.azure_openai.parameters import Lessons, apply_lessons, family, fit_chat, refused
@@ -33,14 +35,29 @@ from qlens_plugins.provider.azure_openai.tokens import Tokens
 
 log = logging.getLogger("qlens.azure_openai")
 
-PATHS = {"chat": "chat/completions", "completions": "completions", "embeddings": "embeddings"}
+PATHS = {
+    "chat": "chat/completions",
+    "completions": "completions",
+    "embeddings": "embeddings",
+    "image_edits": "images/edits",
+    "images": "images/generations",
+    "speech": "audio/speech",
+    "transcriptions": "audio/transcriptions",
+    "translations": "audio/translations",
+}
 LAST_GA = "2024-10-21"
 """The classic surface's last api-version that is no preview."""
+LAST_PREVIEW = "2025-04-01-preview"
+"""Its last preview; realtime sessions are in previews alone."""
 PROVISIONED = "provisioned"
 """The price tier of tokens that are paid for by the hour."""
 TARGET_PARAMS = ("provisioned", "spillover_deployment")
 """What a target's `params` may say to this plugin; they are no fields of the body."""
 
+_CLASSIC = tuple(PATHS)
+_V1 = tuple(dialect for dialect in PATHS if dialect != "completions")
+_MENDED = ("chat", "completions")
+"""The dialects whose streams are odd."""
 _HIDDEN = (None, "model-router")
 """Base models that do not say which model answers."""
 _SPILLED = "x-ms-spillover-from-deployment"
@@ -66,6 +83,12 @@ class AzureOpenAI:
     """Deployments that Azure did not know when it was last asked."""
 
     Config = AzureOpenAIConfig
+    objects = ("file", "batch")
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """The patterns of requests that pass as they are."""
+        return self.config.passthrough
 
     def __attrs_post_init__(self) -> None:
         config = self.config
@@ -78,7 +101,7 @@ class AzureOpenAI:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target: v1 has no completions, codex and pro models speak Responses only."""
-        spoken = tuple(PATHS) if self.config.surface == "classic" else ("chat", "embeddings")
+        spoken = _CLASSIC if self.config.surface == "classic" else _V1
         model = family(target.base_model)
         return spoken if model is None or model.chats else ()
 
@@ -158,8 +181,48 @@ class AzureOpenAI:
         return Health(bool(left) and not self._missing, "; ".join(told))
 
     @hookimpl
+    async def connect(self, call: Call, target: Target) -> Session:
+        """Open a realtime session with the target's deployment."""
+        assert self._http is not None, "the lifespan is not open"
+        headers = await self._credential()
+        try:
+            opened = await self._http.connect(
+                self._realtime_url(call, target), headers=headers, deadlines=self._deadlines
+            )
+        except UpstreamAuth:
+            self._doubt(headers)
+            raise
+        except UpstreamModelMissing:
+            self._not_found(target)
+            raise
+        self._missing.discard(target.model)
+        return opened
+
+    def _realtime_url(self, call: Call, target: Target) -> str:
+        """Where sessions are opened: on v1 as OpenAI's, on the classic surface by a preview, for it has no other."""
+        resource, version = self.config.endpoint.rstrip("/"), self.config.api_version
+        asked = {"intent": call.query["intent"]} if "intent" in call.query else {}
+        if self.config.surface == "v1":
+            asked |= {"model": target.model, **({"api-version": version} if version else {})}
+            return f"{resource}/openai/v1/realtime?{urlencode(asked)}"
+        preview = version if version is not None and version.endswith("-preview") else LAST_PREVIEW
+        asked |= {"api-version": preview, "deployment": target.model}
+        return f"{resource}/openai/realtime?{urlencode(asked)}"
+
+    async def _credential(self) -> Mapping[str, str]:
+        """The header that says who the gateway is."""
+        return self._key if self._tokens is None else {"authorization": f"Bearer {await self._tokens.get()}"}
+
+    def _doubt(self, headers: Mapping[str, str]) -> None:
+        """Renew a token that Azure refused."""
+        if self._tokens is not None:
+            self._tokens.doubt(headers["authorization"].removeprefix("Bearer "))
+
+    @hookimpl
     async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
-        """Post the body to the target's deployment."""
+        """Post the body to the target's deployment, or send a request to the resource itself."""
+        if outgoing.request is not None:
+            return await self._send_request(outgoing)
         self._fit(target, outgoing)
         while True:
             try:
@@ -206,7 +269,7 @@ class AzureOpenAI:
 
     async def _post(self, target: Target, outgoing: Outgoing) -> Reply:
         assert self._http is not None, "the lifespan is not open"
-        headers = self._key if self._tokens is None else {"authorization": f"Bearer {await self._tokens.get()}"}
+        headers = await self._credential()
         spillover = target.params.get("spillover_deployment")
         if spillover:
             headers = {**headers, "x-ms-spillover-deployment": str(spillover)}
@@ -221,8 +284,24 @@ class AzureOpenAI:
                 forward=_FORWARDED,
             )
         except UpstreamAuth:
-            if self._tokens is not None:
-                self._tokens.doubt(headers["authorization"].removeprefix("Bearer "))
+            self._doubt(headers)
+            raise
+
+    async def _send_request(self, outgoing: Outgoing) -> Reply:
+        """Ask the resource: what it keeps belongs to no deployment."""
+        assert self._http is not None, "the lifespan is not open"
+        headers = await self._credential()
+        try:
+            return await send_request(
+                self._http,
+                f"{self._place.removesuffix('/deployments/')}{self._query}",
+                headers=headers,
+                outgoing=outgoing,
+                deadlines=self._deadlines,
+                forward=_FORWARDED - {_SPILLED},
+            )
+        except UpstreamAuth:
+            self._doubt(headers)
             raise
 
     def _url(self, deployment: str, path: str) -> str:
@@ -250,13 +329,15 @@ class AzureOpenAI:
             call.tags["azure_spillover_from"] = spilled
         # Tokens that spilled over were answered, and are billed, by a standard deployment.
         tier = PROVISIONED if target.params.get("provisioned") and not spilled else None
+        if reply.chunks is not None and outgoing.dialect not in _MENDED:
+            return reply
         if reply.chunks is not None:
             mender = Mender(outgoing.dialect, tier, lambda model: _answered_by(reply, target, model))
             reply.replace(chunks=mender.mend(reply.chunks))
             return reply
         if tier is not None and reply.usage is not None:
             reply.usage = evolve(reply.usage, tier=tier)
-        if target.base_model in _HIDDEN and reply.body is not None:
+        if target.base_model in _HIDDEN and reply.body is not None and not reply.raw:
             _answered_by(reply, target, orjson.loads(reply.body).get("model"))
         return reply
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from attrs import field, frozen, validators
 
-from qlens import Secret, header_value, http_url
+from qlens import Secret, header_value, http_url, path_patterns
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -125,7 +125,7 @@ class AppServiceIdentity:
     """Tokens of the service's own endpoint."""
     endpoint: str = field(kw_only=True, validator=http_url)
     """Where tokens are asked for: `${IDENTITY_ENDPOINT}`."""
-    header: Secret = field(kw_only=True, validator=header_value)
+    header: Secret = field(kw_only=True, validator=header_value, metadata={"lasting": False})
     """What proves that the request comes from inside: `${IDENTITY_HEADER}`."""
     client_id: str | None = field(default=None, kw_only=True)
     """The client id of a user-assigned identity; without any of the three ids it is the system-assigned one."""
@@ -160,6 +160,9 @@ class AzureOpenAIConfig:
     """What happens to a field that a reasoning model does not have: it is left out, or the call is refused."""
     stream_options: bool = True
     """Ask streams for their usage; false for api-versions that refuse the field `stream_options`."""
+    passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
+    """What clients may ask of the resource as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
+    runs auth and limits, is not priced, and objects there belong to all tenants."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))

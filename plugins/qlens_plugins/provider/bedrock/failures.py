@@ -107,7 +107,7 @@ def _named(name: str, message: str) -> CallError | None:
         case "ModelErrorException":
             return UpstreamError("The model failed.", code="model_error")
         case "ServiceUnavailableException":
-            return UpstreamUnavailable("The provider is overloaded or down.", code="server_is_overloaded")
+            return UpstreamUnavailable("The provider is overloaded or down.")
         case "InternalServerException" | "InternalFailure" | "InternalServerError":
             return UpstreamError("The provider failed.")
         case "ConflictException":

@@ -46,6 +46,17 @@ class Family:
     audio: bool = False
     vectors: Vectors | None = None
     """The format of its embeddings, for models that make them."""
+    paints: Literal["amazon", "stability"] | None = None
+    """The format of its requests for images, for models that make them."""
+    ranks: bool = False
+    """Whether it does nothing but to say how well documents fit a query."""
+
+    @property
+    def speaks(self) -> str:
+        """The one dialect of its calls."""
+        if self.vectors:
+            return "embeddings"
+        return "images" if self.paints else "rerank" if self.ranks else "chat"
 
 
 _CLAUDE = Family(
@@ -62,6 +73,9 @@ _OTHERS: tuple[tuple[str, Family], ...] = (
     (r"amazon\.titan-embed.*", Family("titan-embed", vectors="titan")),
     (r"cohere\.embed-v4.*", Family("cohere-embed", vectors="cohere_v4")),
     (r"cohere\.embed-.*", Family("cohere-embed", vectors="cohere_v3")),
+    (r"(amazon|cohere)\.rerank-.*", Family("rerank", ranks=True)),
+    (r"amazon\.(nova-canvas|titan-image-generator)-.*", Family("canvas", paints="amazon")),
+    (r"stability\..*", Family("stability", paints="stability")),
     (r"amazon\.nova-2-.*", evolve(_NOVA, reasoning="nova")),
     (r"amazon\.nova-.*", _NOVA),
     (

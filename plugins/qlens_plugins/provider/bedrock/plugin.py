@@ -21,6 +21,8 @@ from qlens_plugins.provider.bedrock.embeddings import embed
 from qlens_plugins.provider.bedrock.exchange import Credentials, Wire
 from qlens_plugins.provider.bedrock.families import family_of
 from qlens_plugins.provider.bedrock.images import Images
+from qlens_plugins.provider.bedrock.pictures import paint
+from qlens_plugins.provider.bedrock.rerank import rerank
 from qlens_plugins.provider.bedrock.settings import BedrockConfig
 from qlens_plugins.provider.bedrock.signing import Signer
 
@@ -49,8 +51,8 @@ class Bedrock:
     takes_extensions = True
 
     def dialects(self, target: Target) -> tuple[str, ...]:
-        """The dialects spoken for a target: a model either makes embeddings or chats."""
-        return ("embeddings",) if family_of(_model(target).base).vectors else ("chat",)
+        """The one dialect spoken for a target: a model either chats, or makes embeddings or images, or ranks."""
+        return (family_of(_model(target).base).speaks,)
 
     def check(self, target: Target) -> Iterable[str]:
         """What is wrong with a target, asked at start-up."""
@@ -99,6 +101,10 @@ class Bedrock:
         family = family_of(model.base)
         if outgoing.dialect == "embeddings":
             return await embed(self._wire, model, family, outgoing.body, call.estimated_input)
+        if family.ranks:
+            return await rerank(self._wire, model, outgoing.body)
+        if family.paints:
+            return await paint(self._wire, model, family.paints, outgoing.body)
         if self._images is not None:
             await self._images.put_in(outgoing.body["messages"])
         way = target.params.get("structured_output") or family.schema

@@ -27,6 +27,7 @@ from qlens_plugins.provider.echo.answers import (
     prompts,
 )
 from qlens_plugins.provider.echo.behaviour import Behaviour, faults
+from qlens_plugins.provider.echo.other import OTHER, answer_other
 from qlens_plugins.provider.echo.wire import ChatWire, CompletionsWire, Event, embeddings_body, vector
 
 MAX_DIMENSIONS = 8192
@@ -52,7 +53,7 @@ class Echo:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
-        return ("chat", "completions", "embeddings")
+        return ("chat", "completions", "embeddings", *OTHER)
 
     def check(self, target: Target) -> Iterable[str]:
         """What is wrong with a target, asked at start-up."""
@@ -66,6 +67,9 @@ class Echo:
         self._fail(behaviour, target)
         if outgoing.dialect == "embeddings":
             return await self._embed(target, outgoing, behaviour)
+        if outgoing.dialect in OTHER:
+            _break_off(behaviour)
+            return await answer_other(target.model, outgoing)
         wire, choices, usage = _answer(target, outgoing, _limit(call, outgoing))
         if outgoing.stream:
             chunks = _stream(wire.events(choices, usage), behaviour)

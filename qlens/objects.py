@@ -1,0 +1,232 @@
+"""Ids in bodies: those that clients give are opened on the way in, those that providers give sealed on the way out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import orjson
+from attrs import define, evolve, field
+
+from qlens import sse
+from qlens.call import Body, Call, Reply, Target
+from qlens.dialects import typed
+from qlens.errors import InvalidRequest, ObjectMissing
+from qlens.object_ids import Kept, ObjectIds, Origin
+
+_FREE = frozenset({"arguments", "format", "metadata", "parameters", "schema"})
+"""Fields whose content is the client's own, or a schema: what looks like an id in there is none."""
+_FILE_FIELDS = frozenset({"error_file_id", "file_id", "input_file_id", "output_file_id"})
+_RESPONSE_FIELDS = frozenset({"previous_response_id", "response_id"})
+_OF_CONTAINERS = "cfile_"
+"""How ids of files begin that exist only within a container, which nobody can ask for here."""
+_OBJECTS = {"response": "response", "response.deleted": "response", "file": "file", "batch": "batch"}
+# Inside a JSON string the quotes would be escaped, so text never matches.
+_MAY_HAVE_IDS = re.compile(rb'"(response|response_id|file_ids?)"\s*:')
+
+
+def shown(given: str) -> str:
+    """An id that a client gave, safe to show: short, printable."""
+    return "".join(char if char.isprintable() else "?" for char in given[:512])
+
+
+def missing(kind: str, given: str) -> ObjectMissing:
+    """The one answer for an object that does not exist and for one of another tenant, in OpenAI's words."""
+    if kind == "file":
+        return ObjectMissing(f"No such File object: {shown(given)}", param="id")
+    if kind == "batch":
+        return ObjectMissing(f"No batch found with id '{shown(given)}'.")
+    return ObjectMissing(f"Response with id '{shown(given)}' not found.")
+
+
+# --- on the way in -----------------------------------------------------------------------------
+
+
+def claim(call: Call, ids: ObjectIds) -> None:
+    """Open the ids in a call's body and bind the call to the provider that keeps these objects.
+
+    Raises InvalidRequest for an id that this tenant cannot have, and for objects that no target of the model has.
+    """
+    body, claims = call.body, Claims(call, ids)
+    if call.operation.dialect == "chat":
+        for place, message in enumerate(body["messages"]):
+            claims.files(message.get("content"), f"messages[{place}].content")
+    elif call.operation.dialect == "responses":
+        if body.get("previous_response_id") is not None:
+            claims.response(body, "previous_response_id")
+        for name in ("input", "tools", "prompt"):
+            claims.files(body.get(name), name)
+    if claims.origin is not None:
+        _bind(call, claims)
+
+
+@define(eq=False)
+class Claims:
+    """The objects that a body names, all of one provider."""
+
+    call: Call
+    ids: ObjectIds
+    origin: Origin | None = field(default=None, init=False)
+    param: str = field(default="", init=False)
+    """Where the first of them was named."""
+    given: dict[str, str] = field(factory=dict, init=False)
+
+    def response(self, node: Body, name: str) -> None:
+        """Put the provider's own id in the place of a response's."""
+        said = node[name]
+        origin = self.ids.open("response", self.call.known.tenant, said)
+        if origin is None:
+            raise InvalidRequest(
+                f"Previous response with id '{shown(said)}' not found.", param=name, code="previous_response_not_found"
+            )
+        node[name] = self._taken(origin, said, name)
+
+    def file(self, said: str, param: str) -> str:
+        """The provider's own id of a file."""
+        if said.startswith(_OF_CONTAINERS):
+            return said
+        origin = self.ids.open("file", self.call.known.tenant, said)
+        if origin is None:
+            raise InvalidRequest(f"No such File object: {shown(said)}", param=param)
+        return self._taken(origin, said, param)
+
+    def files(self, node: Any, param: str) -> None:
+        """Put the provider's own ids in the places of those of files, at any depth."""
+        if type(node) is list:
+            for place, each in enumerate(node):
+                self.files(each, f"{param}[{place}]")
+        elif type(node) is dict:
+            for name, child in node.items():
+                where = f"{param}.{name}"
+                if name == "file_id" and type(child) is str:
+                    node[name] = self.file(child, where)
+                elif name == "file_ids" and type(child) is list:
+                    node[name] = [self.file(each, where) if type(each) is str else each for each in child]
+                elif name not in _FREE:
+                    self.files(child, where)
+
+    def _taken(self, origin: Origin, said: str, param: str) -> str:
+        if self.origin is None:
+            self.origin, self.param = origin, param
+        elif self.origin.provider != origin.provider:
+            raise InvalidRequest(
+                f"The object in {param} is kept by another provider than the one in {self.param}: no model has both.",
+                param=param,
+            )
+        self.given[origin.id] = said
+        return origin.id
+
+
+def _bind(call: Call, claims: Claims) -> None:
+    assert call.model is not None
+    assert claims.origin is not None
+    provider = claims.origin.provider
+    targets = tuple(target for target in call.model.candidates if target.provider == provider)
+    if not targets:
+        raise InvalidRequest(
+            f"The object in {claims.param} is kept by a provider that the model `{call.asked_model}` does not have: "
+            "ask for the model that it was made with, or make it again.",
+            param=claims.param,
+        )
+    # Whoever chooses and falls back sees only targets that have the objects.
+    call.model = evolve(call.model, candidates=targets, fallbacks={})
+    call.targets = targets
+    call.kept = Kept(provider, claims.given)
+
+
+# --- on the way out ----------------------------------------------------------------------------
+
+
+@define(eq=False)
+class Sealer:
+    """Puts sealed ids in the places of a provider's own, in answers about objects that it keeps."""
+
+    ids: ObjectIds
+    tenant: str
+    provider: str
+    model: str
+    given: Mapping[str, str] = field(factory=dict)
+    """The ids that the client gave, by the provider's own: these come back as they were."""
+
+    @classmethod
+    def of(cls, call: Call, target: Target, ids: ObjectIds) -> Sealer:
+        """The sealer for what a target answers to a call."""
+        model = call.asked_model or target.public
+        return cls(ids, call.known.tenant, target.provider, model, call.kept.given if call.kept else {})
+
+    def id(self, kind: str, own: str) -> str:
+        """The sealed id of an object."""
+        known = self.given.get(own)
+        model = self.model if kind == "response" else ""
+        return known or self.ids.seal(kind, self.tenant, Origin(self.provider, model, own))
+
+    def seal(self, node: Any) -> None:
+        """Seal the ids at any depth of an answer, or of a stream's event, in place."""
+        if type(node) is list:
+            for each in node:
+                self.seal(each)
+        elif type(node) is dict:
+            for name, child in node.items():
+                if type(child) is str:
+                    node[name] = self._text(node, name, child)
+                elif name == "file_ids" and type(child) is list:
+                    node[name] = [self._file(each) if type(each) is str else each for each in child]
+                elif name not in _FREE:
+                    self.seal(child)
+
+    def _text(self, node: Body, name: str, text: str) -> str:
+        if name == "id":
+            kind = _OBJECTS.get(node["object"]) if type(node.get("object")) is str else None
+            return self.id(kind, text) if kind is not None else text
+        if name in _FILE_FIELDS:
+            return self._file(text)
+        return self.id("response", text) if name in _RESPONSE_FIELDS else text
+
+    def _file(self, own: str) -> str:
+        return own if own.startswith(_OF_CONTAINERS) else self.id("file", own)
+
+    def reply(self, reply: Reply) -> None:
+        """Seal the ids of an answer in JSON, or of a stream of events on its way."""
+        if reply.chunks is not None:
+            reply.replace(chunks=_SealedEvents(reply.chunks, self))
+        elif reply.body:
+            body = orjson.loads(reply.body)
+            self.seal(body)
+            reply.body = orjson.dumps(body)
+
+
+@define(eq=False)
+class _SealedEvents:
+    # Not a generator: it takes every piece from the provider without a layer in between.
+    _chunks: AsyncIterator[bytes]
+    _sealer: Sealer
+    _splitter: sse.Splitter = field(init=False, factory=sse.Splitter)
+    _ended: bool = field(init=False, default=False)
+
+    def __aiter__(self) -> _SealedEvents:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._ended:
+            try:
+                events = self._splitter.take(await self._chunks.__anext__())
+            except StopAsyncIteration:
+                self._ended = True
+                events = b"".join(self._splitter.flush())
+            if events:
+                return self._sealed(events) if _MAY_HAVE_IDS.search(events) else events
+        raise StopAsyncIteration
+
+    def _sealed(self, events: bytes) -> bytes:
+        return b"".join([self._event(event) if _MAY_HAVE_IDS.search(event) else event for event in sse.cut(events)])
+
+    def _event(self, event: bytes) -> bytes:
+        try:
+            payload = orjson.loads(sse.data(event) or b"")
+        except orjson.JSONDecodeError:
+            return event
+        if type(payload) is not dict or type(payload.get("type")) is not str:
+            return event
+        self._sealer.seal(payload)
+        return typed.write(payload)
