@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from qlens.exchange import Mend, post_openai, send_request
     from qlens.exchange_messages import post_messages
+    from qlens.forms import File
     from qlens.gateway import Gateway
     from qlens.hookspecs import hookimpl
     from qlens.money import picos, usd
@@ -75,6 +76,7 @@ _HOMES = {
     ),
     "qlens.exchange": "Mend post_openai send_request",
     "qlens.exchange_messages": "post_messages",
+    "qlens.forms": "File",
     "qlens.gateway": "Gateway",
     "qlens.hookspecs": "hookimpl",
     "qlens.money": "picos usd",
@@ -104,6 +106,7 @@ __all__ = [
     "Deadlines",
     "Endpoint",
     "Fault",
+    "File",
     "Forbidden",
     "Frame",
     "Gateway",

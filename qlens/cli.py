@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("config", metavar="CONFIG", type=Path)
     explain.add_argument("body", metavar="BODY.json", type=Path, help="the request's body; - reads standard input")
     explain.add_argument(
-        "--operation", choices=[o.name for o in OPERATIONS if o.runs == "full"], help="default: guessed"
+        "--operation",
+        choices=[o.name for o in OPERATIONS if o.runs == "full" and o.body == "json"],
+        help="default: guessed",
     )
     explain.add_argument("--tenant", default="example", help="the caller's tenant")
     explain.add_argument("--project", help="the caller's project")
@@ -254,15 +256,21 @@ def _names(hook: str, functions: Sequence[Bound]) -> str:
     return f"{hook}({', '.join(function.plugin for function in functions)})" if functions else ""
 
 
+_STORIES: Mapping[str, tuple[str, ...]] = {
+    "affinity": ("authenticate", "admit", "wrap_send", "send", "settle"),
+    "full": (
+        *("authenticate", "admit", "wrap_call", "lookup", "choose", "retry", "wrap_send", "send"),
+        *("store", "settle"),
+    ),
+    "local": ("authenticate", "admit", "settle"),
+    "session": ("authenticate", "admit", "choose", "retry", "wrap_send", "connect", "settle"),
+}
+"""The hooks that operations run, by how they run; what is in none of them runs as `full`."""
+
+
 def _story(operation: Operation, hooks: Hooks) -> str:
     """The hooks an operation runs, in order."""
-    names = (
-        ("authenticate", "admit", "settle")
-        if operation.runs == "local"
-        else ("authenticate", "admit", "choose", "retry", "wrap_send", "connect", "settle")
-        if operation.runs == "session"
-        else ("authenticate", "admit", "wrap_call", "lookup", "choose", "retry", "wrap_send", "send", "store", "settle")
-    )
+    names = _STORIES.get(operation.runs, _STORIES["full"])
     return " > ".join(part for name in names if (part := _names(name, getattr(hooks, name))))
 
 

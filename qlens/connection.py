@@ -309,8 +309,8 @@ class Exchange:
         await self._end()
 
     async def switch(self, lines: str) -> ClientSocket:
-        """Leave HTTP for WebSocket; raises ClientLeft."""
-        if not self.message.upgrade:
+        """Leave HTTP for WebSocket; raises ClientLeft, or UpgradeRequired where HTTP is too old for it."""
+        if not self.message.upgrade or self.message.version < HttpVersion11:
             raise UpgradeRequired("This path is served by WebSocket alone, which needs HTTP/1.1.")
         self.begun = self._over = True
         await self.connection.send(head(101, f"{lines}x-request-id: {self.id}\r\n"))

@@ -276,6 +276,12 @@ async def test_what_one_tenant_says_of_itself_makes_it_no_other_one(gateway: Run
             completion_window="24h",
             metadata={"qlens_tenant": mark},
         )
+        await stranger.batches.create(
+            input_file_id=file.id,
+            endpoint="/v1/responses",
+            completion_window="24h",
+            metadata={"qlens_tenant": mark, **{f"k{number}": "v" for number in range(15)}},
+        )
         assert [each.id async for each in client.batches.list(extra_query={"model": "first"})] == [ids["batches"]]
         assert [each.id async for each in client.files.list(extra_query={"model": "first"})] == [ids["files"]]
 

@@ -106,6 +106,16 @@ async def test_a_provider_that_fails_is_not_replaced_by_a_guess(gateway: Running
     assert (await gateway.post(PATH, {"model": "counted", "messages": HELLO})).status == 502
 
 
+async def test_an_answer_from_the_cache_is_not_taken_for_an_estimate(up: FakeAnthropic) -> None:
+    async with running(settings(up).replace("cost: []", "cache: [{plugin: exact}], cost: []")) as gateway:
+        for _ in range(2):
+            answer = await gateway.post(PATH, {"model": "counted", "messages": HELLO})
+            assert answer.json() == {"input_tokens": 9}
+        receipts = await gateway.settled(2)
+    assert [each.outcome for each in receipts] == ["complete", "cached"]
+    assert len(up.requests) == 1
+
+
 async def test_to_count_uses_up_no_tokens_of_a_limit(up: FakeAnthropic) -> None:
     limits = "[{plugin: token_bucket, limits: [{per: tenant, tokens_per_minute: 1000}]}]"
     async with running(settings(up, limits)) as gateway:

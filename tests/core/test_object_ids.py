@@ -47,6 +47,16 @@ def test_no_altered_id_opens(data: st.DataObject) -> None:
     assert IDS.open("response", "acme", sealed + data.draw(st.text(min_size=1, max_size=4))) is None
 
 
+@pytest.mark.parametrize("own", ["resp_1", "resp_12", "resp_123"])
+def test_no_other_spelling_of_an_id_opens(own: str) -> None:
+    sealed = IDS.seal("response", "acme", Origin("openai", "gpt-4o", own))
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_+/="
+    for other in [sealed[:-1] + letter for letter in letters if letter != sealed[-1]]:
+        assert IDS.open("response", "acme", other) is None
+    for other in (f"{sealed[:9]}!!!!{sealed[9:]}", f"{sealed[:9]}\n\n\n\n{sealed[9:]}", sealed + "=", sealed + "=="):
+        assert IDS.open("response", "acme", other) is None
+
+
 @given(kinds, st.text(max_size=60), st.booleans())
 def test_no_invented_id_opens(kind: str, text: str, prefixed: bool) -> None:
     assert IDS.open(kind, "acme", PREFIXES[kind] + text if prefixed else text) is None

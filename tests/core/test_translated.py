@@ -46,7 +46,7 @@ async def test_an_operators_params_are_in_the_providers_words() -> None:
 async def test_a_refusal_of_a_bridge_names_the_provider() -> None:
     models = {"m": {"max_output_tokens": 9, "targets": [{"provider": "echo", "model": "x"}]}}
     async with running(config({}, {"echo": {"plugin": "echo"}}, models)) as gateway:
-        answer = await gateway.post("/v1/responses", {"model": "m", "previous_response_id": "resp_1", "input": "Hello"})
+        answer = await gateway.post("/v1/responses", {"model": "m", "background": True, "input": "Hello"})
         assert answer.status == 400
         assert "The provider echo of the model `m`" in answer.json()["error"]["message"]
 

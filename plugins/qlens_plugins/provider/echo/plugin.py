@@ -12,6 +12,7 @@ from qlens import (
     Call,
     Outgoing,
     Reply,
+    Session,
     Target,
     UpstreamRejected,
     UpstreamTruncated,
@@ -28,6 +29,7 @@ from qlens_plugins.provider.echo.answers import (
 )
 from qlens_plugins.provider.echo.behaviour import Behaviour, faults
 from qlens_plugins.provider.echo.other import OTHER, answer_other
+from qlens_plugins.provider.echo.session import EchoSession
 from qlens_plugins.provider.echo.wire import ChatWire, CompletionsWire, Event, embeddings_body, vector
 
 MAX_DIMENSIONS = 8192
@@ -84,6 +86,16 @@ class Echo:
             complete=True,
             upstream_id=wire.id,
         )
+
+    @hookimpl
+    async def connect(self, target: Target) -> Session:
+        """Open a realtime session, after the time and with the failures that the target's params ask for."""
+        behaviour = Behaviour.of(target.params)
+        await asyncio.sleep(behaviour.first_byte_ms / 1000)
+        self._fail(behaviour, target)
+        session = EchoSession(target.model)
+        await session.begin()
+        return session
 
     def _fail(self, behaviour: Behaviour, target: Target) -> None:
         key = (target.public, target.model)
