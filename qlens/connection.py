@@ -216,8 +216,8 @@ class Exchange:
     message: RawRequestMessage
     payload: StreamReader
     id: str = field(factory=new_id)
-    most_bytes: int = field(default=0, init=False)
-    """How large the body may be."""
+    most_bytes: int = field(init=False)
+    """How large the body may be; set before it is read."""
     keep_alive: bool = field(init=False)
     begun: bool = field(default=False, init=False)
     """Whether something of the answer was written."""

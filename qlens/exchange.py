@@ -30,6 +30,8 @@ _OF_CONTENT = ("content-type", "content-disposition")
 _ERROR_BODY_BYTES = 64 * 1024
 _RAW = frozenset({"speech", "transcriptions", "translations"})
 """The dialects whose answers may be bytes of any kind."""
+_APART = _RAW | {"image_edits", "image_variations"}
+"""These, and those that are sent as forms."""
 _ITEMS = {
     "chat": "choices",
     "completions": "choices",
@@ -69,18 +71,15 @@ async def post_openai(
     `ask_usage` asks a stream for its usage event; False is for servers that refuse `stream_options`.
     Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
     """
-    if outgoing.form is not None:
-        form = FormBody.of(_asked(outgoing, ask_usage), outgoing.form.files)
-        sent = {"accept": "*/*", "content-type": form.content_type, **headers}
-        answer = await http.open("POST", url, headers=sent, body=form, deadlines=deadlines)
-    else:
-        answer = await http.open(
-            "POST",
-            url,
-            headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
-            body=_written(_asked(outgoing, ask_usage)),
-            deadlines=deadlines,
-        )
+    if outgoing.dialect in _APART:
+        return await _post_apart(http, url, headers, outgoing, deadlines, forward)
+    answer = await http.open(
+        "POST",
+        url,
+        headers={**(_ASKING_FOR_EVENTS if outgoing.stream else _ASKING), **headers},
+        body=_written(_asked(outgoing, ask_usage)),
+        deadlines=deadlines,
+    )
     upstream_id = _plain(answer.headers, "x-request-id") or _plain(answer.headers, "apim-request-id")
     try:
         reply = await _read(answer, outgoing, mend)
@@ -89,9 +88,41 @@ async def post_openai(
         if isinstance(error, CallError):
             error.upstream_id = upstream_id
         raise
-    if reply.raw:
-        forward = (*forward, "content-type")
     reply.headers = {name: value for name in forward if (value := _plain(answer.headers, name))}
+    reply.upstream_id = upstream_id
+    return reply
+
+
+async def _post_apart(
+    http: Upstream,
+    url: str,
+    headers: Mapping[str, str],
+    outgoing: Outgoing,
+    deadlines: Deadlines,
+    forward: Collection[str],
+) -> Reply:
+    """The same for what is sent as a form or may be answered by bytes of any kind."""
+    asked = _asked(outgoing, ask_usage=True)
+    body: bytes | FormBody
+    if outgoing.form is None:
+        body, media_type = _written(asked), "application/json"
+    else:
+        body = FormBody.of(asked, outgoing.form.files)
+        media_type = body.content_type
+    sent = {"content-type": media_type, "accept": "*/*", **headers}
+    answer = await http.open("POST", url, headers=sent, body=body, deadlines=deadlines)
+    upstream_id = _plain(answer.headers, "x-request-id") or _plain(answer.headers, "apim-request-id")
+    try:
+        good = 200 <= answer.status < 300
+        raw = await _raw(answer, outgoing) if good and outgoing.dialect in _RAW else None
+        reply = raw or await _read(answer, outgoing, None)
+    except BaseException as error:
+        await answer.close()
+        if isinstance(error, CallError):
+            error.upstream_id = upstream_id
+        raise
+    shown = (*forward, "content-type") if reply.raw else forward
+    reply.headers = {name: value for name in shown if (value := _plain(answer.headers, name))}
     reply.upstream_id = upstream_id
     return reply
 
@@ -179,8 +210,6 @@ def _written(body: Body) -> bytes:
 async def _read(answer: Answer, outgoing: Outgoing, mend: Mend | None) -> Reply:
     if not 200 <= answer.status < 300:
         raise await _refusal(answer)
-    if outgoing.dialect in _RAW and (raw := await _raw(answer, outgoing)) is not None:
-        return raw
     if not outgoing.stream:
         return _full(await answer.read(), outgoing)
     media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()

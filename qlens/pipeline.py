@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import Protocol
@@ -225,7 +225,7 @@ class Pipeline:
 
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
-        call.body = await (read_form(call) if call.operation.body == "form" else _json_body(call))
+        call.body = await _READERS[call.operation.body](call)
         if (named := call.path_params.get("deployment")) is not None:
             call.body["model"] = named  # Azure's clients name it in the path, whatever the body says
         dialect = dialects.named(call.operation.dialect)
@@ -248,8 +248,8 @@ class Pipeline:
         media = dialect.media(call.body)
         if media or call.operation.name == "responses":
             objects.claim(call, self.ids)
-        if call.form is not None:
-            media = {**media, **meters_of(call)}
+            if call.form is not None:
+                media = {**media, **meters_of(call)}
         call.bound = Usage(input=hard, output=output, meters=media, source="estimated")
         call.bound_cost = self.bound_cost(call)
 
@@ -613,6 +613,10 @@ async def _json_body(call: Call) -> dialects.Body:
         raise InvalidRequest("The JSON body of your request must be an object.")
     call.extended = b'"thinking_blocks"' in raw or b'"cache_control"' in raw
     return body
+
+
+_READERS: Mapping[str, Callable[[Call], Awaitable[dialects.Body]]] = {"json": _json_body, "form": read_form}
+"""What reads a body of each kind."""
 
 
 def _most_output(models: Iterable[Model]) -> int | None:

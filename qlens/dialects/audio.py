@@ -118,6 +118,7 @@ TRANSCRIPTIONS = Plain(
         required=("model",),
     ),
     asked_texts=lambda body: _texts_of(("prompt",), body),
+    meters=lambda _body: {"seconds": 0},
     file_meters=_seconds,
     guessed_meters=_heard,
     used=_used,
@@ -132,6 +133,7 @@ TRANSCRIPTIONS = Plain(
 TRANSLATIONS = Plain(
     rule=fields.record(_TRANSLATED, required=("model",)),
     asked_texts=lambda body: _texts_of(("prompt",), body),
+    meters=lambda _body: {"seconds": 0},
     file_meters=_seconds,
     guessed_meters=_heard,
     used=_used,

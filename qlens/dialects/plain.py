@@ -50,7 +50,7 @@ class Plain:
     meters: Callable[[Body], Meters] = _no_meters
     """What is counted beside tokens, as far as the body bounds it."""
     file_meters: Callable[[Iterable[File]], Meters] = _no_files_meters
-    """The same of what is uploaded with it."""
+    """The same of what is uploaded with it; `meters` names them too, as 0."""
     guessed_meters: Callable[[Mapping[str, int], list[str]], Meters] = _as_bound
     """What was probably used of these bounds, when the answer with these texts does not say."""
     used: Callable[[Body], Usage | None] = tokens_of
