@@ -72,7 +72,7 @@ async def post_openai(
     Raises UpstreamRejected for the client's mistakes and an UpstreamError for all others.
     """
     if outgoing.dialect in _APART:
-        return await _post_apart(http, url, headers, outgoing, deadlines, forward)
+        return await _post_apart(http, url, headers=headers, outgoing=outgoing, deadlines=deadlines, forward=forward)
     answer = await http.open(
         "POST",
         url,
@@ -96,6 +96,7 @@ async def post_openai(
 async def _post_apart(
     http: Upstream,
     url: str,
+    *,
     headers: Mapping[str, str],
     outgoing: Outgoing,
     deadlines: Deadlines,

@@ -257,8 +257,8 @@ MUTANTS = (
     Mutant(
         "a local operation is not admitted",
         "qlens/pipeline.py",
-        "        if call.operation.local is not None:\n            await self.admit(account)\n",
-        "        if call.operation.local is not None:\n",
+        "        assert call.operation.local is not None\n        await self.admit(account)\n",
+        "        assert call.operation.local is not None\n",
         PIPELINE,
     ),
     Mutant(
@@ -306,8 +306,8 @@ MUTANTS = (
     Mutant(
         "a failed stream ends as if it were complete",
         "qlens/connection.py",
-        'await self._write(b"data: " + _written(error) + b"\\n\\n")\n',
-        'await self._write(b"data: " + _written(error) + b"\\n\\ndata: [DONE]\\n\\n")\n',
+        "await self._write(error_event(error, dialect, self.id))\n",
+        'await self._write(error_event(error, dialect, self.id) + b"data: [DONE]\\n\\n")\n',
         ("tests/core/test_account.py",),
     ),
     Mutant(
