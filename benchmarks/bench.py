@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import asdict, define, evolve, field, frozen
 
-from benchmarks import instructions, report, scaling, soak, stages
+from benchmarks import instructions, providers, report, scaling, soak, stages
 from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
 from benchmarks.install import default_install
 from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
@@ -240,6 +240,9 @@ def arguments() -> argparse.Namespace:
         "--chunks", type=int, default=0, help="with --stages or --instructions: streams of that many events"
     )
     parser.add_argument("--workers", action="store_true", help="two workers against one, and no more")
+    parser.add_argument(
+        "--providers", action="store_true", help="what bedrock costs beside openai, and no more"
+    )
     parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
     parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(
@@ -264,6 +267,9 @@ def main() -> None:
             print(instructions.measure(args.chunks))
             return
         cores = take_cores()
+        if args.providers:
+            print(providers.measure(args.rounds or providers.ROUNDS))
+            return
         if args.stages:
             rounds = args.rounds or (3 if args.quick else stages.ROUNDS)
             print(stages.measure(cores, rounds, args.chunks))

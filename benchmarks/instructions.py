@@ -70,7 +70,7 @@ class Counted:
         return self._names[code]
 
 
-class _Upstream(asyncio.Protocol):
+class CannedUpstream(asyncio.Protocol):
     """Answers every request with the same answer."""
 
     def __init__(self, answer: bytes) -> None:
@@ -90,27 +90,29 @@ class _Upstream(asyncio.Protocol):
             self._transport.write(self._answer)
 
 
-def _answer(chunks: int) -> bytes:
+def canned(chunks: int) -> bytes:
+    """A chat's answer: whole, or a stream of so many events."""
     if not chunks:
         message = {"index": 0, "message": {"role": "assistant", "content": "y" * 700}, "finish_reason": "stop"}
         usage = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
         card = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "gpt-4o-mini"}
         body = orjson.dumps({**card, "choices": [message], "usage": usage})
-        return _framed(b"application/json", body)
+        return framed(b"application/json", body)
     card = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o-mini"}
     delta = {"index": 0, "delta": {"content": "y" * 60}, "finish_reason": None}
     events = [{**card, "choices": [delta]}] * chunks
     events += [{**card, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}]
     text = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in events) + b"data: [DONE]\n\n"
-    return _framed(b"text/event-stream", text)
+    return framed(b"text/event-stream", text)
 
 
-def _framed(media: bytes, body: bytes) -> bytes:
+def framed(media: bytes, body: bytes) -> bytes:
+    """A body as an HTTP answer."""
     return b"HTTP/1.1 200 OK\r\ncontent-type: %b\r\ncontent-length: %d\r\n\r\n%b" % (media, len(body), body)
 
 
 @define(eq=False)
-class _Client:
+class Client:
     """Sends calls on one connection, no two alike."""
 
     reader: asyncio.StreamReader
@@ -141,8 +143,8 @@ class _Client:
 
 
 async def _count(step: Step, chunks: int) -> Counter[str]:
-    answer = _answer(chunks)
-    upstream = await asyncio.get_running_loop().create_server(lambda: _Upstream(answer), "127.0.0.1", 0)
+    answer = canned(chunks)
+    upstream = await asyncio.get_running_loop().create_server(lambda: CannedUpstream(answer), "127.0.0.1", 0)
     config = as_yaml(
         {
             "pipeline": step.pipeline,
@@ -151,7 +153,7 @@ async def _count(step: Step, chunks: int) -> Counter[str]:
         }
     )
     async with upstream, running(config, files={"no_op.py": NO_OP}) as gateway:
-        client = await _connected(gateway, stream=bool(chunks))
+        client = await connected(gateway, stream=bool(chunks))
         for _ in range(WARM_UP):
             await client.call()
         await gateway.settled(WARM_UP)
@@ -164,11 +166,12 @@ async def _count(step: Step, chunks: int) -> Counter[str]:
     return counted.functions
 
 
-async def _connected(gateway: Running, *, stream: bool) -> _Client:
+async def connected(gateway: Running, *, stream: bool) -> Client:
+    """A client of a gateway, with its demo key if it has one."""
     host, port = gateway.url.removeprefix("http://").split(":")
     demo = gateway.folder / "demo.key"
     key = demo.read_text().strip() if demo.exists() else "sk-example-none"
-    return _Client(*await asyncio.open_connection(host, int(port)), key, stream)
+    return Client(*await asyncio.open_connection(host, int(port)), key, stream)
 
 
 def measure(chunks: int) -> str:

@@ -1,0 +1,75 @@
+"""What another provider than `openai` costs: the same call, on the gateway's core, in CPU time."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import Any
+
+import orjson
+
+from benchmarks.gateways import MODEL, UPSTREAM_KEY, as_yaml
+from benchmarks.instructions import CannedUpstream, canned, connected, framed
+from qlens.testing import running
+
+ROUNDS = 15
+CALLS = 400
+GOAL_US = 60.0
+METHOD = """\
+Gateway, client and upstream run in one process, whose CPU time is read; client and upstream are the same for both
+providers but for the answer's form, so the difference is the provider's: translation, signature and parsing."""
+
+_CONVERSE = {
+    "output": {"message": {"role": "assistant", "content": [{"text": "y" * 700}]}},
+    "stopReason": "end_turn",
+    "usage": {"inputTokens": 100, "outputTokens": 50, "totalTokens": 150},
+    "metrics": {"latencyMs": 1},
+}
+
+
+def _openai(port: int) -> dict[str, Any]:
+    return {"plugin": "openai", "base_url": f"http://127.0.0.1:{port}/v1", "api_key": UPSTREAM_KEY}
+
+
+def _bedrock(port: int) -> dict[str, Any]:
+    key = {"access_key_id": "AKIAEXAMPLE", "secret_access_key": UPSTREAM_KEY, "session_token": UPSTREAM_KEY * 20}
+    return {"plugin": "bedrock", "region": "us-east-1", "endpoint": f"http://127.0.0.1:{port}", **key}
+
+
+async def _cost_us(settings: Callable[[int], Mapping[str, Any]], model: str, answer: bytes) -> float:
+    upstream = await asyncio.get_running_loop().create_server(lambda: CannedUpstream(answer), "127.0.0.1", 0)
+    provider = settings(upstream.sockets[0].getsockname()[1])
+    entry = {**MODEL, "targets": [{"provider": "bench", "model": model}]}
+    config = as_yaml(
+        {
+            "pipeline": {"auth": [{"plugin": "anonymous"}]},
+            "providers": {"bench": provider},
+            "models": {"gpt-4o-mini": entry},
+        }
+    )
+    async with upstream, running(config) as gateway:
+        client = await connected(gateway, stream=False)
+        for _ in range(50):
+            await client.call()
+        before = time.process_time()
+        for _ in range(CALLS):
+            await client.call()
+        spent = time.process_time() - before
+        client.writer.close()
+    return spent / CALLS * 1e6
+
+
+def measure(rounds: int) -> str:
+    """Both in turn; the median of the differences within a round."""
+    converse = framed(b"application/json", orjson.dumps(_CONVERSE))
+    lines = ["| round | openai, us | bedrock, us | more |", "|---|---|---|---|"]
+    differences = []
+    for number in range(1, rounds + 1):
+        plain = asyncio.run(_cost_us(_openai, "gpt-4o-mini", canned(0)))
+        signed = asyncio.run(_cost_us(_bedrock, "us.anthropic.claude-sonnet-4-5-20250929-v1:0", converse))
+        differences.append(signed - plain)
+        lines.append(f"| {number} | {plain:.0f} | {signed:.0f} | {signed - plain:+.0f} |")
+    found = f"bedrock costs {median(differences):.0f} us more than openai (goal: at most {GOAL_US:.0f})"
+    return "\n".join([METHOD, "", *lines, "", found])
