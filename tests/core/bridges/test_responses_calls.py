@@ -82,14 +82,18 @@ async def test_a_provider_without_responses_is_asked_by_chat() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"previous_response_id": "resp_1"}, "previous_response_id"), ({"tools": [{"type": "mcp"}]}, "tools[0].type")],
+    ("fields", "param", "code"),
+    [
+        # Of chat there is no response that anybody could keep, so none is found.
+        ({"previous_response_id": "resp_1"}, "previous_response_id", "previous_response_not_found"),
+        ({"tools": [{"type": "mcp"}]}, "tools[0].type", "unsupported_parameter"),
+    ],
 )
-async def test_what_chat_cannot_do_is_refused_before_anything_is_sent(fields: Any, param: str) -> None:
+async def test_what_chat_cannot_do_is_refused_before_anything_is_sent(fields: Any, param: str, code: str) -> None:
     async with served() as (gateway, up, client):
         with pytest.raises(openai.BadRequestError) as caught:
             await client.responses.create(model="chat", input="Hello", **fields)
-        assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+        assert (caught.value.param, caught.value.code) == (param, code)
         assert up.requests == []
         assert (await gateway.settled(1))[0].status == 400
 
@@ -172,4 +176,7 @@ async def test_conversation_goes_on_where_the_provider_keeps_it() -> None:
         first = await client.responses.create(model="native", input="Hello")
         again = await client.responses.create(model="native", input="And?", previous_response_id=first.id)
         assert again.previous_response_id == first.id
-        assert [item["role"] for item in up.kept[again.id].history] == ["user", "assistant", "user", "assistant"]
+        # The client's ids are sealed; the provider knows its own.
+        kept = list(up.kept.values())[-1]
+        assert [item["role"] for item in kept.history] == ["user", "assistant", "user", "assistant"]
+        assert again.id not in up.kept
