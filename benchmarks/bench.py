@@ -240,9 +240,7 @@ def arguments() -> argparse.Namespace:
         "--chunks", type=int, default=0, help="with --stages or --instructions: streams of that many events"
     )
     parser.add_argument("--workers", action="store_true", help="two workers against one, and no more")
-    parser.add_argument(
-        "--providers", action="store_true", help="what bedrock costs beside openai, and no more"
-    )
+    parser.add_argument("--providers", action="store_true", help="what bedrock costs beside openai, and no more")
     parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
     parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import sys
 from collections import Counter
@@ -188,8 +187,3 @@ def measure(chunks: int) -> str:
     lines += ["", f"{ladder[-2].name}, and all before it:", "", "| function | instructions per call |", "|---|---|"]
     lines += [f"| {name} | {count / CALLS:.0f} |" for name, count in every.most_common(MOST_SHOWN)]
     return "\n".join(lines)
-
-
-def as_json(chunks: int) -> str:
-    """The counts alone, for programs."""
-    return json.dumps({step.name: asyncio.run(_count(step, chunks)).total() / CALLS for step in steps()})

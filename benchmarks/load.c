@@ -6,9 +6,10 @@
  * Without --rate each connection makes its next call as soon as it has the answer to the last one (closed loop). With
  * --rate calls are due at fixed times, R a second, and a call's latency counts from the time it was due, however late
  * it could be sent: a gateway that stalls does not slow its own examiner down (coordinated omission). --chunks N asks
- * for streams and wants N events in each; --ramp lets the connections begin one after another. --hold opens one stream on each connection, prints "open" once all of them
- * have begun, and hangs up at the end of its stdin. No two prompts are alike. An answer counts only if its status is
- * 200, its framing is right, and it carries every time stamp that the mock upstream wrote (and [DONE], for a stream).
+ * for streams and wants N events in each; --ramp lets the connections begin one after another. --hold opens one stream
+ * on each connection, prints "open" once all of them have begun, and hangs up at the end of its stdin. No two prompts
+ * are alike. An answer counts only if its status is 200, its framing is right, and it carries every time stamp that the
+ * mock upstream wrote (and [DONE], for a stream).
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>

@@ -1,4 +1,4 @@
-"""What another provider than `openai` costs: the same call, on the gateway's core, in CPU time."""
+"""What another provider than `openai` costs: the same call, in CPU time of one process."""
 
 from __future__ import annotations
 

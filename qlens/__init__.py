@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         UpstreamUnavailable,
         UpstreamUnreachable,
     )
-    from qlens.exchange import Mend, post_openai, send_request
+    from qlens.exchange import post_openai, send_request
     from qlens.exchange_messages import post_messages
     from qlens.forms import File
     from qlens.gateway import Gateway
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
     from qlens.session import Frame, Session, SessionClosed
-    from qlens.upstream import Answer, Deadlines, Upstream, header_value, http_url
+    from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
 # Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
@@ -74,7 +74,7 @@ _HOMES = {
         "UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated UpstreamUnavailable "
         "UpstreamUnreachable"
     ),
-    "qlens.exchange": "Mend post_openai send_request",
+    "qlens.exchange": "post_openai send_request",
     "qlens.exchange_messages": "post_messages",
     "qlens.forms": "File",
     "qlens.gateway": "Gateway",
@@ -84,7 +84,7 @@ _HOMES = {
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
     "qlens.session": "Frame Session SessionClosed",
-    "qlens.upstream": "Answer Deadlines Upstream header_value http_url",
+    "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
@@ -113,7 +113,6 @@ __all__ = [
     "Health",
     "InvalidRequest",
     "Limit",
-    "Mend",
     "Model",
     "ModelNotFound",
     "Outgoing",
@@ -144,6 +143,7 @@ __all__ = [
     "Usage",
     "__version__",
     "error_from",
+    "extra_headers",
     "header_value",
     "hookimpl",
     "http_url",

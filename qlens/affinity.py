@@ -19,7 +19,6 @@ from qlens.errors import (
     InvalidRequest,
     ObjectMissing,
     Unavailable,
-    UnknownPath,
     UpstreamInvalid,
     UpstreamModelMissing,
     UpstreamRejected,
@@ -27,8 +26,8 @@ from qlens.errors import (
 from qlens.forms import Form, FormBody
 from qlens.metering_raw import RawMeter
 from qlens.object_ids import Kept, Origin
-from qlens.objects import Claims, Sealer, missing, shown
-from qlens.operations import model_not_found
+from qlens.objects import Claims, Sealer, file_missing, missing
+from qlens.operations import model_not_found, unknown_path
 from qlens.passthrough import escaped, matching
 from qlens.returned import mistakes
 from qlens.spool import Spool
@@ -132,7 +131,7 @@ def _about(pipeline: Pipeline, call: Call) -> Errand:
     rest = call.operation.path.partition("{id}")[2]
     return Errand(
         target,
-        Request(call.operation.method, f"/{_PLACES[kind]}/{own}{rest}", _asked(call), _wanted(call)),
+        Request(call.operation.method, f"/{_PLACES[kind]}/{own}{rest}", _asked(call), _said(call, "accept")),
         missing(kind, given),
         partial(_polish, pipeline, call, target),
         stream=call.stream,
@@ -178,9 +177,10 @@ def _asked(call: Call) -> tuple[tuple[str, str], ...]:
     return tuple((name, value) for name, value in call.query.items() if name not in _OURS)
 
 
-def _wanted(call: Call) -> dict[str, str]:
-    accept = call.headers.get("accept")
-    return {"accept": accept} if accept and accept.isprintable() and accept.isascii() else {}
+def _said(call: Call, *names: str) -> dict[str, str]:
+    """The client's headers of these names, as far as they can be sent on."""
+    found = {name: call.headers.get(name) for name in names}
+    return {name: value for name, value in found.items() if value and value.isascii() and value.isprintable()}
 
 
 def _chosen(pipeline: Pipeline, call: Call, named: str | None = None) -> Target:
@@ -244,14 +244,15 @@ def _batch_create(pipeline: Pipeline, call: Call) -> Errand:
             raise InvalidRequest(f"'{name}' is required and must be a string.", param=name, code=code)
     claims = Claims(call, pipeline.ids)
     own = claims.file(body["input_file_id"], "input_file_id")
+    gone = file_missing(body["input_file_id"], "input_file_id")
     origin = claims.origin
     target = _reached(pipeline, call, origin) if origin is not None else None
     if origin is None or target is None or origin.provider not in pipeline.providers:
-        raise InvalidRequest(f"No such File object: {body['input_file_id'][:512]}", param="input_file_id")
+        raise gone
     call.kept = Kept(origin.provider, claims.given)
     sent = {**body, "input_file_id": own, "metadata": _marked(pipeline, call, target, body.get("metadata"))}
     request = Request("POST", "/batches", (), {"content-type": "application/json"}, orjson.dumps(sent))
-    return Errand(target, request, _gone(body), partial(_polish, pipeline, call, target))
+    return Errand(target, request, gone, partial(_polish, pipeline, call, target))
 
 
 def _file_upload(pipeline: Pipeline, call: Call) -> Errand:
@@ -268,12 +269,9 @@ def _file_upload(pipeline: Pipeline, call: Call) -> Errand:
     return Errand(target, request, gone, partial(_polish, pipeline, call, target))
 
 
-def _gone(body: Body) -> CallError:
-    return InvalidRequest(f"No such File object: {body['input_file_id'][:512]}", param="input_file_id")
-
-
 def _refuse_unbounded(pipeline: Pipeline, call: Call) -> None:
-    """A batch does what the lines of its file say, which nobody reads here: no limit on models or tokens would hold."""
+    """A batch does what the lines of its file say, which nobody reads here: no limit and no guard would hold."""
+    pipeline.refuse_unseen("Batches cannot be created")
     if call.known.models is not None:
         raise InvalidRequest(
             "A key that may use some models only cannot create batches: their lines could ask for any model.",
@@ -308,12 +306,11 @@ def _passed(pipeline: Pipeline, call: Call) -> Errand:
     pattern = matching(patterns, call.operation.method, path)
     # A key that may use some models only could use any of them here.
     if pattern is None or call.known.models is not None:
-        raise UnknownPath(f"Invalid URL ({call.operation.method} {shown(call.path)})")
+        raise unknown_path(call.operation.method, call.path)
     call.stream = True  # whatever it is, it is handed on as it comes
     target = Target(name, pattern, "")  # no model, so that no price is found
     query = tuple((key, value) for key, value in call.query.items() if key != "api-version")
-    headers = {key: value for key in _PASSED if (value := call.headers.get(key)) and value.isascii()}
-    request = Request(call.operation.method, escaped(path), query, headers)
+    request = Request(call.operation.method, escaped(path), query, _said(call, *_PASSED))
     gone = UpstreamRejected("The provider has nothing at this path.", status=404)
     return Errand(target, request, gone, lambda _reply: None, stream=True)
 
@@ -371,11 +368,11 @@ async def _list(pipeline: Pipeline, account: Account, kind: str) -> Reply:
         found += [each for each in page.data if _is_of(each, mark)]
         more, after = page.more, page.last
     sealer = Sealer.of(call, target, pipeline.ids)
-    shown = found[:limit]
-    _cleared(shown, mark)
-    sealer.seal(shown)
-    ends = {"first_id": shown[0].get("id"), "last_id": shown[-1].get("id")} if shown else {}
-    body = {"object": "list", "data": shown, **ends, "has_more": more or len(found) > limit}
+    own = found[:limit]
+    _cleared(own, mark)
+    sealer.seal(own)
+    ends = {"first_id": own[0].get("id"), "last_id": own[-1].get("id")} if own else {}
+    body = {"object": "list", "data": own, **ends, "has_more": more or len(found) > limit}
     account.open(Reply(body=orjson.dumps(body), dialect="", target=target, usage=NO_USAGE, complete=True))
     assert account.reply is not None
     return account.reply
@@ -464,7 +461,7 @@ def _passing(pipeline: Pipeline, provider: Provider, call: Call, reply: Reply) -
     if reply.chunks is None:
         reply.complete = True
         return None
-    meter = RawMeter(call, reply, lambda error: pipeline.provider_failure(provider, error))
+    meter = RawMeter(call, reply, failed=lambda error: pipeline.provider_failure(provider, error))
     reply.replace(chunks=meter.watch(reply.chunks))
     return meter
 

@@ -23,6 +23,7 @@ from qlens.operations import OPERATIONS, Operation
 from qlens.paths import own_endpoints, plugin_endpoints
 from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
 from qlens.server import served, spare_the_collector
+from qlens.signals import ignore_stops, on_stop
 from qlens.workers.supervisor import supervise
 
 log = logging.getLogger("qlens")
@@ -141,20 +142,15 @@ def _serve(args: argparse.Namespace) -> int:
 async def _serving(path: Path, found: Draft) -> int:
     gateway = Gateway()
     stop, reload = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
     starting = asyncio.current_task()
     assert starting is not None
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, starting.cancel)  # a plugin may take long to open
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    on_stop(starting.cancel)  # a plugin may take long to open
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
     try:
         await _serving_until(stop, reload, gateway, found, path)
     except asyncio.CancelledError:
         log.info("told to stop before it served")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Closing the loop would bring back the signals' own meaning: a second one would end a clean stop as a kill.
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
+    ignore_stops()
     return 0
 
 
@@ -162,8 +158,7 @@ async def _serving_until(
     stop: asyncio.Event, reload: asyncio.Event, gateway: Gateway, found: Draft, path: Path
 ) -> None:
     async with served(gateway, found) as server:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        on_stop(stop.set)
         print(f"qlens {qlens.__version__}: {gateway.url} for clients, {server.admin_url} for operators")
         for line in gateway.banner():
             print(line)
@@ -319,7 +314,7 @@ async def _explaining(registration: Registration, raw: bytes, args: argparse.Nam
 
 
 def _guess(raw: bytes) -> str:
-    """The operation a body is for, by the field that only it has."""
+    """The operation a body is most likely for, by its fields; others are named by --operation."""
     for field, name in ((b'"messages"', "chat"), (b'"prompt"', "completions"), (b'"input"', "embeddings")):
         if field in raw:
             return name

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 
 import orjson
 
 from qlens import sse
+from qlens.answers import (
+    ERROR_BODY_BYTES,
+    identified,
+    media_type_of,
+    no_answer,
+    retry_after,
+    shown,
+    to_first_event,
+    written,
+)
 from qlens.call import Body, Outgoing, Reply
 from qlens.dialects import messages
 from qlens.dialects.count_tokens import countable
-from qlens.errors import CallError, UpstreamError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
+from qlens.errors import CallError, UpstreamError, UpstreamInvalid
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
 from qlens.usage import NO_USAGE
@@ -20,7 +29,6 @@ __all__ = ["post_messages"]
 
 _ASKING = {"content-type": "application/json", "accept": "application/json"}
 _ASKING_FOR_EVENTS = {**_ASKING, "accept": "text/event-stream"}
-_ERROR_BODY_BYTES = 64 * 1024
 
 
 async def post_messages(
@@ -43,16 +51,8 @@ async def post_messages(
         body=_written(outgoing),
         deadlines=deadlines,
     )
-    upstream_id = _plain(answer.headers, "request-id")
-    try:
-        reply = await _read(answer, outgoing)
-    except BaseException as error:
-        await answer.close()
-        if isinstance(error, CallError):
-            error.upstream_id = upstream_id
-        raise
-    reply.headers = {name: value for name in forward if (value := _plain(answer.headers, name))}
-    reply.upstream_id = upstream_id
+    reply = await identified(answer, _read(answer, outgoing), ("request-id",))
+    reply.headers = shown(answer, forward)
     return reply
 
 
@@ -62,11 +62,7 @@ def _written(outgoing: Outgoing) -> bytes:
         body["stream"] = True
     else:
         body.pop("stream", None)
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError:
-        # A reader accepts deeper nesting than a writer.
-        raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
+    return written(body)
 
 
 # --- the answer --------------------------------------------------------------------------------
@@ -75,12 +71,12 @@ def _written(outgoing: Outgoing) -> bytes:
 async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
     if not 200 <= answer.status < 300:
         raise await _refusal(answer)
-    media_type = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    media_type = media_type_of(answer)
     if not outgoing.stream or media_type == "application/json":
         return _full(await answer.read(), outgoing.dialect)
     if media_type != "text/event-stream":
         raise UpstreamInvalid("The provider answered a stream request with something that is not a stream.")
-    answer.put_back(await _to_first_event(answer))
+    answer.put_back(await to_first_event(answer, _is_good))
     return Reply(chunks=answer.chunks(), dialect="messages", close=answer.close)
 
 
@@ -100,21 +96,6 @@ def _count(content: bytes, body: Body) -> Reply:
     if type(body.get("input_tokens")) is not int:
         raise UpstreamInvalid("The provider's answer has no input_tokens.")
     return Reply(body=content, dialect="count_tokens", usage=NO_USAGE, complete=True)
-
-
-async def _to_first_event(answer: Answer) -> bytes:
-    """Read until the first good event is whole; everything that was read."""
-    splitter = sse.Splitter()
-    begun = bytearray()
-    async for piece in answer.chunks():
-        begun += piece
-        if any(map(_is_good, splitter.feed(piece))):
-            return bytes(begun)
-        if len(begun) > sse.MAX_EVENT_BYTES:
-            raise UpstreamInvalid("The provider's stream has no event at its beginning.")
-    if any(map(_is_good, splitter.flush())):
-        return bytes(begun)
-    raise UpstreamTruncated("The provider ended its stream before the first event.")
 
 
 def _is_good(event: bytes) -> bool:
@@ -143,22 +124,12 @@ def _parsed(content: bytes) -> Body:
 
 async def _refusal(answer: Answer) -> CallError:
     if answer.status < 400:
-        return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
+        return no_answer(answer)
     try:
-        body = _parsed(await answer.read(_ERROR_BODY_BYTES))
+        body = _parsed(await answer.read(ERROR_BODY_BYTES))
     except UpstreamError:
         body = {}  # the status says enough
     error = messages.event_error(body) or {"error": {}}
     # What the operator has spent may come as a 400, as if the client were wrong.
     status = 429 if error["error"].get("code") == "insufficient_quota" else answer.status
-    return error_from(error, status, _retry_after(answer.headers))
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    said = headers.get("retry-after", "")
-    return float(said) if re.fullmatch(r"\d{1,6}(\.\d{1,6})?", said) and float(said) > 0 else None
-
-
-def _plain(headers: Mapping[str, str], name: str) -> str | None:
-    value = headers.get(name)
-    return value if value and len(value) <= 128 and value.isascii() and value.isprintable() else None
+    return error_from(error, status, retry_after(answer.headers))

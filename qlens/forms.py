@@ -225,7 +225,8 @@ def _fields(parts: list[_Part], types: Mapping[str, type]) -> Body:
             continue
         name, text = part.name.removesuffix("[]"), _decoded(part.content)
         if name != part.name or types.get(name) is list:
-            body.setdefault(name, []).append(text)
+            known = body.get(name)
+            body[name] = [*known, text] if isinstance(known, list) else [text]
         else:
             body[name] = _typed(text, types.get(name))
     return body

@@ -261,16 +261,17 @@ class Gateway:
         self._current = generation
 
     def _generation(self, registration: Registration) -> Generation:
+        keepers = _keepers(registration)
         pipeline = Pipeline(
             version=registration.config.version,
             models=registration.models,
             hooks=registration.hooks,
             providers=registration.providers,
-            ids=ObjectIds.of(registration.config, _keepers(registration)),
+            ids=ObjectIds.of(registration.config, keepers),
             metrics=self.calls,
             stopping=lambda: self.expired,
         )
-        for name in _keepers(registration):
+        for name in keepers:
             if not pipeline.ids.keeps(name):
                 log.info("%s has no secret to seal ids with: nothing it keeps can be asked for without id_key", name)
         client, admin = served(self, registration)

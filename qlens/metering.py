@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import orjson
 from attrs import define, field
 
-from qlens import dialects, returned, sse
+from qlens import dialects, sse
 from qlens.call import Call, Cost, Reply
 from qlens.dialects.plain import Plain
-from qlens.errors import CallError, UpstreamInvalid, UpstreamTruncated
+from qlens.errors import CallError, UpstreamTruncated
 from qlens.exchange import error_from
 from qlens.money import usd
-from qlens.returned import mistakes
 from qlens.usage import Usage, larger
+from qlens.watching import EventWatcher
 
 # What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches; and
 # what matches is parsed before it is believed.
@@ -34,29 +34,15 @@ _BYTES_PER_TOKEN = 4
 
 
 @define(eq=False)
-class Meter:
+class Meter(EventWatcher):
     """Watches one stream. Bytes pass as they come, in whole events; only notable events are parsed."""
 
-    call: Call
-    reply: Reply
     price: Callable[[Usage], Cost]
-    ended: Callable[[bytes], Awaitable[None]]
-    """Awaited with the assembled answer before the end event passes, when the call asked to `keep` it."""
-    failed: Callable[[BaseException], CallError]
-    """What a provider's mistake means for the client."""
-    events: int = 0
-    """Events with data that passed."""
-    passed: int = 0
-    """Their bytes."""
-    _source: AsyncIterator[bytes] = field(init=False, repr=False)
-    _splitter: sse.Splitter = field(init=False, factory=sse.Splitter, repr=False)
     _envelope: int = field(init=False, default=0)
     """The bytes of the first event, which carries the role and hardly any text."""
     _finished: set[int] = field(init=False, factory=set)
     _usage_event: dict[str, Any] | None = field(init=False, default=None)
     _head: dict[str, Any] = field(init=False, factory=dict)
-    _kept: list[bytes] = field(init=False, factory=list, repr=False)
-    _kept_bytes: int = field(init=False, default=0)
     _before: bytes = field(init=False, default=b"", repr=False)
     """How an event began that was not notable, up to its text."""
     _after: bytes = field(init=False, default=b"", repr=False)
@@ -64,64 +50,26 @@ class Meter:
     _noted: int = field(init=False, default=0)
     _done: bool = field(init=False, default=False)
     """Whether the end mark was seen."""
-    _ended: bool = field(init=False, default=False)
-    """Whether nothing more is read."""
-    _over: bool = field(init=False, default=False)
-    """Whether nothing more is passed."""
-    _closed: bool = field(init=False, default=False)
-    _error: CallError | None = field(init=False, default=None)
-    """What ends the stream after the events in front of it."""
 
-    def watch(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
-        self._source = chunks
-        return self
+    def _let_go(self) -> None:
+        super()._let_go()
+        del self.price
 
-    # An iterator of its own and no generator: it takes every piece from its source without a layer in between.
-    def __aiter__(self) -> Meter:
-        return self
+    def _take(self, piece: bytes) -> bytes:
+        block = self._splitter.take(piece)
+        return self._look(block) if block else b""
 
-    async def __anext__(self) -> bytes:
-        try:
-            while not self._ended:
-                try:
-                    block = self._splitter.take(await self._source.__anext__())
-                except StopAsyncIteration:
-                    self._ended = True
-                    passing = self._sift(self._splitter.flush())
-                else:
-                    passing = self._look(block) if block else b""
-                if passing:
-                    return passing
-        except BaseException as mistake:
-            self._ended = self._over = True
-            if isinstance(mistake, CallError) or not isinstance(mistake, mistakes()):
-                raise
-            raise self.failed(mistake) from mistake
-        return await self._last()
-
-    async def aclose(self) -> None:
-        """Pass nothing more, and let go of what was needed for that; how much was used can still be asked."""
-        if not self._closed:
-            self._closed = self._ended = self._over = True
-            # What refers back to this object would leave a cycle to the collector.
-            del self._source, self.price, self.ended, self.failed
-            if self.reply.chunks is self:
-                self.reply.chunks = None
+    def _flush(self) -> bytes:
+        return self._sift(self._splitter.flush())
 
     async def _last(self) -> bytes:
-        """What the stream ends with."""
-        if self._over:
-            raise StopAsyncIteration
-        self._over = True
         if self._error is not None:
             raise self._error
         if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
         self.reply.complete = True
-        if self.call.keep and self._kept_bytes <= self.call.keep:
-            await self._hand_over()
+        await self._hand_over()
         return self._usage() + sse.DONE
 
     def _look(self, block: bytes) -> bytes:
@@ -206,11 +154,6 @@ class Meter:
         self.passed += len(block)
         return block
 
-    def _keep(self, block: bytes) -> None:
-        if self.call.keep and self._kept_bytes <= self.call.keep:
-            self._kept.append(block)
-            self._kept_bytes += len(block)
-
     def _see(self, event: bytes) -> bytes:
         """Look into one event; what is returned goes to the client."""
         if not _NOTABLE.search(event):
@@ -221,7 +164,7 @@ class Meter:
         if data.startswith(b"[DONE]"):
             self._done = self.reply.complete = True
             return b""
-        payload = parsed(data)
+        payload = sse.parsed(data)
         if payload.get("error"):
             raise error_from(payload, None)
         return self._read(event, payload)
@@ -255,15 +198,9 @@ class Meter:
         event["usage"]["cost_usd"] = cost_text(self.price(usage))
         return sse.write(event)
 
-    def _said(self) -> Usage | None:
-        try:
-            return returned.usage(self.reply.usage)  # the provider may set it at any time
-        except TypeError:
-            return None
-
     def usage(self) -> Usage:
         """What the stream used so far: the provider's word, or else an estimate from what passed."""
-        said = self._said()
+        said = self.said()
         if said is not None and (said.total or not self.events):
             return said
         text = max(0, self.passed - self.events * self._envelope)
@@ -274,17 +211,10 @@ class Meter:
             source="estimated" if self.reply.complete else "partial",
         )
 
-    async def _hand_over(self) -> None:
-        try:
-            body = self._assembled()
-        except (CallError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            return  # good enough for the client, who reads the events one by one, and nothing to keep
-        await self.ended(body)
-
-    def _assembled(self) -> bytes:
+    def _assembled(self) -> dict[str, Any]:
         found = [sse.data(event) for event in merged(sse.cut(b"".join(self._kept)))]
-        payloads = [parsed(data) for data in found if data and not data.startswith(b"[DONE")]
-        return orjson.dumps(dialects.named(self.reply.dialect).assemble(payloads))
+        payloads = [sse.parsed(data) for data in found if data and not data.startswith(b"[DONE")]
+        return dialects.named(self.reply.dialect).assemble(payloads)
 
 
 def _around_text(event: bytes) -> tuple[bytes, bytes] | None:
@@ -344,17 +274,6 @@ def _start_of_the_notable(block: bytes) -> int:
     assert found is not None
     boundary = -1 if b"\r" in block else block.rfind(b"\n\n", 0, found.start())
     return boundary + 2 if boundary >= 0 else 0
-
-
-def parsed(data: bytes) -> dict[str, Any]:
-    """The JSON object in an event's data; raises UpstreamInvalid for anything else."""
-    try:
-        payload = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider sent an event that is not JSON.") from None
-    if not isinstance(payload, dict):
-        raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
-    return payload
 
 
 def as_openai(usage: Usage) -> dict[str, Any]:

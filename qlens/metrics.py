@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import add
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from attrs import define, field
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -80,21 +80,6 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-@define(eq=False)
-class Labelled(Generic[M]):
-    """A metric whose children are looked up once: finding one by its labels costs more than counting it."""
-
-    metric: M
-    _children: dict[tuple[str, ...], M] = field(factory=dict, init=False)
-
-    def labels(self, *labels: str) -> M:
-        """The child with these labels."""
-        child = self._children.get(labels)
-        if child is None:
-            child = self._children[labels] = self.metric.labels(*labels)
-        return child
-
-
 class Tally:
     """A histogram of a call's path: plain numbers, which cost a fraction of a metric object's locks and labels."""
 
@@ -148,13 +133,11 @@ class CallMetrics:
         self._spent: dict[tuple[str, str], _Spent] = {}
         self._saved: dict[str, int] = {}
         metrics.registry.register(_Collected(self.families))
-        self.refused = Labelled(
-            metrics.counter(
-                "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
-            )
+        self.refused = metrics.counter(
+            "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
         )
-        self.failures = Labelled(
-            metrics.counter("qlens_plugin_failures_total", "Hooks that failed by themselves.", ("plugin", "hook"))
+        self.failures = metrics.counter(
+            "qlens_plugin_failures_total", "Hooks that failed by themselves.", ("plugin", "hook")
         )
         self.loads = metrics.counter("qlens_config_loads_total", "Configurations loaded or refused.", ("result",))
 

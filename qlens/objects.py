@@ -13,7 +13,8 @@ from qlens import sse
 from qlens.call import Body, Call, Reply, Target
 from qlens.dialects import typed
 from qlens.errors import InvalidRequest, ObjectMissing
-from qlens.object_ids import Kept, ObjectIds, Origin
+from qlens.object_ids import MOST_CHARS, Kept, ObjectIds, Origin
+from qlens.operations import shown
 
 _FREE = frozenset({"arguments", "format", "metadata", "parameters", "schema"})
 """Fields whose content is the client's own, or a schema: what looks like an id in there is none."""
@@ -26,18 +27,19 @@ _OBJECTS = {"response": "response", "response.deleted": "response", "file": "fil
 _MAY_HAVE_IDS = re.compile(rb'"(response|response_id|file_ids?)"\s*:')
 
 
-def shown(given: str) -> str:
-    """An id that a client gave, safe to show: short, printable."""
-    return "".join(char if char.isprintable() else "?" for char in given[:512])
-
-
 def missing(kind: str, given: str) -> ObjectMissing:
     """The one answer for an object that does not exist and for one of another tenant, in OpenAI's words."""
+    said = shown(given, MOST_CHARS)
     if kind == "file":
-        return ObjectMissing(f"No such File object: {shown(given)}", param="id")
+        return ObjectMissing(f"No such File object: {said}", param="id")
     if kind == "batch":
-        return ObjectMissing(f"No batch found with id '{shown(given)}'.")
-    return ObjectMissing(f"Response with id '{shown(given)}' not found.")
+        return ObjectMissing(f"No batch found with id '{said}'.")
+    return ObjectMissing(f"Response with id '{said}' not found.")
+
+
+def file_missing(given: str, param: str) -> InvalidRequest:
+    """The one answer for a file that a body names and this tenant does not have."""
+    return InvalidRequest(f"No such File object: {shown(given, MOST_CHARS)}", param=param)
 
 
 # --- on the way in -----------------------------------------------------------------------------
@@ -78,7 +80,9 @@ class Claims:
         origin = self.ids.open("response", self.call.known.tenant, said)
         if origin is None:
             raise InvalidRequest(
-                f"Previous response with id '{shown(said)}' not found.", param=name, code="previous_response_not_found"
+                f"Previous response with id '{shown(said, MOST_CHARS)}' not found.",
+                param=name,
+                code="previous_response_not_found",
             )
         node[name] = self._taken(origin, said, name)
 
@@ -88,7 +92,7 @@ class Claims:
             return said
         origin = self.ids.open("file", self.call.known.tenant, said)
         if origin is None:
-            raise InvalidRequest(f"No such File object: {shown(said)}", param=param)
+            raise file_missing(said, param)
         return self._taken(origin, said, param)
 
     def files(self, node: Any, param: str) -> None:

@@ -80,6 +80,16 @@ def model_not_found(name: str) -> ModelNotFound:
     return ModelNotFound(f"The model `{name[:256]}` does not exist or you do not have access to it.", param="model")
 
 
+def unknown_path(method: str, path: str) -> UnknownPath:
+    """The one answer for a path that does not exist and for one that may not pass through."""
+    return UnknownPath(f"Invalid URL ({shown(method)} {shown(path)})")
+
+
+def shown(text: str, most: int = 200) -> str:
+    """A piece of a request that is safe to show: short, printable."""
+    return "".join(char if char.isprintable() else "?" for char in text[:most])
+
+
 _IMAGES = (
     Operation("images", "POST", "/v1/images/generations", "full", "images", "json", True, ("images", "tokens")),
     Operation("image_edits", "POST", "/v1/images/edits", "full", "image_edits", "form", True, ("images", "tokens")),
@@ -185,11 +195,11 @@ class Paths(Generic[T]):
                     methods, params = candidates, found
                     break
         if methods is None:
-            raise UnknownPath(f"Invalid URL ({_shown(method)} {_shown(path)})")
+            raise unknown_path(method, path)
         if method not in methods:
             allowed = ", ".join(sorted(methods))
             raise WrongMethod(
-                f"Not allowed to {_shown(method)} on {_shown(path)} (allowed: {allowed})", headers={"allow": allowed}
+                f"Not allowed to {shown(method)} on {shown(path)} (allowed: {allowed})", headers={"allow": allowed}
             )
         return methods[method], params
 
@@ -212,8 +222,3 @@ def _match(parts: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
         elif part != value:
             return None
     return params
-
-
-def _shown(text: str) -> str:
-    """A piece of the request line that is safe to show: short, printable."""
-    return "".join(char if char.isprintable() else "?" for char in text[:200])

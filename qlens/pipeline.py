@@ -15,7 +15,7 @@ import orjson
 from attrs import evolve, field, frozen
 
 from qlens import affinity, dialects, objects, realtime, returned, sse
-from qlens.account import Account, Metering, run_apart
+from qlens.account import Account, run_apart
 from qlens.bridges import Bridge
 from qlens.bridges.messages_over_chat import without_extensions
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
@@ -34,7 +34,7 @@ from qlens.errors import (
     frames,
 )
 from qlens.forms import meters_of, read_form
-from qlens.metering import Meter, as_openai, estimated, exploded, parsed
+from qlens.metering import Meter, as_openai, estimated, exploded
 from qlens.metering_raw import RawMeter
 from qlens.metering_typed import TypedMeter
 from qlens.metering_typed import exploded as typed_events
@@ -46,6 +46,7 @@ from qlens.registry import Bound, Hooks, Provider
 from qlens.returned import mistakes
 from qlens.translated import bridge_for, translate
 from qlens.usage import NO_USAGE, Usage
+from qlens.watching import Watcher
 
 log = logging.getLogger("qlens")
 
@@ -192,7 +193,7 @@ class Pipeline:
                 return await self.session(account)
             case "affinity":
                 if call.operation.body != "none":
-                    call.body = await (read_form(call) if call.operation.body == "form" else _json_body(call))
+                    call.body = await _READERS[call.operation.body](call)
                 return await affinity.answer(self, account)
             case "count":
                 return await self.count(account)
@@ -222,6 +223,14 @@ class Pipeline:
         realtime.open_session(self, account.call)
         await self.admit(account)
         return await self.ask(account, self._connected)
+
+    def refuse_unseen(self, refusal: str) -> None:
+        """Refuse what no guard can look into, where there is one that does not let it pass unseen."""
+        for hook in self.hooks.wrap_call:
+            if hook.instance.startswith("guard.") and not getattr(hook.owner, "passes_sessions", False):
+                raise InvalidRequest(
+                    f"{refusal} here: the guard {hook.plugin} cannot look into them.", code="unsupported_operation"
+                )
 
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
@@ -280,9 +289,7 @@ class Pipeline:
         call = account.call
         for hook in self.hooks.admit:
             if hook.bounded and not call.bounded and call.model is not None:
-                field, _ = dialects.named(call.operation.dialect).output_bound(
-                    {"max_output_tokens": 1, "max_tokens": 1}
-                )
+                field = "max_output_tokens" if call.operation.dialect == "responses" else "max_tokens"
                 raise InvalidRequest(
                     f"{field} is required: the model `{call.model.name}`, or a fallback of it, has no "
                     f"max_output_tokens in this gateway's configuration and {hook.plugin} must know how much a call "
@@ -483,7 +490,7 @@ class Pipeline:
         body["model"] = target.model
         return Outgoing(call.operation, dialect, body, call.stream, form=call.form), bridge
 
-    def metered(self, account: Account, reply: Reply) -> Metering | None:
+    def metered(self, account: Account, reply: Reply) -> Watcher | None:
         """See to it that usage is known: read from a body at once, found in a stream as it passes."""
         call, target = account.call, reply.target
         assert target is not None
@@ -498,20 +505,19 @@ class Pipeline:
             kept.finish = reply.finish
             await self.store(call, kept)
 
-        if reply.raw:
-            raw = RawMeter(
-                call, reply, failed=lambda error: self.provider_failure(self.providers[target.provider], error)
-            )
-            reply.replace(chunks=raw.watch(reply.chunks))
-            return raw
+        def failed(error: BaseException) -> CallError:
+            return self.provider_failure(self.providers[target.provider], error)
 
-        meter = (TypedMeter if reply.dialect in typed.NAMES else Meter)(
-            call,
-            reply,
-            price=lambda usage: self.cost(call, reply.target or target, usage),
-            ended=keep,
-            failed=lambda error: self.provider_failure(self.providers[target.provider], error),
-        )
+        def price(usage: Usage) -> Cost:
+            return self.cost(call, reply.target or target, usage)
+
+        meter: Watcher
+        if reply.raw:
+            meter = RawMeter(call, reply, failed=failed)
+        elif reply.dialect in typed.NAMES:
+            meter = TypedMeter(call, reply, failed=failed, ended=keep)
+        else:
+            meter = Meter(call, reply, failed=failed, ended=keep, price=price)
         reply.replace(chunks=meter.watch(reply.chunks))
         return meter
 
@@ -560,7 +566,7 @@ class Pipeline:
             if size > MOST_COLLECTED_BYTES:
                 raise UpstreamInvalid(f"The provider sent a stream of more than {MOST_COLLECTED_BYTES} bytes.")
             if data and not data.startswith(b"[DONE]"):
-                payloads.append(parsed(data))
+                payloads.append(sse.parsed(data))
         body = dialects.named(reply.dialect).assemble(payloads)
         said = account.source.usage if account.source is not None else None
         if said is not None and not body.get("usage") and reply.dialect not in typed.NAMES:

@@ -6,7 +6,6 @@ https://platform.openai.com/docs/guides/realtime
 from __future__ import annotations
 
 import asyncio
-import binascii
 import math
 import re
 import time
@@ -86,7 +85,7 @@ def open_session(pipeline: Pipeline, call: Call) -> None:
     if model is None or not call.known.may_use(name):
         raise model_not_found(name)
     call.asked_model, call.model, call.targets = name, model, model.candidates
-    _refuse_guarded(pipeline)
+    pipeline.refuse_unseen("Realtime sessions are not served")
     most = [model.max_output_tokens or 0 for model in pipeline.reachable(call)]
     # One token at least: limits correct at the end what they have taken something from.
     call.estimated_input = 1
@@ -102,7 +101,7 @@ def _check_upgrade(headers: Mapping[str, str]) -> None:
         raise UpgradeRequired("This path is served by version 13 of WebSocket alone.")
     try:
         size = len(b64decode(headers.get("sec-websocket-key", ""), validate=True))
-    except binascii.Error:
+    except ValueError:
         size = 0
     if size != 16:
         raise InvalidRequest("The header Sec-WebSocket-Key is no key of 16 bytes in base64.")
@@ -115,15 +114,6 @@ def _refuse_pages(pipeline: Pipeline, call: Call) -> None:
     vouching = (hook.owner for hook in pipeline.hooks.authenticate if hook.plugin == call.known.by)
     if any(getattr(owner, "needs_no_credential", False) for owner in vouching):
         raise Forbidden("Pages in a browser may open sessions only where callers need a key.")
-
-
-def _refuse_guarded(pipeline: Pipeline) -> None:
-    for hook in pipeline.hooks.wrap_call:
-        if hook.instance.startswith("guard.") and not getattr(hook.owner, "passes_sessions", False):
-            raise InvalidRequest(
-                f"Realtime sessions are not served here: the guard {hook.plugin} cannot look into them.",
-                code="unsupported_operation",
-            )
 
 
 def _accepting(headers: Mapping[str, str]) -> str:

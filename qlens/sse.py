@@ -155,6 +155,17 @@ def _lines(event: bytes) -> list[tuple[bytes, bytes]]:
     return [(name, value.removeprefix(b" ")) for name, _, value in pairs]
 
 
+def parsed(data: bytes) -> dict[str, Any]:
+    """The JSON object in an event's data; raises UpstreamInvalid for anything else."""
+    try:
+        payload = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider sent an event that is not JSON.") from None
+    if not isinstance(payload, dict):
+        raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
+    return payload
+
+
 def write(payload: Any) -> bytes:
     """One event that carries a JSON value."""
     return b"data: " + orjson.dumps(payload) + b"\n\n"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -20,12 +21,14 @@ if TYPE_CHECKING:
     from qlens.session import Session
     from qlens.websocket import Client
 
-__all__ = ["Answer", "Deadlines", "Tls", "Upload", "Upstream", "header_value", "http_url"]
+__all__ = ["Answer", "Deadlines", "Tls", "Upload", "Upstream", "extra_headers", "header_value", "http_url"]
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
 # A request is framed here alone: a second opinion in a header is how two requests are made out of one.
 _FRAMING = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
+_OURS = _FRAMING | {"accept", "accept-encoding", "content-encoding", "content-type", "host", "keep-alive"}
+_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
 # Requests by method, URL and headers: those of a configuration are few, those that change with the call may be many.
 _MAX_KNOWN = 256
@@ -62,6 +65,21 @@ def header_value(_config: object, _attribute: object, value: Any) -> None:
         return
     if not text or text != text.strip() or not text.isascii() or not text.isprintable():
         raise ValueError("must be printable ASCII without blanks at its ends; look for a line break at the end")
+
+
+def extra_headers(*own: str) -> Callable[[object, object, Mapping[str, Secret]], None]:
+    """An attrs validator for more headers that a plugin lets the operator send; `own` are those it sets itself."""
+    taken = _OURS.union(own)
+
+    def check(_config: object, attribute: object, value: Mapping[str, Secret]) -> None:
+        for name, secret in value.items():
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not the name of a header: letters, digits and hyphens")
+            if name.lower() in taken:
+                raise ValueError(f"{name!r} is set by the gateway itself: remove it")
+            header_value(None, attribute, secret)
+
+    return check
 
 
 @define(eq=False)

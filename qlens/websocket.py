@@ -22,6 +22,7 @@ from aiohttp.streams import EofStream
 from attrs import define, field
 
 from qlens import __version__
+from qlens.answers import ERROR_BODY_BYTES, retry_after
 from qlens.errors import CallError, UpstreamInvalid, UpstreamTimedOut, UpstreamUnreachable
 from qlens.provider_errors import error_from
 from qlens.session import LOST, UNSAID, Frame, SessionClosed
@@ -33,7 +34,6 @@ QUEUE_BYTES = 64 * 1024
 CLOSE_SECONDS = 2
 """How long the other side may take to answer a closing frame."""
 
-_ERROR_BODY_BYTES = 64 * 1024
 _REASON_BYTES = 123
 _OPCODES = {"text": WSMsgType.TEXT, "bytes": WSMsgType.BINARY, "ping": WSMsgType.PING, "pong": WSMsgType.PONG}
 _UNSENDABLE = {1004, UNSAID, LOST, 1015}
@@ -240,8 +240,15 @@ async def _refusal(answer: aiohttp.ClientResponse) -> CallError:
     if answer.status < 400:
         return UpstreamInvalid(f"The provider answered with status {answer.status}, which opens no session.")
     try:
-        said = orjson.loads(await answer.content.read(_ERROR_BODY_BYTES))
+        said = orjson.loads(await _beginning(answer.content))
     except (orjson.JSONDecodeError, aiohttp.ClientError):
         said = {}  # the status says enough
-    wait = answer.headers.get("retry-after", "")
-    return error_from(said if isinstance(said, dict) else {}, answer.status, float(wait) if wait.isdecimal() else None)
+    return error_from(said if isinstance(said, dict) else {}, answer.status, retry_after(answer.headers))
+
+
+async def _beginning(body: aiohttp.StreamReader) -> bytes:
+    """A body up to its end, or the most that an error may have: it may come in pieces."""
+    said = b""
+    while len(said) < ERROR_BODY_BYTES and (piece := await body.read(ERROR_BODY_BYTES - len(said))):
+        said += piece
+    return said

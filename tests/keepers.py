@@ -30,6 +30,7 @@ def settings(
     *,
     server: str = "{}",
     limits: str = "[]",
+    guards: str = "[]",
     more: str = "",
     key: str = PROVIDER_KEY,
     cache: str = "[]",
@@ -40,6 +41,7 @@ server: {server}
 pipeline:
   auth: [{{plugin: api_keys, file: keys.yaml}}]
   rate_limit: {limits}
+  guard: {guards}
   cache: {cache}
   route: [{{plugin: weighted}}]
   cost: []

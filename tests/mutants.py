@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "sessions pass by the guards",
         "qlens/realtime.py",
-        "    _refuse_guarded(pipeline)\n",
+        '    pipeline.refuse_unseen("Realtime sessions are not served")\n',
         "",
         REALTIME,
     ),
@@ -249,9 +249,9 @@ MUTANTS = (
     ),
     Mutant(
         "an incomplete answer is stored",
-        "qlens/metering.py",
-        "        if self.call.keep and self._kept_bytes <= self.call.keep:\n            await self._hand_over()\n",
-        "        if self.call.keep:\n            await self._hand_over()\n",
+        "qlens/watching.py",
+        "        if not self.call.keep or self._kept_bytes > self.call.keep:\n",
+        "        if not self.call.keep:\n",
         ("tests/core/test_metering.py",),
     ),
     Mutant(
@@ -347,7 +347,7 @@ MUTANTS = (
     ),
     Mutant(
         "a provider that breaks in its stream is the gateway's mistake",
-        "qlens/metering.py",
+        "qlens/watching.py",
         "            raise self.failed(mistake) from mistake\n",
         "            raise\n",
         HOOKS,

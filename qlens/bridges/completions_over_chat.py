@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 
 from qlens import sse
 from qlens.dialects import Body, chunks, fields
-from qlens.errors import InvalidRequest, UpstreamInvalid
+from qlens.errors import InvalidRequest
 
 _OBJECT = "text_completion"
 _SAID_ALIKE = frozenset({*fields.SAMPLING, "model"}) - {"stream_options"}
@@ -59,12 +59,7 @@ class _Stream:
         if data.startswith(b"[DONE]"):
             self._over = True
             return sse.DONE
-        try:
-            payload = orjson.loads(data)
-        except orjson.JSONDecodeError:
-            payload = None
-        if type(payload) is not dict:
-            raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
+        payload = sse.parsed(data)
         if payload.get("error"):
             return event
         choices = list(_deltas(payload))

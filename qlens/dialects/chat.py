@@ -86,7 +86,12 @@ _SCHEMA = fields.record({"name": fields.text, "schema": fields.free_form, "stric
 _FORMAT = fields.tagged(
     "type", {"json_schema": fields.record({"json_schema": _SCHEMA}, required=("json_schema",))}, _ANY
 )
-_CHOSEN = fields.either("a string or an object", {str: fields.text, dict: fields.free_form})
+_NAMED = fields.record({"type": fields.text, "function": fields.record({"name": fields.text})})
+_ALLOWED = fields.record({"mode": fields.text, "tools": fields.array(_NAMED, of="objects")})
+_CHOICE = fields.record(
+    {"type": fields.text, "function": fields.record({"name": fields.text}), "allowed_tools": _ALLOWED}
+)
+_CHOSEN = fields.either("a string or an object", {str: fields.text, dict: _CHOICE})
 _REQUEST = fields.record(
     {
         **fields.SAMPLING,

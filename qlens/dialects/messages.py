@@ -21,19 +21,25 @@ Block = dict[str, Any]
 
 _ANY = fields.record({"type": fields.text})
 _TEXT = fields.record({"text": fields.text}, required=("text",))
-_SOURCE = fields.tagged(
-    "type",
-    {
-        "base64": fields.record({"media_type": fields.text, "data": fields.text}, required=("media_type", "data")),
-        "text": fields.record({"media_type": fields.text, "data": fields.text}, required=("data",)),
-        "url": fields.record({"url": fields.text}, required=("url",)),
-        "file": fields.record({"file_id": fields.text}, required=("file_id",)),
-    },
-    _ANY,
+_SOURCES = {
+    "base64": fields.record({"media_type": fields.text, "data": fields.text}, required=("media_type", "data")),
+    "text": fields.record({"media_type": fields.text, "data": fields.text}, required=("data",)),
+    "url": fields.record({"url": fields.text}, required=("url",)),
+    "file": fields.record({"file_id": fields.text}, required=("file_id",)),
+}
+_IMAGE = fields.record({"source": fields.tagged("type", _SOURCES, _ANY)}, required=("source",))
+_PAGES = fields.either(
+    "a string or an array of objects",
+    {str: fields.text, list: fields.array(fields.tagged("type", {"text": _TEXT, "image": _IMAGE}), of="objects")},
 )
-_IMAGE = fields.record({"source": _SOURCE}, required=("source",))
+_WRITTEN = {**_SOURCES, "content": fields.record({"content": _PAGES}, required=("content",))}
 _DOCUMENT = fields.record(
-    {"source": _SOURCE, "title": fields.text, "context": fields.text, "citations": fields.free_form},
+    {
+        "source": fields.tagged("type", _WRITTEN, _ANY),
+        "title": fields.text,
+        "context": fields.text,
+        "citations": fields.free_form,
+    },
     required=("source",),
 )
 _SEARCH_RESULT = fields.record(
@@ -77,7 +83,10 @@ _CUSTOM = fields.record(
 )
 _TOOL_NAME = fields.record({"name": fields.text, "disable_parallel_tool_use": fields.flag}, required=("name",))
 _TOOL_CHOICE = fields.record({"disable_parallel_tool_use": fields.flag})
-_BUDGET = fields.record({"budget_tokens": fields.integer(0, fields.MAX_TOKENS)}, required=("budget_tokens",))
+_BUDGETED = {"type": fields.text, "budget_tokens": fields.integer(0, fields.MAX_TOKENS)}
+BUDGETED = fields.record(_BUDGETED)
+"""What may be said of thinking, as far as it is read here."""
+_THINKING = fields.tagged("type", {"enabled": fields.record(_BUDGETED, required=("budget_tokens",))}, BUDGETED)
 _SCHEMA = fields.record({"schema": fields.free_form}, required=("schema",))
 
 
@@ -102,7 +111,7 @@ FIELDS = {
     "stream": fields.flag,
     "system": _SYSTEM,
     "temperature": fields.number(0, 1),
-    "thinking": fields.tagged("type", {"enabled": _BUDGET}, _ANY),
+    "thinking": _THINKING,
     "tool_choice": fields.tagged("type", {"auto": _TOOL_CHOICE, "any": _TOOL_CHOICE, "tool": _TOOL_NAME, "none": _ANY}),
     "tools": fields.array(_tool, of="objects"),
     "top_k": fields.integer(0),
@@ -133,22 +142,28 @@ def _gather(content: Any, ref: Ref, found: list[tuple[Ref, str]]) -> None:
         found.append((ref, content))
         return
     for position, block in enumerate(content if type(content) is list else ()):
-        _gather_block(block, (*ref, position), found)
+        if type(block) is dict:
+            _gather_block(block, (*ref, position), found)
+        else:
+            texts.gather(block, (*ref, position), found)
 
 
+# Tuples where a value may be of any type: what is inside a block of an unknown type keeps to no rule.
+_THOUGHTS = ("thinking", "redacted_thinking")
+_ENCODED = ("base64", "url", "file")
 _GATHERED = frozenset({"content", "input", "source", "tool_use_id"})
 
 
 def _gather_block(block: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
     kind, source = block.get("type"), block.get("source")
-    if kind in {"thinking", "redacted_thinking"}:
+    if kind in _THOUGHTS:
         return
     if kind == "document" and type(source) is dict:
         _gather_source(source, (*ref, "source"), found)
     # What tools are called with may have any names: none of them says that a text is not read.
     found += _strings(block.get("input"), (*ref, "input"))
     content = block.get("content")
-    if type(content) is list and all(type(inner) is dict for inner in content):
+    if type(content) is list:
         _gather(content, (*ref, "content"), found)
     else:
         texts.gather(content, (*ref, "content"), found)
@@ -159,7 +174,7 @@ def _gather_block(block: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
 
 def _gather_source(source: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
     if source.get("type") == "text":
-        found.append(((*ref, "data"), source["data"]))
+        _gather(source.get("data"), (*ref, "data"), found)
     _gather(source.get("content"), (*ref, "content"), found)
 
 
@@ -211,7 +226,7 @@ def _block_size(block: Block) -> int:
     size = 0
     for name, value in block.items():
         if name == "source" and type(value) is dict:
-            encoded = value.get("type") in {"base64", "url", "file"}
+            encoded = value.get("type") in _ENCODED
             size += 0 if encoded else _json_size(value)
         elif name == "content" and type(value) is list:
             size += sum(_block_size(inner) if type(inner) is dict else _json_size(inner) for inner in value)
@@ -234,10 +249,11 @@ def media(body: Body) -> dict[str, int]:
 
 
 def _media_of(content: Any) -> Iterator[str]:
-    for block in content if type(content) is list else ():
-        source = block.get("source")
-        if block.get("type") in _MEDIA and type(source) is dict and source.get("type") != "text":
-            yield _MEDIA[block["type"]]
+    blocks = content if type(content) is list else ()
+    for block in (block for block in blocks if type(block) is dict):
+        kind, source = block.get("type"), block.get("source")
+        if type(kind) is str and kind in _MEDIA and type(source) is dict and source.get("type") != "text":
+            yield _MEDIA[kind]
         # A document may be made of blocks, as a tool's result may.
         yield from _media_of(block.get("content"))
         yield from _media_of(source.get("content") if type(source) is dict else None)
@@ -269,7 +285,7 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
         return
     body["max_tokens"] = max_output_tokens
     thinking = body.get("thinking")
-    if type(thinking) is not dict or thinking.get("budget_tokens", 0) < max_output_tokens:
+    if type(thinking) is not dict or (thinking.get("budget_tokens") or 0) < max_output_tokens:
         return
     if max_output_tokens > LEAST_BUDGET:
         body["thinking"] = {**thinking, "budget_tokens": max_output_tokens - 1}

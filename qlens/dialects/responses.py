@@ -23,6 +23,7 @@ _PART = fields.tagged(
     "type",
     {
         "input_text": fields.record({"text": fields.text}, required=("text",)),
+        "text": fields.record({"text": fields.text}, required=("text",)),
         "output_text": fields.record({"text": fields.text}, required=("text",)),
         "refusal": fields.record({"refusal": fields.text}, required=("refusal",)),
         "input_image": fields.record({"image_url": fields.text, "file_id": fields.text, "detail": fields.text}),
@@ -85,7 +86,9 @@ _SCHEMA = fields.record(
     required=("name", "schema"),
 )
 _TEXT = fields.record({"format": fields.tagged("type", {"json_schema": _SCHEMA}, _ANY), "verbosity": fields.text})
-_REASONING = fields.record({"effort": fields.text, "generate_summary": fields.text, "summary": fields.text})
+_REASONING = fields.record(
+    {"effort": fields.text, "generate_summary": fields.text, "mode": fields.text, "summary": fields.text}
+)
 _CHOSEN = fields.tagged("type", {}, _ANY)
 _STORED = fields.either("a string or an object", {str: fields.text, dict: fields.free_form})
 _REQUEST = fields.record(

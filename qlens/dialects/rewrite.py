@@ -90,7 +90,7 @@ class _Stream:
             yield from self.flush()
             yield event
             return
-        body = _parsed(payload)
+        body = sse.parsed(payload)  # or it could not be told what a client would read in it
         if body.get("error"):
             yield from self.flush()
         yield from self._rewritten(event, body)
@@ -146,17 +146,6 @@ class _Stream:
         if len(growing.held) > _MAX_HELD or len(self.strands) > _MAX_STRANDS:
             raise UpstreamInvalid("The provider's answer cannot be looked through: too much of it must be held back.")
         return passing
-
-
-def _parsed(payload: bytes) -> Body:
-    try:
-        body = orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        body = None
-    if type(body) is not dict:
-        # It cannot be told what a client would read in it.
-        raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
-    return body
 
 
 def _forget_spelling(node: Any) -> bool:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from email.message import Message
-from email.parser import BytesParser
 from typing import Any
 
 from attrs import define, field
@@ -94,18 +92,20 @@ class FakeKeeper(FakeResponses):
         return self.files[name]
 
     def _upload(self, request: Recorded) -> Body:
-        parts = form_of(request)
+        parts = {part.name: part for part in request.form}
+        if not parts:
+            raise Refused("The body is not a form.")
         for name in ("file", "purpose"):
             if name not in parts:
                 raise Refused(f"Missing required parameter: '{name}'.", name, "missing_required_parameter")
         for name in parts:
             if name not in {"file", "purpose", "expires_after[anchor]", "expires_after[seconds]"}:
                 raise Refused(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
-        purpose = parts["purpose"][1].decode()
+        purpose = parts["purpose"].text
         if purpose not in PURPOSES:
             raise Refused(f"'{purpose}' is not one of {sorted(PURPOSES)} - 'purpose'", "purpose")
-        filename, content = parts["file"]
-        return self.keep_file(content, filename or "upload", purpose)
+        file = parts["file"]
+        return self.keep_file(file.content, file.filename or "upload", purpose)
 
     # --- batches -------------------------------------------------------------------------------
 
@@ -163,21 +163,6 @@ async def keeper() -> AsyncIterator[FakeKeeper]:
     """Serve responses, files and batches on a free loopback port until the block is left."""
     async with serving(FakeKeeper()) as fake:
         yield fake
-
-
-def form_of(request: Recorded) -> dict[str, tuple[str | None, bytes]]:
-    """The parts of a form: under their names their filename, if any, and content."""
-    head = f"content-type: {request.headers.get('content-type', '')}\r\n\r\n".encode("latin-1")
-    parsed: Message = BytesParser().parsebytes(head + request.content)
-    if not parsed.is_multipart():
-        raise Refused("The body is not a form.")
-    parts: dict[str, tuple[str | None, bytes]] = {}
-    for part in parsed.get_payload():
-        assert isinstance(part, Message)
-        content = part.get_payload(decode=True)
-        assert isinstance(content, bytes)
-        parts[str(part.get_param("name", header="content-disposition"))] = part.get_filename(), content
-    return parts
 
 
 def listed(found: list[Body], query: Mapping[str, str], most: int) -> Scripted:

@@ -21,6 +21,7 @@ from qlens import config
 from qlens.config import draft, text_of
 from qlens.errors import StartupError
 from qlens.server import bind, url_of
+from qlens.signals import ignore_stops, on_stop
 from qlens.workers.admin import Admin
 from qlens.workers.channel import ChannelClosed
 from qlens.workers.child import ANSWER_SECONDS, Child
@@ -72,10 +73,8 @@ async def supervise(path: Path, text: str, settings: config.Server) -> int:
     Raises StartupError when an address cannot be had, or when the workers find something wrong at the start.
     """
     stop, reload = asyncio.Event(), asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, reload.set)
+    on_stop(stop.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
     with ExitStack() as held:
         listeners = [held.enter_context(each) for each in shared(settings.host, settings.port, settings.workers)]
         admin = held.enter_context(bind(settings.admin.host, settings.admin.port))
@@ -139,7 +138,7 @@ class Supervisor:
             ended = await asyncio.gather(*tasks, return_exceptions=True)
             await self._end()
             await operators.stop()
-            _deaf()
+            ignore_stops()
         for result in ended:
             if isinstance(result, Exception):
                 raise result
@@ -319,13 +318,6 @@ class Supervisor:
             for fault in faults:
                 log.error("worker %d cannot change as the others did: %s", child.number, fault)
             self._later(self._dismiss(child))
-
-
-def _deaf() -> None:
-    # Closing the loop would bring back the signals' own meaning: a second one would end a clean stop as a kill.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
 
 
 def _in(seconds: float) -> str:

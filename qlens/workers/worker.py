@@ -114,7 +114,7 @@ class Worker:
         if what == "health":
             return health_of(self.gateway)
         if what == "open":
-            return {"banner": await self._open(self._drafted(details["text"])), "url": self.gateway.url}
+            return {"banner": await self._open(self._drafted(details["text"]))}
         if what == "serve":
             assert self._server is not None
             await self._server.start()

@@ -9,7 +9,7 @@ import aiohttp
 import orjson
 import pytest
 from plugs import HANGING, Probe, Talker
-from yamls import CHAT, HELLO, STREAM, config, probe
+from yamls import CHAT, HELLO, STREAM, config, probe, targets
 
 from qlens.testing import Running, running
 
@@ -165,23 +165,37 @@ async def test_random_leaving_loses_no_receipt_and_no_hold() -> None:
         assert len(asyncio.all_tasks()) <= before + 64  # the pool's idle connections, not one per call
 
 
-@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
-async def test_a_call_leaves_no_cycle_for_the_collector(body: dict[str, object]) -> None:
+TYPED = {"model": "gpt-4o-mini", "max_tokens": 10, "stream": True}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(CHAT, HELLO), (CHAT, STREAM), ("/v1/messages", TYPED), ("/v1/audio/speech", {"model": "gpt-4o-mini"})],
+    ids=["body", "stream", "typed stream", "bytes"],
+)
+async def test_a_call_leaves_no_cycle_for_the_collector(path: str, body: dict[str, object]) -> None:
     stages = {
         "guard": [{"plugin": "pattern", "rules": [{"name": "x", "regex": "nothing", "action": "block"}]}],
         "cache": [{"plugin": "exact"}],
         "route": [{"plugin": "weighted"}, {"plugin": "retry"}, {"plugin": "circuit_breaker"}],
         "cost": [{"plugin": "prices"}, {"plugin": "ledger"}],
     }
-    async with running(config(stages)) as gateway:
-        await gateway.post(CHAT, body)
+    model = {"gpt-4o-mini": {"max_output_tokens": 100, "targets": targets("echo")}}
+    async with running(config(stages, {"echo": {"plugin": "echo"}}, model)) as gateway:
+
+        async def say(number: int) -> None:
+            message = {"role": "user", "content": f"Say {number}"}
+            said = {"input": f"Say {number}", "voice": "alloy"} if "speech" in path else {"messages": [message]}
+            answer = await gateway.post(path, {**body, **said})
+            assert answer.status == 200, answer.text
+
+        await say(0)
         gc.collect()
         gc.disable()
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
-            for number in range(10):
-                message = {"role": "user", "content": f"Say {number}"}
-                assert (await gateway.post(CHAT, {**body, "messages": [message]})).status == 200
+            for number in range(1, 11):
+                await say(number)
             await gateway.settled(11)
             gc.collect()
             assert [thing for thing in gc.garbage if type(thing).__module__.startswith("qlens")] == []

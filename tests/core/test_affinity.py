@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -442,6 +443,19 @@ async def test_a_batch_with_full_metadata_is_made_all_the_same(gateway: Running)
         )
         assert batch.metadata == metadata
         assert (await client.batches.retrieve(batch.id)).metadata == metadata
+
+
+@pytest.mark.parametrize(("realtime", "made"), [("refuse", 0), ("pass", 1)])
+async def test_batches_are_refused_where_a_guard_would_not_see_their_lines(
+    one: FakeKeeper, two: FakeKeeper, realtime: str, made: int
+) -> None:
+    rule = "{name: x, regex: secret, action: block}"
+    guards = f"[{{plugin: pattern, realtime: {realtime}, rules: [{rule}]}}]"
+    async with kept(settings(one, two, guards=guards)) as gateway, sdk(gateway) as client:
+        file = await client.files.create(file=("in.jsonl", b"{}"), purpose="batch", extra_body={"model": "first"})
+        with contextlib.nullcontext() if made else pytest.raises(openai.BadRequestError, match="the guard pattern"):
+            await client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+    assert len(one.batches) == made
 
 
 async def test_batches_are_refused_where_a_limit_must_know_what_they_generate(one: FakeKeeper, two: FakeKeeper) -> None:

@@ -15,7 +15,6 @@ import pytest
 from qlens import (
     CallError,
     Deadlines,
-    Mend,
     Outgoing,
     Reply,
     Upstream,
@@ -405,28 +404,10 @@ async def test_beginning_without_events_is_bounded(http: Upstream, up: FakeUpstr
         assert type(await refused(http, up, Scripted(events=endless, hang=True), stream=True)) is UpstreamInvalid
 
 
-@pytest.mark.parametrize("split", [None, 1, 3, 64])
-async def test_mended_events_are_changed_and_the_others_are_not(
-    http: Upstream, up: FakeUpstream, split: int | None
-) -> None:
-    def mend(event: dict[str, Any]) -> None:
-        event["mended"] = True
-
-    plain, marked = b'data: {"a":1}\n\n', b'data: {"odd":1}\n\n'
-    odd = [plain + marked + plain, b"data: odd but not JSON\n\n", marked[:-2]]
-    up.script(Scripted(events=odd, split=split))
-    reply = await ask(http, up, outgoing(stream=True), mend=Mend(b"odd", mend))
-    changed = b'data: {"odd":1,"mended":true}\n\n'
-    assert await drained(reply) == plain + changed + plain + b"data: odd but not JSON\n\n" + changed
-
-
-@pytest.mark.parametrize("mend", [None, Mend(b"odd", lambda event: None)])
 @pytest.mark.parametrize("begun", [False, True])
-async def test_closing_a_reply_closes_the_upstream(
-    http: Upstream, up: FakeUpstream, mend: Mend | None, begun: bool
-) -> None:
+async def test_closing_a_reply_closes_the_upstream(http: Upstream, up: FakeUpstream, begun: bool) -> None:
     up.script(Scripted(events=[CHUNK], hang=True))
-    reply = await ask(http, up, outgoing(stream=True), mend=mend)
+    reply = await ask(http, up, outgoing(stream=True))
     if begun:
         assert reply.chunks is not None
         await anext(reply.chunks)

@@ -167,6 +167,7 @@ _FILE = _part('content-disposition: form-data; name="file"; filename="a"', "x")
         (_MODEL.replace(MODEL, "x" * (1024 * 1024 + 1)) + _FILE + "--xyz--\r\n", None),
         (_MODEL + _FILE + _part('content-disposition: form-data; name="temperature"', "hot") + "--xyz--\r\n",
          "temperature"),
+        (_MODEL + _FILE + _MODEL.replace('"model"', '"model[]"') + "--xyz--\r\n", "model"),
         (_MODEL + _FILE + _part('content-disposition: form-data; name="stream"', "maybe") + "--xyz--\r\n", "stream"),
     ],
 )  # fmt: skip

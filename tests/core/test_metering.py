@@ -48,6 +48,10 @@ PLAIN = [
 ]
 
 
+def _failed(_: BaseException) -> CallError:
+    return CallError("failed")
+
+
 def _call(*, wants_usage: bool = False, keep: int = 0, n: int = 1) -> Call:
     async def reader() -> bytes:
         return b""
@@ -74,7 +78,13 @@ async def _run(
             yield piece
 
     reply = Reply(chunks=chunks())
-    meter = Meter(_call(**options), reply, lambda usage: Cost(usage.total), ended, lambda error: CallError("failed"))
+    meter = Meter(
+        _call(**options),
+        reply,
+        price=lambda usage: Cost(usage.total),
+        ended=ended,
+        failed=lambda _: CallError("failed"),
+    )
     got, error = b"", None
     try:
         async for chunk in meter.watch(chunks()):
@@ -241,7 +251,7 @@ async def _passed(pieces: list[bytes]) -> tuple[object, ...]:
         raise AssertionError
 
     reply = Reply(chunks=chunks())
-    meter = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed"))
+    meter = Meter(_call(), reply, price=lambda _: Cost(0), ended=ended, failed=_failed)
     received, error = b"", None
     try:
         async for block in meter.watch(chunks()):
@@ -274,7 +284,7 @@ async def test_nothing_comes_after_a_stream_that_failed_or_was_cancelled() -> No
         raise AssertionError
 
     reply = Reply(chunks=chunks())
-    stream = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed")).watch(chunks())
+    stream = Meter(_call(), reply, price=lambda _: Cost(0), ended=ended, failed=_failed).watch(chunks())
     await anext(stream)
     waiting = asyncio.ensure_future(anext(stream))
     await asyncio.sleep(0)
@@ -293,7 +303,7 @@ async def test_a_closed_stream_passes_nothing_more_and_its_usage_is_known() -> N
         raise AssertionError
 
     reply = Reply(chunks=chunks())
-    meter = Meter(_call(), reply, lambda _: Cost(0), ended, lambda _: CallError("failed"))
+    meter = Meter(_call(), reply, price=lambda _: Cost(0), ended=ended, failed=_failed)
     reply.replace(chunks=meter.watch(chunks()))
     assert reply.chunks is not None
     await anext(reply.chunks)

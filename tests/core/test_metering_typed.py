@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import CallError, Reply, UpstreamInvalid, UpstreamTruncated, UpstreamUnavailable
-from qlens.call import Cost
 from qlens.dialects import messages, typed
 from qlens.metering_typed import TypedMeter, exploded
 from qlens.testing.anthropic import error, message, streamed, text, thinking, tool_use
@@ -48,9 +47,7 @@ async def watched(
             yield piece
 
     reply = Reply(chunks=chunks(), dialect="messages")
-    meter = TypedMeter(
-        call_of(BODY, "messages", keep=keep), reply, lambda usage: Cost(0), ended, lambda _: CallError("failed")
-    )
+    meter = TypedMeter(call_of(BODY, "messages", keep=keep), reply, ended=ended, failed=lambda _: CallError("failed"))
     got, raised = b"", None
     try:
         async for chunk in meter.watch(chunks()):
@@ -148,7 +145,7 @@ async def test_the_answer_is_kept_before_the_last_event_passes() -> None:
 
     reply = Reply(chunks=chunks(), dialect="messages")
     call = call_of(BODY, "messages", keep=100_000)
-    meter = TypedMeter(call, reply, lambda usage: Cost(0), ended, lambda _: CallError("failed"))
+    meter = TypedMeter(call, reply, ended=ended, failed=lambda _: CallError("failed"))
     async for chunk in meter.watch(chunks()):
         passed.append(chunk)
     assert passed[-2] == b"kept"
@@ -183,7 +180,7 @@ async def test_cancelling_is_not_taken_for_a_mistake() -> None:
     async def read() -> None:
         async def ended(body: bytes) -> None: ...
 
-        meter = TypedMeter(call_of(BODY, "messages"), reply, lambda _: Cost(0), ended, lambda _: CallError("failed"))
+        meter = TypedMeter(call_of(BODY, "messages"), reply, ended=ended, failed=lambda _: CallError("failed"))
         async for _ in meter.watch(chunks()):
             pass
 

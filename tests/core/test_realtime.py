@@ -303,6 +303,7 @@ UPGRADE = {
         ({"sec-websocket-version": "8"}, 426),
         ({"sec-websocket-key": "short"}, 400),
         ({"sec-websocket-key": "AAAA"}, 400),
+        ({"sec-websocket-key": "ÄÄÄÄ"}, 400),
     ],
 )
 async def test_a_request_that_is_no_upgrade_is_told_so(changed: dict[str, str], status: int) -> None:

@@ -104,6 +104,21 @@ async def test_what_is_not_an_upgrade_is_invalid_and_silence_is_a_timeout(http: 
             assert await refused(http, f"http://127.0.0.1:{port}/socket") == f"upstream_{code}"
 
 
+async def test_a_refusal_that_comes_in_pieces_is_read_to_its_end(http: Upstream) -> None:
+    body = b'{"error": {"message": "no", "code": "insufficient_quota"}}'
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 429 Too Many Requests\r\ncontent-length: %d\r\n\r\n" % len(body) + body[:20])
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.write(body[20:])
+        await reader.read()
+
+    async with listening(talk) as port:
+        assert await refused(http, f"http://127.0.0.1:{port}/socket") == "insufficient_quota"
+
+
 async def test_a_gateway_that_stops_opens_nothing_more() -> None:
     http = Upstream()
     await http.aclose()

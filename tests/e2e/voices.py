@@ -54,7 +54,8 @@ class Script:
         said = self.lines.popleft()
         told = say(said, request.body)
         if said.broken and told.events is not None:
-            return evolve(told, events=list(told.events)[: -(-len(list(told.events)) // 2)])
+            events = list(told.events)
+            return evolve(told, events=events[: (len(events) + 1) // 2])
         return told
 
 

@@ -82,7 +82,7 @@ class PatternConfig:
     hold_back: int = field(default=64, validator=[ge(1), _fit])
     """The longest match in characters that is sure to be found in a stream, which is kept back by as many."""
     realtime: Literal["refuse", "pass"] = "refuse"
-    """Realtime sessions cannot be looked into: they are refused with a 400, or pass unseen."""
+    """Realtime sessions and lines of batches cannot be looked into: they are refused with a 400, or pass unseen."""
 
 
 Compiled = tuple[tuple[Rule, re.Pattern[str]], ...]
@@ -107,7 +107,7 @@ class Pattern:
 
     @property
     def passes_sessions(self) -> bool:
-        """Whether realtime sessions run though nothing in them is looked at."""
+        """Whether realtime sessions and batches run though nothing in them is looked at."""
         return self.config.realtime == "pass"
 
     @hookimpl

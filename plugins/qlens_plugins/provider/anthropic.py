@@ -19,6 +19,7 @@ from qlens import (
     Secret,
     Target,
     Upstream,
+    extra_headers,
     header_value,
     hookimpl,
     http_url,
@@ -32,25 +33,10 @@ if TYPE_CHECKING:
 
 PATHS = {"messages": "/v1/messages", "count_tokens": "/v1/messages/count_tokens"}
 
-_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
-_OURS = {
-    *("accept", "accept-encoding", "anthropic-beta", "anthropic-version", "connection", "content-encoding"),
-    *("content-length", "content-type", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding"),
-    *("upgrade", "x-api-key"),
-}
 _BETA = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _SAMPLING = ("temperature", "top_k", "top_p")
 _LAST_WITH_SAMPLING = "2023-06-01"
 """The last version of the API that takes temperature, top_p and top_k."""
-
-
-def _extra_headers(_config: object, attribute: Attribute[Mapping[str, Secret]], value: Mapping[str, Secret]) -> None:
-    for name, secret in value.items():
-        if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a header: letters, digits and hyphens")
-        if name.lower() in _OURS:
-            raise ValueError(f"{name!r} is set by the gateway itself: remove it")
-        header_value(None, attribute, secret)
 
 
 def _names(_config: object, _attribute: Attribute[tuple[str, ...]], value: tuple[str, ...]) -> None:
@@ -73,7 +59,9 @@ class AnthropicConfig:
     """Betas that every call takes part in, sent as `anthropic-beta`."""
     client_betas: tuple[str, ...] = field(default=(), validator=_names)
     """Betas that clients may ask for in their own `anthropic-beta`: names, or patterns (`context-*`)."""
-    headers: Mapping[str, Secret] = field(factory=dict, hash=False, validator=_extra_headers)
+    headers: Mapping[str, Secret] = field(
+        factory=dict, hash=False, validator=extra_headers("anthropic-beta", "anthropic-version", "x-api-key")
+    )
     """More headers for every request."""
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /v1/models`. It runs auth and

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
 from urllib.parse import urlencode
 
 from attrs import define, field, frozen, validators
@@ -20,6 +18,7 @@ from qlens import (
     Session,
     Target,
     Upstream,
+    extra_headers,
     header_value,
     hookimpl,
     http_url,
@@ -27,9 +26,6 @@ from qlens import (
     post_openai,
     send_request,
 )
-
-if TYPE_CHECKING:
-    from attrs import Attribute
 
 PATHS = {
     "chat": "/chat/completions",
@@ -50,21 +46,6 @@ BETA = {"openai-beta": "realtime=v1"}
 """What asks for the first version of realtime sessions."""
 _BETA_PROTOCOL = "openai-beta.realtime-v1"
 
-_HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
-_OURS = {
-    *("accept", "accept-encoding", "authorization", "connection", "content-encoding", "content-length"),
-    *("content-type", "expect", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade"),
-}
-
-
-def _extra_headers(_config: object, attribute: Attribute[Mapping[str, Secret]], value: Mapping[str, Secret]) -> None:
-    for name, secret in value.items():
-        if not _HEADER_NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is not the name of a header: letters, digits and hyphens")
-        if name.lower() in _OURS:
-            raise ValueError(f"{name!r} is set by the gateway itself: remove it")
-        header_value(None, attribute, secret)
-
 
 @frozen
 class OpenAIConfig:
@@ -79,7 +60,7 @@ class OpenAIConfig:
     project: str | None = field(default=None, validator=header_value)
     """Sent as `OpenAI-Project`."""
     headers: Mapping[str, Secret] = field(
-        factory=dict, hash=False, validator=_extra_headers, metadata={"lasting": False}
+        factory=dict, hash=False, validator=extra_headers("authorization"), metadata={"lasting": False}
     )
     """More headers for every request."""
     stream_options: bool = True
@@ -151,7 +132,7 @@ class OpenAI:
     async def connect(self, call: Call, target: Target) -> Session:
         """Open a realtime session, of the kind that the client speaks: the events of the beta are others."""
         assert self._http is not None, "the lifespan is not open"
-        asked = {"model": target.model, **{name: call.query[name] for name in ("intent",) if name in call.query}}
+        asked = {"model": target.model, **({"intent": call.query["intent"]} if "intent" in call.query else {})}
         headers = {**self._headers, **(BETA if _is_beta(call) else {})}
         place = f"{self.config.base_url.rstrip('/')}/realtime?{urlencode(asked)}"
         return await self._http.connect(place, headers=headers, deadlines=self._deadlines)

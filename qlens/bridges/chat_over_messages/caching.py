@@ -10,7 +10,7 @@ Block = dict[str, Any]
 MOST_MARKS = 4
 """How many blocks of a request may be marked."""
 
-_HOUR = {"1h", "30m", "12h"}
+_HOUR = ("1h", "30m", "12h")
 
 
 def mark(node: Mapping[str, Any]) -> Block | None:

@@ -13,7 +13,6 @@ from qlens.bridges.chat_over_messages.answer import Head, finish_of, note_of
 from qlens.bridges.chat_over_messages.tools import Asked
 from qlens.dialects import messages
 from qlens.errors import UpstreamInvalid
-from qlens.metering import parsed
 from qlens.provider_errors import error_from
 from qlens.usage import Usage, grown
 
@@ -55,7 +54,7 @@ class Chunks:
         data = sse.data(event)
         if data is None or not data.strip() or self._done:
             return b""
-        payload = parsed(data)
+        payload = sse.parsed(data)
         if (error := messages.event_error(payload)) is not None:
             raise error_from(error)
         try:

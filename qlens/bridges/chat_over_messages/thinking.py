@@ -8,7 +8,7 @@ from attrs import field, frozen
 
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body
-from qlens.dialects.messages import LEAST_BUDGET
+from qlens.dialects.messages import BUDGETED, LEAST_BUDGET
 
 Block = dict[str, Any]
 
@@ -32,6 +32,7 @@ def thinking(body: Body, model: Claude, limit: int, turns: list[Block]) -> Think
     """What the client's `reasoning_effort` means to this model; the field `thinking` of messages is taken as it is."""
     own, effort = body.get("thinking"), str(body.get("reasoning_effort") or "none").lower()
     if isinstance(own, dict):
+        BUDGETED(own, (None, "thinking"))
         told = own.get("type") != "disabled"
         if not told or (own.get("type") == "enabled" and "budget_tokens" in own):
             return Thinking(own if told else None)

@@ -155,8 +155,10 @@ def _is_strict(node: Any) -> bool:
     if not isinstance(node, dict):
         return True
     if node.get("type") == "object":
-        names = set(node.get("properties") or ())
-        if node.get("additionalProperties") is not False or names != set(node.get("required") or ()):
+        names, wanted = node.get("properties") or {}, node.get("required") or []
+        if node.get("additionalProperties") is not False or type(names) is not dict or type(wanted) is not list:
+            return False
+        if len(names) != len(wanted) or any(name not in wanted for name in names):
             return False
     return all(map(_is_strict, node.values()))
 

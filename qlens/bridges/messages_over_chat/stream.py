@@ -12,7 +12,6 @@ from qlens.bridges import counts
 from qlens.bridges.messages_over_chat.answer import REASONING, called, opening, said, stopped
 from qlens.dialects import Body, chat, typed
 from qlens.errors import UpstreamInvalid
-from qlens.metering import parsed
 from qlens.provider_errors import error_from
 from qlens.usage import NO_USAGE, Usage, larger
 
@@ -58,7 +57,7 @@ class Events:
             return b""
         if data.startswith(b"[DONE]"):
             return self.end()
-        payload = parsed(data)
+        payload = sse.parsed(data)
         if payload.get("error"):
             raise error_from(payload)
         try:

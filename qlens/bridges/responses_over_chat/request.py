@@ -129,7 +129,7 @@ def _choice(choice: Any) -> Any:
 
 
 def _allowed(tool: Any, param: str) -> dict[str, Any]:
-    if type(tool) is not dict or tool.get("type") not in {"function", "custom"}:
+    if type(tool) is not dict or tool.get("type") not in ("function", "custom"):
         raise unsupported(param, "such a tool")
     return _named(tool)
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import orjson
 from attrs import define, field
 
 from qlens import sse
 from qlens.bridges.responses_over_chat.answer import Answer
 from qlens.dialects import Body, typed
-from qlens.errors import UpstreamInvalid
 
 
 @define(eq=False)
@@ -32,21 +30,11 @@ class Stream:
             return b""
         if data.startswith(b"[DONE]"):
             return _written(self._answer.finished())
-        return _written(self._answer.read(_parsed(data)))
+        return _written(self._answer.read(sse.parsed(data)))
 
     def end(self) -> bytes:
         """What the stream ends with when it has no end mark: nothing if the model had not stopped."""
         return _written(self._answer.finished()) if self._answer.finish is not None else b""
-
-
-def _parsed(data: bytes) -> Body:
-    try:
-        chunk = orjson.loads(data)
-    except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider sent an event that is not JSON.") from None
-    if type(chunk) is not dict:
-        raise UpstreamInvalid("The provider sent an event that is not a JSON object.")
-    return chunk
 
 
 def _written(events: Iterable[Body]) -> bytes:

@@ -10,13 +10,13 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import Answer, CallError, Reply, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
+from qlens import Answer, CallError, Reply, UpstreamInvalid, UpstreamTruncated
 from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.converse_reply import Head, choice_of
 from qlens_plugins.provider.bedrock.converse_request import Asked
 from qlens_plugins.provider.bedrock.converse_stream import DONE, ChunkWriter, event_name, usage_chunk
 from qlens_plugins.provider.bedrock.eventstream import MEDIA_TYPE, Frame, FrameReader
-from qlens_plugins.provider.bedrock.exchange import Wire, request_id_of
+from qlens_plugins.provider.bedrock.exchange import Wire, dumped, request_id_of
 from qlens_plugins.provider.bedrock.fan_out import gathered, merged
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
@@ -26,28 +26,20 @@ _END_SECONDS = 1.0
 """How long a stream may stay open behind its last event; then its connection is closed instead of used again."""
 
 
-def dumped(body: Block) -> bytes:
-    """A body as it is sent, and signed."""
-    try:
-        return orjson.dumps(body)
-    except orjson.JSONEncodeError:
-        raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
-
-
 # --- whole answers -----------------------------------------------------------------------------
 
 
 async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Reply:
     """Ask for whole answers; their usage adds up."""
     path, body = f"/model/{model.segment}/converse", dumped(asked.body)
-    answers = await gathered([lambda: _whole(wire, path, body)] * choices)
-    request_id = answers[0][1]
+    answers = await gathered([lambda: wire.ask(path, body)] * choices)
+    request_id = answers[0].request_id
     head = Head.of(model.shown, request_id)
     try:
-        written = [choice_of(answer, asked, index) for index, (answer, _) in enumerate(answers)]
+        written = [choice_of(answer.body, asked, index) for index, answer in enumerate(answers)]
     except (AttributeError, KeyError, TypeError, orjson.JSONEncodeError) as error:
         raise UpstreamInvalid("The provider's answer is not as its API promises.") from error
-    usage = usages.total(usages.read(answer.get("usage"), _tier(answer)) for answer, _ in answers)
+    usage = usages.total(usages.read(answer.body.get("usage"), _tier(answer.body)) for answer in answers)
     content: Block = {
         "id": head.id,
         "object": "chat.completion",
@@ -67,23 +59,6 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
         complete=True,
         upstream_id=request_id,
     )
-
-
-async def _whole(wire: Wire, path: str, body: bytes) -> tuple[Block, str | None]:
-    answer = await wire.post(path, body, "application/json")
-    request_id = request_id_of(answer)
-    try:
-        parsed = orjson.loads(await answer.read())
-        if isinstance(parsed, dict):
-            return parsed, request_id
-        raise UpstreamInvalid("The provider's answer is not a JSON object.")
-    except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
-    except CallError as error:
-        error.upstream_id = request_id
-        raise
-    finally:
-        await answer.close()
 
 
 def _tier(answer: Block) -> str | None:

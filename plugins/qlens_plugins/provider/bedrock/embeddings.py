@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import struct
 from base64 import b64encode
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import orjson
 from attrs import frozen
 
 from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage
-from qlens_plugins.provider.bedrock.converse import dumped
-from qlens_plugins.provider.bedrock.exchange import Wire, request_id_of
+from qlens_plugins.provider.bedrock.exchange import Told, Wire
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.fan_out import gathered
+from qlens_plugins.provider.bedrock.invoke import invoked
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
 Block = dict[str, Any]
@@ -41,10 +42,8 @@ async def embed(wire: Wire, model: ModelId, family: Family, body: Block, estimat
     `estimate` is how many tokens they may have, for models that do not say.
     """
     texts = _texts(body)
-    path = f"/model/{model.segment}/invoke"
     requests = _titan(texts, body, model) if family.vectors == "titan" else _cohere(texts, body, family)
-    asks = [_asking(wire, path, request, count) for request, count in requests]
-    parts = await gathered(asks)
+    parts = await gathered([partial(_asked, wire, model, request, count) for request, count in requests])
     vectors = [vector for part in parts for vector in part.vectors]
     told = [part.tokens for part in parts if part.tokens is not None]
     usage = Usage(input=sum(told), source="provider")
@@ -132,28 +131,17 @@ def _wrong_dimensions(allowed: tuple[int, ...]) -> InvalidRequest:
 # --- answers -----------------------------------------------------------------------------------
 
 
-def _asking(wire: Wire, path: str, request: Block, count: int) -> Callable[[], Any]:
-    async def ask() -> _Part:
-        answer = await wire.post(path, dumped(request), "application/json")
-        request_id = request_id_of(answer)
-        try:
-            return _part(await answer.read(), answer.headers.get("x-amzn-bedrock-input-token-count"), count, request_id)
-        except CallError as error:
-            error.upstream_id = request_id
-            raise
-        finally:
-            await answer.close()
-
-    return ask
-
-
-def _part(raw: bytes, counted: str | None, count: int, request_id: str | None) -> _Part:
+async def _asked(wire: Wire, model: ModelId, request: Block, count: int) -> _Part:
+    answer = await invoked(wire, model, request)
     try:
-        answer = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
-    if not isinstance(answer, dict):
-        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+        return _part(answer, count)
+    except CallError as error:
+        error.upstream_id = answer.request_id
+        raise
+
+
+def _part(told: Told, count: int) -> _Part:
+    answer, counted = told.body, told.headers.get("x-amzn-bedrock-input-token-count")
     vectors = [answer["embedding"]] if "embedding" in answer else answer.get("embeddings")
     if isinstance(vectors, dict):
         vectors = vectors.get("float")
@@ -162,7 +150,7 @@ def _part(raw: bytes, counted: str | None, count: int, request_id: str | None) -
     tokens = answer.get("inputTextTokenCount")
     if type(tokens) is not int:
         tokens = int(counted) if counted is not None and counted.isdecimal() and len(counted) < 10 else None
-    return _Part(vectors, tokens, request_id)
+    return _Part(vectors, tokens, told.request_id)
 
 
 def _is_vector(vector: object) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
-from attrs import define, field
+import orjson
+from attrs import define, field, frozen
 
-from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid
+from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected
 from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
 
 _ERROR_BODY_BYTES = 64 * 1024
@@ -21,6 +22,15 @@ class Credentials(Protocol):
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
         """Get a fresh credential, because that of a request with these headers has expired; False: there is none."""
+
+
+@frozen
+class Told:
+    """A whole answer."""
+
+    body: dict[str, Any]
+    headers: Mapping[str, str]
+    request_id: str | None
 
 
 @define(eq=False)
@@ -40,6 +50,18 @@ class Wire:
         self.base = self.base.rstrip("/")
         self._host, slash, rest = self.base.partition("://")[2].partition("/")
         self._prefix = slash + rest
+
+    async def ask(self, path: str, body: bytes) -> Told:
+        """Post JSON and return the whole answer; raises UpstreamInvalid for one that is no JSON object."""
+        answer = await self.post(path, body, "application/json")
+        request_id = request_id_of(answer)
+        try:
+            return Told(_parsed(await answer.read()), answer.headers, request_id)
+        except CallError as error:
+            error.upstream_id = request_id
+            raise
+        finally:
+            await answer.close()
 
     async def post(self, path: str, body: bytes, accept: str) -> Answer:
         """Post JSON and return the answer once its status says that it is one; raises the error it is otherwise.
@@ -62,6 +84,24 @@ class Wire:
         if answer.status == 200:
             return answer
         raise await _refusal(answer)
+
+
+def dumped(body: dict[str, Any]) -> bytes:
+    """A body as it is sent, and signed."""
+    try:
+        return orjson.dumps(body)
+    except orjson.JSONEncodeError:
+        raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
+
+
+def _parsed(raw: bytes) -> dict[str, Any]:
+    try:
+        parsed = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
+    if not isinstance(parsed, dict):
+        raise UpstreamInvalid("The provider's answer is not a JSON object.")
+    return parsed
 
 
 async def _refusal(answer: Answer) -> CallError:

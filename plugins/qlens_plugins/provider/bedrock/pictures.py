@@ -10,9 +10,9 @@ from typing import Any, Literal
 import orjson
 
 from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage, error_from
-from qlens_plugins.provider.bedrock.exchange import Wire
+from qlens_plugins.provider.bedrock.exchange import Told, Wire
 from qlens_plugins.provider.bedrock.fan_out import gathered
-from qlens_plugins.provider.bedrock.invoke import Invoked, invoked
+from qlens_plugins.provider.bedrock.invoke import invoked
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
 Block = dict[str, Any]
@@ -109,7 +109,7 @@ def _format(body: Block) -> str:
     return str(asked)
 
 
-def _images(answer: Invoked) -> list[str]:
+def _images(answer: Told) -> list[str]:
     """The images of an answer; raises when one was held back, for whatever the model says."""
     images = answer.body.get("images")
     reasons = answer.body.get("finish_reasons")
@@ -121,7 +121,7 @@ def _images(answer: Invoked) -> list[str]:
     return images
 
 
-def _held_back(answer: Invoked) -> CallError:
+def _held_back(answer: Told) -> CallError:
     said = "The provider's content filter held the image back: change the prompt."
     error = error_from({"error": {"message": said, "code": "content_filter", "param": "prompt"}}, 400)
     error.upstream_id = answer.request_id

@@ -86,6 +86,16 @@ async def test_an_exception_instead_of_an_answer(
         assert receipt.attempts[0].upstream_id
 
 
+@pytest.mark.parametrize("body", [b"<html>", b"[]"])
+async def test_an_answer_that_is_no_json_object_fails_with_awss_id(body: bytes) -> None:
+    async with bedrock() as aws, running(config(aws.root)) as gateway:
+        aws.script(Scripted(body=body))
+        reply = await gateway.post(CHAT, chat())
+        assert (reply.status, reply.json()["error"]["code"]) == (502, "upstream_invalid_response")
+        (receipt,) = await gateway.settled(1)
+        assert receipt.attempts[0].upstream_id
+
+
 INSIDE = [
     case for case in CASES if case[1] != 403 and not case[0].startswith(("Conflict", "ServiceQuota", "Something"))
 ]

@@ -1,0 +1,137 @@
+"""What every meter does with a stream: passes it on, tells mistakes from errors, and lets go of it at the end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Self
+
+import orjson
+from attrs import define, field
+
+from qlens import returned, sse
+from qlens.call import Body, Call, Reply
+from qlens.errors import CallError
+from qlens.returned import mistakes
+from qlens.usage import Usage
+
+
+@define(eq=False)
+class Watcher(ABC):
+    """Watches one stream on its way to the client; a meter says what becomes of its pieces, and what was used."""
+
+    call: Call
+    reply: Reply
+    failed: Callable[[BaseException], CallError]
+    """What a provider's mistake means for the client."""
+    _source: AsyncIterator[bytes] = field(init=False, repr=False)
+    _ended: bool = field(init=False, default=False)
+    """Whether nothing more is read."""
+    _over: bool = field(init=False, default=False)
+    """Whether nothing more is passed."""
+    _closed: bool = field(init=False, default=False)
+
+    def watch(self, chunks: AsyncIterator[bytes]) -> Self:
+        """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
+        self._source = chunks
+        return self
+
+    # An iterator of its own and no generator: it takes every piece from its source without a layer in between.
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            while not self._ended:
+                try:
+                    passing = self._take(await self._source.__anext__())
+                except StopAsyncIteration:
+                    self._ended = True
+                    passing = self._flush()
+                if passing:
+                    return passing
+        except BaseException as mistake:
+            self._ended = self._over = True
+            if isinstance(mistake, CallError) or not isinstance(mistake, mistakes()):
+                raise
+            raise self.failed(mistake) from mistake
+        if self._over:
+            raise StopAsyncIteration
+        self._over = True
+        return await self._last()
+
+    async def aclose(self) -> None:
+        """Pass nothing more, and let go of what was needed for that; how much was used can still be asked."""
+        if not self._closed:
+            self._closed = self._ended = self._over = True
+            self._let_go()
+            if self.reply.chunks is self:
+                self.reply.chunks = None
+
+    def _let_go(self) -> None:
+        """Drop what refers back to this object: it would leave a cycle to the collector."""
+        del self._source, self.failed
+
+    def _take(self, piece: bytes) -> bytes:
+        """What a piece becomes; it may become nothing yet."""
+        return piece
+
+    def _flush(self) -> bytes:
+        """What was held when the source ended."""
+        return b""
+
+    async def _last(self) -> bytes:
+        """What the stream ends with; raises what makes it no success, or StopAsyncIteration for nothing."""
+        self.reply.complete = True
+        raise StopAsyncIteration
+
+    def said(self) -> Usage | None:
+        """What the provider says was used; it may say so at any time."""
+        try:
+            return returned.usage(self.reply.usage)
+        except TypeError:
+            return None
+
+    @abstractmethod
+    def usage(self) -> Usage:
+        """What the stream used so far: the provider's word, or else an estimate from what passed."""
+
+
+@define(eq=False)
+class EventWatcher(Watcher):
+    """Watches a stream of events, of which a cache may keep the answer."""
+
+    ended: Callable[[bytes], Awaitable[None]]
+    """Awaited with the assembled answer before the end event passes, when the call asked to `keep` it."""
+    events: int = field(init=False, default=0)
+    """Events with data that passed."""
+    passed: int = field(init=False, default=0)
+    """Their bytes."""
+    _splitter: sse.Splitter = field(init=False, factory=sse.Splitter, repr=False)
+    _error: CallError | None = field(init=False, default=None)
+    """What ends the stream after the events in front of it."""
+    _kept: list[bytes] = field(init=False, factory=list, repr=False)
+    _kept_bytes: int = field(init=False, default=0)
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        del self.ended
+
+    def _keep(self, block: bytes) -> None:
+        if self.call.keep and self._kept_bytes <= self.call.keep:
+            self._kept.append(block)
+            self._kept_bytes += len(block)
+
+    async def _hand_over(self) -> None:
+        """Give the cache what it asked for."""
+        if not self.call.keep or self._kept_bytes > self.call.keep:
+            return
+        try:
+            body = orjson.dumps(self._assembled())
+        except (CallError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            return  # good enough for the client, who reads the events one by one, and nothing to keep
+        await self.ended(body)
+
+    @abstractmethod
+    def _assembled(self) -> Body:
+        """The answer that the kept events make."""
