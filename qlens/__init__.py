@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qlens.call import (
         FREE,
         UNPRICED,
+        Allowance,
         Attempt,
         Call,
         Caller,
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 # Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
 _HOMES = {
-    "qlens.call": ("Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED"),
+    "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
     "qlens.config": "Secret Url",
     "qlens.config.aside": "read_yaml",
     "qlens.errors": (
@@ -93,6 +94,7 @@ __all__ = [
     "FREE",
     "NO_USAGE",
     "UNPRICED",
+    "Allowance",
     "Answer",
     "Attempt",
     "Blocked",

@@ -26,6 +26,18 @@ CacheState = Literal["hit", "miss", "semantic", "off"]
 
 
 @frozen
+class Allowance:
+    """What one credential may use, beside the limits and budgets of the configuration; None: not said."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    concurrency: int | None = None
+    budget_picos: int | None = None
+    """Picodollars in a window."""
+    budget_window: Literal["day", "week", "month", "total"] = "month"
+
+
+@frozen
 class Caller:
     """Who makes a call. Every caller has a tenant; what is None was not said by the credential."""
 
@@ -41,6 +53,8 @@ class Caller:
     tags: Mapping[str, str] = field(factory=dict, hash=False)
     expires_at: float | None = None
     """Unix seconds."""
+    allowance: Allowance | None = None
+    """Limits and a budget of this credential's own, which token_bucket and budgets keep by `key_id`."""
 
     def may_use(self, model: str) -> bool:
         """Tell whether this caller may ask for a model by this public name."""
