@@ -152,7 +152,7 @@ async def _count(step: Step, chunks: int) -> Counter[str]:
         }
     )
     async with upstream, running(config, files={"no_op.py": NO_OP}) as gateway:
-        client = await connected(gateway, stream=bool(chunks))
+        client = await connected(gateway, stream=bool(chunks), key=step.key)
         for _ in range(WARM_UP):
             await client.call()
         await gateway.settled(WARM_UP)
@@ -165,11 +165,11 @@ async def _count(step: Step, chunks: int) -> Counter[str]:
     return counted.functions
 
 
-async def connected(gateway: Running, *, stream: bool) -> Client:
-    """A client of a gateway, with its demo key if it has one."""
+async def connected(gateway: Running, *, stream: bool, key: str | None = None) -> Client:
+    """A client of a gateway, with its demo key if it has one and nothing else is given."""
     host, port = gateway.url.removeprefix("http://").split(":")
     demo = gateway.folder / "demo.key"
-    key = demo.read_text().strip() if demo.exists() else "sk-example-none"
+    key = key or (demo.read_text().strip() if demo.exists() else "sk-example-none")
     return Client(*await asyncio.open_connection(host, int(port)), key, stream)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import jwt
 from attrs import frozen
 from e2e.serving import changed
 
@@ -60,6 +61,14 @@ class NoOp:
 '''
 NO_OP_HOOKS = NO_OP.count("@hookimpl")
 
+TOKENS = {
+    "plugin": "jwt",
+    "issuer": "bench",
+    "audience": "qlens",
+    "tenant_claim": "org",
+    "secret": "example-secret-of-more-than-thirty-two-bytes",
+}
+
 Pipeline = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -70,6 +79,8 @@ class Step:
     name: str
     pipeline: Pipeline
     after: str | None
+    key: str | None = None
+    """What calls come with, where it is neither nothing nor a key that `qlens keys` makes."""
 
 
 def steps() -> list[Step]:
@@ -84,8 +95,15 @@ def steps() -> list[Step]:
             so_far.setdefault(stage, []).append(entry)
             pipeline = {name: list(those) for name, those in so_far.items()}
             ladder.append(Step(f"{stage}: {entry['plugin']}", pipeline, ladder[-1].name))
+    ladder.insert(1, Step("auth: jwt, known", {"auth": [TOKENS]}, "anonymous", _token()))
     no_op = {**anonymous, "observe": [{"plugin": "no_op:NoOp"}]}
     return [*ladder, Step(f"no-op, {NO_OP_HOOKS} hooks", no_op, "anonymous")]
+
+
+def _token() -> str:
+    """A token as long as an identity provider's, which the gateway verifies once."""
+    claims = {"iss": TOKENS["issuer"], "aud": TOKENS["audience"], "sub": "bench", "org": "bench", "exp": 4_000_000_000}
+    return jwt.encode({**claims, "groups": ["x" * 30] * 12}, TOKENS["secret"], "HS256")
 
 
 def _start(step: Step, folder: Path, port: int, upstream_port: int) -> Launch:
@@ -99,7 +117,7 @@ def _start(step: Step, folder: Path, port: int, upstream_port: int) -> Launch:
         }
     )
     has_keys = any(entry["plugin"] == "api_keys" for entry in step.pipeline["auth"])
-    return qlens(folder, port, config, make_key(folder, config) if has_keys else None)
+    return qlens(folder, port, config, make_key(folder, config) if has_keys else step.key)
 
 
 def cpu_us(gateway: Gateway, load: Load, mock: Mock) -> float:

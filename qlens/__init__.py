@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qlens.audit import Actor, AuditEntry
     from qlens.call import (
         FREE,
         UNPRICED,
@@ -61,11 +62,14 @@ if TYPE_CHECKING:
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
     from qlens.session import Frame, Session, SessionClosed
+    from qlens.stores.redis import RedisSettings, RedisStore, Script, StoreUnavailable, redis_store
+    from qlens.stores.sqlite import file_identity, open_sqlite, sqlite_path, sqlite_transaction
     from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
 # Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
 _HOMES = {
+    "qlens.audit": "Actor AuditEntry",
     "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
     "qlens.config": "Secret Url",
     "qlens.config.aside": "read_yaml",
@@ -85,6 +89,8 @@ _HOMES = {
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
     "qlens.session": "Frame Session SessionClosed",
+    "qlens.stores.redis": "RedisSettings RedisStore Script StoreUnavailable redis_store",
+    "qlens.stores.sqlite": "file_identity open_sqlite sqlite_path sqlite_transaction",
     "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
@@ -94,9 +100,11 @@ __all__ = [
     "FREE",
     "NO_USAGE",
     "UNPRICED",
+    "Actor",
     "Allowance",
     "Answer",
     "Attempt",
+    "AuditEntry",
     "Blocked",
     "Call",
     "CallError",
@@ -122,11 +130,15 @@ __all__ = [
     "QuotaExceeded",
     "RateLimited",
     "Receipt",
+    "RedisSettings",
+    "RedisStore",
     "Reply",
+    "Script",
     "Secret",
     "Session",
     "SessionClosed",
     "StartupError",
+    "StoreUnavailable",
     "Target",
     "Unauthenticated",
     "Unavailable",
@@ -146,15 +158,20 @@ __all__ = [
     "__version__",
     "error_from",
     "extra_headers",
+    "file_identity",
     "header_value",
     "hookimpl",
     "http_url",
+    "open_sqlite",
     "path_patterns",
     "picos",
     "post_messages",
     "post_openai",
     "read_yaml",
+    "redis_store",
     "send_request",
+    "sqlite_path",
+    "sqlite_transaction",
     "usd",
 ]
 

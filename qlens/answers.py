@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
 
 import orjson
@@ -37,7 +37,7 @@ def no_answer(answer: Answer) -> UpstreamInvalid:
     return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
 
 
-async def identified(answer: Answer, reading: Awaitable[Reply], ids: Iterable[str]) -> Reply:
+async def identified(answer: Answer, reading: Awaitable[Reply], ids: Collection[str]) -> Reply:
     """What is read of an answer, or the error, with the provider's id of it; an answer that fails is closed."""
     upstream_id = next(iter(shown(answer, ids).values()), None)
     try:
@@ -51,8 +51,10 @@ async def identified(answer: Answer, reading: Awaitable[Reply], ids: Iterable[st
     return reply
 
 
-def shown(answer: Answer, names: Iterable[str]) -> dict[str, str]:
-    """The headers of these names that may be shown: short and plain."""
+def shown(answer: Answer, names: Collection[str]) -> dict[str, str]:
+    """The headers of these lower-cased names that may be shown: short and plain."""
+    if answer.headers.lacks(names):
+        return {}
     found = {}
     for name in names:
         value = answer.headers.get(name)

@@ -6,10 +6,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
-from attrs import Factory, define, field, frozen
+from attrs import Factory, asdict, define, field, frozen
 
 from qlens import dialects, sse
 from qlens.dialects.rewrite import rewrite_body, rewrite_plain, rewrite_stream
+from qlens.money import usd
 from qlens.usage import NO_USAGE, Usage
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class Allowance:
     budget_picos: int | None = None
     """Picodollars in a window."""
     budget_window: Literal["day", "week", "month", "total"] = "month"
+
+    def row(self) -> dict[str, Any]:
+        """What is said of it, as JSON has it: money as a decimal text."""
+        said = {name: value for name, value in asdict(self).items() if value is not None}
+        picos, window = said.pop("budget_picos", None), said.pop("budget_window")
+        return said if picos is None else {**said, "budget_usd": usd(picos), "budget_window": window}
 
 
 @frozen
@@ -111,7 +118,7 @@ UNPRICED = Cost(None, "unpriced")
 FREE = Cost(0)
 
 
-@frozen
+@frozen(slots=False)  # like Usage
 class Limit:
     """Where the caller stands with one limit; the core writes the tightest of each kind as x-ratelimit headers."""
 
@@ -145,7 +152,7 @@ class Attempt:
     upstream_id: str | None = None
 
 
-@frozen
+@frozen(slots=False)  # like Usage
 class Receipt:
     """What a finished call cost and how it ended. Made exactly once for every call that has an account."""
 
@@ -251,6 +258,8 @@ class Call:
     """Reads the request body as it arrives, instead of whole."""
 
     caller: Caller | None = None
+    scope: str | None = None
+    """At an endpoint that asks for a role: the tenant that the caller is confined to; None: it rules all."""
     body: Body = field(factory=dict, repr=False)
     form: Form | None = None
     """What was uploaded with the body, for operations that take a form; it is kept until the call ends."""
@@ -268,7 +277,9 @@ class Call:
     """Whether the body may have fields in its messages that only providers of Claude know."""
     bounded: bool = True
     """False when neither the client nor the model says how much may be generated: `bound.output` is then 0."""
-    bound_cost: Cost = UNPRICED
+    pricing: Callable[[Call], Cost] | None = field(default=None, repr=False)
+    """What works out `bound_cost`."""
+    _bound_cost: Cost | None = field(default=None, init=False, repr=False)
 
     limits: list[Limit] = Factory(list)
     targets: tuple[Target, ...] = ()
@@ -283,6 +294,17 @@ class Call:
     tags: dict[str, str] = Factory(dict)
     config: str = ""
     """The version of the configuration this call sees to its end."""
+
+    @property
+    def bound_cost(self) -> Cost:
+        """The most this call can cost; worked out when first asked for, because without a budget nobody asks."""
+        if self._bound_cost is None:
+            self._bound_cost = UNPRICED if self.pricing is None else self.pricing(self)
+        return self._bound_cost
+
+    @bound_cost.setter
+    def bound_cost(self, cost: Cost) -> None:
+        self._bound_cost = cost
 
     async def read(self) -> bytes:
         """Read the request body whole; raises BodyTooLarge, BodyTimedOut or UnsupportedMedia."""

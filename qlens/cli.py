@@ -24,7 +24,6 @@ from qlens.paths import own_endpoints, plugin_endpoints
 from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
 from qlens.server import served, spare_the_collector
 from qlens.signals import ignore_stops, on_stop
-from qlens.workers.supervisor import supervise
 
 log = logging.getLogger("qlens")
 
@@ -135,6 +134,8 @@ def _serve(args: argparse.Namespace) -> int:
     found = draft(text, folder=path.parent, source=str(path))
     # A file with faults is served by nobody: `register` tells them, with those of the plugins.
     if found.config.server.workers > 1 and not found.faults:
+        from qlens.workers.supervisor import supervise  # most run one process, which then need not load it
+
         return asyncio.run(supervise(path, text, found.config.server))
     return asyncio.run(_serving(path, found))
 
@@ -332,26 +333,43 @@ def _target(target: Target) -> str:
 def _plugin_command(words: list[str]) -> int:
     path, rest = _config_path(words)
     registration = register(drafted(path, check_env=False))
-    commands: dict[str, tuple[str, Command]] = {}
-    for hook in registration.hooks.commands:
-        for command in hook.fn():
-            if command.name in commands or command.name in _CORE:
-                owner = commands[command.name][0] if command.name in commands else "qlens"
-                raise StartupError(f"the command {command.name!r} belongs to both {owner} and {hook.instance}")
-            commands[command.name] = (hook.instance, command)
-    parser = argparse.ArgumentParser(prog="qlens", epilog=f"configuration: {path}")
+    chosen, rest = _chosen_plugin(rest)
+    commands = _commands(registration, chosen)
+    asked = next((word for word in rest if not word.startswith("-")), None)
+    if asked in commands and len(commands[asked]) > 1:
+        owners = [owner for owner, _ in commands[asked]]
+        way = f"qlens {asked} --plugin {owners[-1].partition('.')[2]}"
+        raise StartupError(f"the command {asked!r} belongs to both {' and '.join(owners)}: choose one, like {way}")
+    parser = argparse.ArgumentParser(
+        prog="qlens", epilog=f"configuration: {path}; --plugin NAME: whose command is meant, where two plugins have it"
+    )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (_, command) in commands.items():
+    for name, [(_, command), *_] in commands.items():
         command.add_arguments(
             subparsers.add_parser(
                 name, help=command.help, description=command.help, epilog="-c CONFIG: the configuration"
             )
         )
     args = parser.parse_args(rest)
-    key, command = commands[args.command]
+    [(key, command)] = commands[args.command]
     if any(instance.key == key and instance.entry.missing_env for instance in registration.instances):
         register(drafted(path))  # only this plugin's own variables must be set; this raises with their names
     return asyncio.run(_running(registration, key, command, args))
+
+
+def _commands(registration: Registration, chosen: str | None) -> dict[str, list[tuple[str, Command]]]:
+    """The commands of plugins with their owners, or those of one instance, by its name or stage and name."""
+    commands: dict[str, list[tuple[str, Command]]] = {}
+    for hook in registration.hooks.commands:
+        if chosen is not None and chosen not in (hook.instance, hook.instance.partition(".")[2]):
+            continue
+        for command in hook.fn():
+            if command.name in _CORE:
+                raise StartupError(f"the command {command.name!r} belongs to both qlens and {hook.instance}")
+            commands.setdefault(command.name, []).append((hook.instance, command))
+    if chosen is not None and not commands:
+        raise StartupError(f"--plugin: no plugin called {chosen!r} has a command in this configuration")
+    return commands
 
 
 async def _running(registration: Registration, key: str, command: Command, args: argparse.Namespace) -> int:
@@ -365,17 +383,28 @@ async def _running(registration: Registration, key: str, command: Command, args:
 
 def _config_path(words: list[str]) -> tuple[Path, list[str]]:
     """Take -c CONFIG out of the words, wherever it stands."""
+    chosen, rest = _taken(words, "-c", "--config")
+    return Path(chosen or os.environ.get("QLENS_CONFIG") or "config/qlens.yaml"), rest
+
+
+def _chosen_plugin(words: list[str]) -> tuple[str | None, list[str]]:
+    """Take --plugin NAME out of the words: whose command is meant, where two plugins have it."""
+    return _taken(words, "--plugin")
+
+
+def _taken(words: list[str], *names: str) -> tuple[str | None, list[str]]:
+    """The value of an option, and the other words."""
     rest: list[str] = []
-    chosen = os.environ.get("QLENS_CONFIG") or "config/qlens.yaml"
+    value = None
     remaining = iter(words)
     for word in remaining:
-        if word in {"-c", "--config"}:
-            chosen = next(remaining, chosen)
-        elif word.startswith("--config="):
-            chosen = word.partition("=")[2]
+        if word in names:
+            value = next(remaining, value)
+        elif word.startswith(f"{names[-1]}="):
+            value = word.partition("=")[2]
         else:
             rest.append(word)
-    return Path(chosen), rest
+    return value, rest
 
 
 # --- output ------------------------------------------------------------------------------------

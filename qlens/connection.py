@@ -40,6 +40,8 @@ READ_BYTES = 64 * 1024
 LINGER_SECONDS = 3
 """How long the rest of a body is read that nobody wants, so that the client can read the answer."""
 BODY_GRACE_SECONDS = 10
+PEER = "x-qlens-peer"
+"""In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
 
 _random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
@@ -236,6 +238,9 @@ class Exchange:
     def peer(self) -> str | None:
         """The client's address."""
         peer = self.connection.peername
+        if peer == "":
+            # A Unix socket, at which the supervisor passes on what came to the admin listener: it says from where.
+            return self.message.headers.get(PEER)
         return peer[0] if peer else None
 
     async def read(self) -> bytes:

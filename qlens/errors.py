@@ -65,6 +65,21 @@ class InvalidRequest(CallError):
     status, type = 400, "invalid_request_error"
 
 
+class NotOffered(InvalidRequest):
+    """The provider of a model does not do what is asked: 400.
+
+    `what` says what it does not do; who the provider is, the bridge that notices it does not know: `named` tells.
+    """
+
+    def __init__(self, what: str, *, param: str | None = None, code: str | None = None, lead: str = "") -> None:
+        super().__init__(f"{lead}The provider of this model {what}", param=param, code=code)
+        self._lead, self._what = lead, what
+
+    def named(self, provider: str) -> None:
+        """Say which provider it is."""
+        self.message = f"{self._lead}{provider} {self._what}"
+
+
 class Blocked(InvalidRequest):
     """A guard refused the prompt or the answer: 400 with code `content_filter`."""
 

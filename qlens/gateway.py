@@ -11,6 +11,7 @@ from typing import Any
 from attrs import define, field
 
 from qlens import dialects, returned
+from qlens.audit import Audit
 from qlens.call import Call, Caller
 from qlens.clock import Clock
 from qlens.config import Config, Draft
@@ -22,6 +23,7 @@ from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.paths import Served, served
 from qlens.pipeline import Pipeline
 from qlens.registry import Health, Instance, Provider, Registration, register
+from qlens.roles import Roles
 from qlens.upstream import Upstream
 
 log = logging.getLogger("qlens")
@@ -43,6 +45,7 @@ class Generation:
     pipeline: Pipeline
     client: Paths[Served]
     admin: Paths[Served]
+    roles: Roles
     running: int = 0
     idle: asyncio.Event = field(factory=asyncio.Event)
 
@@ -126,9 +129,9 @@ def _keepers(registration: Registration) -> dict[str, Instance]:
 class Gateway:
     """What plugins see of the gateway, and what the server runs calls with.
 
-    `http` opens calls to URLs, `metrics` makes metrics, `stores` holds clients that several plugins share, `models` and
-    `providers` follow the current configuration, `clock` tells the time, `worker` is this process' number, `url` is
-    where clients reach it.
+    `http` opens calls to URLs, `metrics` makes metrics, `stores` holds clients that several plugins share, `models`,
+    `providers` and `roles` follow the current configuration, `clock` tells the time, `worker` is this process' number,
+    `url` is where clients reach it, `audit` notes what operators change.
     """
 
     clock: Clock = field(factory=Clock)
@@ -141,6 +144,7 @@ class Gateway:
     expired: bool = False
     """Whether draining took too long and running calls are being cut off."""
     calls: CallMetrics = field(init=False)
+    audit: Audit = field(init=False)
     _current: Generation | None = field(default=None, init=False)
     _seen: Registration | None = field(default=None, init=False)
     _older: list[Generation] = field(factory=list, init=False)
@@ -150,6 +154,7 @@ class Gateway:
 
     def __attrs_post_init__(self) -> None:
         self.calls = CallMetrics(self.metrics)
+        self.audit = Audit(self.clock)
 
     # --- what plugins see ----------------------------------------------------------------------
 
@@ -167,6 +172,11 @@ class Gateway:
     def config(self) -> Config:
         """The current configuration."""
         return self._registration.config
+
+    @property
+    def roles(self) -> Roles:
+        """The roles of the current configuration, and what they open."""
+        return Roles.of(self.config.server.roles)
 
     @property
     def _registration(self) -> Registration:
@@ -275,7 +285,7 @@ class Gateway:
             if not pipeline.ids.keeps(name):
                 log.info("%s has no secret to seal ids with: nothing it keeps can be asked for without id_key", name)
         client, admin = served(self, registration)
-        generation = Generation(registration, pipeline, client, admin)
+        generation = Generation(registration, pipeline, client, admin, Roles.of(registration.config.server.roles))
         generation.idle.set()
         return generation
 

@@ -73,7 +73,7 @@ def lifespan(gateway: Gateway) -> AbstractAsyncContextManager[None]:  # type: ig
 
     Entered at start-up before the socket opens, and on reload; left after the last call of this configuration settled.
     Opening may take 60 s and closing 30 s; then it is cancelled.
-    Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock and worker.
+    Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock, worker and audit.
     Raise StartupError for a fault the operator must mend; a backend that is down must not fail it: show it in `health`.
     """
 
@@ -93,7 +93,7 @@ def commands() -> Iterable[Command]:  # type: ignore[empty-body]
     """Add commands to `qlens`.
 
     Asked when the command line is read; only this instance's lifespan is open while a command runs.
-    Return Command objects; two owners of one name are a fault.
+    Return Command objects; where two plugins have one name, `--plugin NAME` says whose is meant.
     Raising stops the command.
     """
 

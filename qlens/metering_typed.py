@@ -110,6 +110,8 @@ class TypedMeter(EventWatcher):
     def usage(self) -> Usage:
         """What the stream used so far: the provider's word, or else an estimate from what passed."""
         said, guess = self.said(), self._guess()
+        if self._goes_on():
+            guess = max(guess, self.call.bound.output)
         if said is not None and self.reply.complete and (said.completion or not guess):
             return said
         source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
@@ -118,6 +120,11 @@ class TypedMeter(EventWatcher):
             return evolve(unsaid, output=guess, source=source)
         # An answer that stops in the middle has used as much as was said of it, or as was heard.
         return evolve(said, output=max(said.output, guess - said.reasoning), source=source)
+
+    def _goes_on(self) -> bool:
+        """Whether the provider goes on with the answer though nobody reads this stream any more."""
+        over = self.reply.complete or self._error is not None
+        return not over and self.reply.dialect == "responses" and self.call.body.get("background") is True
 
     def _guess(self) -> int:
         if not self._envelope:

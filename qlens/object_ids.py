@@ -29,6 +29,8 @@ _ROUNDS = 20_000
 _LEAST_CHARS = 16
 """A shorter secret could be guessed from an id."""
 _SEAL, _MARK = b"qlens object id 1", b"qlens tenant mark 1"
+_CONTENT = "qlens-sealed-1."
+"""How encrypted content begins whose provider is named in front of it."""
 
 
 @frozen
@@ -101,6 +103,30 @@ class ObjectIds:
             return None
         return Origin(*parts)
 
+    def seal_content(self, tenant: str, provider: str, content: str) -> str:
+        """What a provider has encrypted for itself, with its name in front: nobody else can read it.
+
+        A provider without a key is named all the same, so that the content finds its way back; what is in it, it
+        guards itself.
+        """
+        named, sealed = _bytes(provider), _bytes(content)
+        code = _code(self._key(provider) or b"", "content", tenant, named + b"\0" + sealed)
+        return f"{_CONTENT}{_written(code + named)}.{content}"
+
+    def open_content(self, tenant: str, given: str) -> tuple[str, str] | None:
+        """Who has encrypted a content, and the content as it was; None for what was not sealed here for this tenant."""
+        written, _, content = given[len(_CONTENT) :].partition(".")
+        packed = _read(written) if is_sealed(given) and len(written) <= MOST_CHARS else None
+        if packed is None:
+            return None
+        code, named = packed[:_MAC_BYTES], packed[_MAC_BYTES:]
+        try:
+            provider = named.decode()
+        except UnicodeDecodeError:
+            return None
+        expected = _code(self._key(provider) or b"", "content", tenant, named + b"\0" + _bytes(content))
+        return (provider, content) if hmac.compare_digest(code, expected) else None
+
     def mark(self, provider: str, tenant: str) -> str | None:
         """A short text that tells the objects of a tenant from those of others in a provider's lists; None: no key."""
         key = self._key(provider)
@@ -110,6 +136,11 @@ class ObjectIds:
         if self._master is not None:
             return hmac.digest(self._master, _bytes(provider), "sha256")
         return self._own.get(provider)
+
+
+def is_sealed(content: str) -> bool:
+    """Whether encrypted content looks as if it was sealed by a gateway, be it this one or not."""
+    return content.startswith(_CONTENT)
 
 
 def _code(key: bytes, kind: str, tenant: str, content: bytes) -> bytes:

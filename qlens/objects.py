@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import orjson
-from attrs import define, evolve, field
+from attrs import define, evolve, field, frozen
 
 from qlens import sse
+from qlens.bridges.responses_over_chat import thoughts
 from qlens.call import Body, Call, Reply, Target
-from qlens.dialects import typed
+from qlens.dialects import responses, typed
 from qlens.errors import InvalidRequest, ObjectMissing
-from qlens.object_ids import MOST_CHARS, Kept, ObjectIds, Origin
+from qlens.object_ids import MOST_CHARS, Kept, ObjectIds, Origin, is_sealed
 from qlens.operations import shown
 
 _FREE = frozenset({"arguments", "format", "metadata", "parameters", "schema"})
@@ -24,7 +25,7 @@ _OF_CONTAINERS = "cfile_"
 """How ids of files begin that exist only within a container, which nobody can ask for here."""
 _OBJECTS = {"response": "response", "response.deleted": "response", "file": "file", "batch": "batch"}
 # Inside a JSON string the quotes would be escaped, so text never matches.
-_MAY_HAVE_IDS = re.compile(rb'"(response|response_id|file_ids?)"\s*:')
+_MAY_HAVE_IDS = re.compile(rb'"(?:(?:response|response_id|file_ids?|encrypted_content)"\s*:|type"\s*:\s*"reasoning")')
 
 
 def missing(kind: str, given: str) -> ObjectMissing:
@@ -45,10 +46,11 @@ def file_missing(given: str, param: str) -> InvalidRequest:
 # --- on the way in -----------------------------------------------------------------------------
 
 
-def claim(call: Call, ids: ObjectIds) -> None:
+def claim(call: Call, ids: ObjectIds, native: Callable[[Target], bool]) -> None:
     """Open the ids in a call's body and bind the call to the provider that keeps these objects.
 
-    Raises InvalidRequest for an id that this tenant cannot have, and for objects that no target of the model has.
+    `native` says whether a target speaks Responses itself, and so reads what was encrypted. Raises InvalidRequest for
+    an id that this tenant cannot have, and for objects that no target of the model has.
     """
     body, claims = call.body, Claims(call, ids)
     if call.operation.dialect == "chat":
@@ -59,6 +61,11 @@ def claim(call: Call, ids: ObjectIds) -> None:
             claims.response(body, "previous_response_id")
         for name in ("input", "tools", "prompt"):
             claims.files(body.get(name), name)
+        if type(body.get("input")) is list:
+            body["input"] = claims.encrypted(body["input"], native)
+    elif call.operation.dialect == "image_edits":
+        claims.files(body.get("images"), "images")
+        claims.files(body.get("mask"), "mask")
     if claims.origin is not None:
         _bind(call, claims)
 
@@ -111,6 +118,11 @@ class Claims:
                     self.files(child, where)
 
     def _taken(self, origin: Origin, said: str, param: str) -> str:
+        self._bound(origin, param)
+        self.given[origin.id] = said
+        return origin.id
+
+    def _bound(self, origin: Origin, param: str) -> None:
         if self.origin is None:
             self.origin, self.param = origin, param
         elif self.origin.provider != origin.provider:
@@ -118,8 +130,77 @@ class Claims:
                 f"The object in {param} is kept by another provider than the one in {self.param}: no model has both.",
                 param=param,
             )
-        self.given[origin.id] = said
-        return origin.id
+
+    def encrypted(self, items: list[Body], native: Callable[[Target], bool]) -> list[Body]:
+        """The items of an input with what providers have encrypted as they know it, bound to the one that can read it.
+
+        Reasoning that nobody who is asked could read is left out: the latest says who is asked, and the model answers
+        without the rest, as after a change of models. All other content is part of the conversation.
+        """
+        found = [each for place, item in enumerate(items) if (each := self._encrypted(item, place)) is not None]
+        if not found:
+            return items
+        self._bind_to_reader(found, native)
+        reader = self.origin.provider if self.origin is not None else None
+        unreadable = [each.item for each in found if each.provider not in (None, reader)]
+        for each in found:
+            if each.content:
+                each.item["encrypted_content"] = each.content
+            else:
+                del each.item["encrypted_content"]
+        return responses.without_reasoning(items, unreadable) if unreadable else items
+
+    def _encrypted(self, item: Body, place: int) -> _Encrypted | None:
+        content, param = item.get("encrypted_content"), f"input[{place}].encrypted_content"
+        if type(content) is not str or not content or thoughts.is_closed(content):
+            return None
+        opened = self.ids.open_content(self.call.known.tenant, content)
+        if opened is not None:
+            return _Encrypted(item, param, *opened)
+        if not is_sealed(content):
+            return _Encrypted(item, param, None, content)
+        if item.get("type") == "reasoning":
+            return _Encrypted(item, param, "", content)
+        raise InvalidRequest(
+            f"The encrypted content in {param} could not be verified: whoever made it is gone, or it was altered.",
+            param=param,
+            code="invalid_encrypted_content",
+        )
+
+    def _bind_to_reader(self, found: list[_Encrypted], native: Callable[[Target], bool]) -> None:
+        """Bind the call to whoever has made its encrypted content, if other objects do not bind it already."""
+        assert self.call.model is not None
+        for each in found:
+            if each.provider and each.item.get("type") != "reasoning":
+                self._bound(Origin(each.provider, "", ""), each.param)
+        reachable = {target.provider for target in self.call.model.candidates}
+        latest = next((each for each in reversed(found) if each.provider in reachable), None)
+        if self.origin is None and latest is not None and latest.provider is not None:
+            self._bound(Origin(latest.provider, "", ""), latest.param)
+        unknown = next((each for each in found if each.provider is None), None)
+        readers = {target.provider for target in self.call.model.candidates if native(target)}
+        if self.origin is not None or unknown is None or not readers:
+            return
+        if len(readers) > 1:
+            raise InvalidRequest(
+                f"The encrypted content in {unknown.param} was not made through this gateway, and of the providers of "
+                f"the model `{self.call.asked_model}` one alone could read it: leave this item out.",
+                param=unknown.param,
+                code="invalid_encrypted_content",
+            )
+        self._bound(Origin(readers.pop(), "", ""), unknown.param)
+
+
+@frozen
+class _Encrypted:
+    """What a provider has encrypted, in an item of the input."""
+
+    item: Body
+    param: str
+    provider: str | None
+    """Who can read it; None: it was not sealed here, "": nobody any more."""
+    content: str
+    """As its maker gave it; empty where the maker keeps the item under its id."""
 
 
 def _bind(call: Call, claims: Claims) -> None:
@@ -178,6 +259,13 @@ class Sealer:
                     node[name] = [self._file(each) if type(each) is str else each for each in child]
                 elif name not in _FREE:
                     self.seal(child)
+            if node.get("type") == "reasoning" and not node.get("encrypted_content"):
+                # Whether or not it was included: who keeps the item must be known when it comes back.
+                node["encrypted_content"] = self.content("")
+
+    def content(self, encrypted: str) -> str:
+        """What the provider has encrypted, sealed."""
+        return self.ids.seal_content(self.tenant, self.provider, encrypted)
 
     def _text(self, node: Body, name: str, text: str) -> str:
         if name == "id":
@@ -185,6 +273,8 @@ class Sealer:
             return self.id(kind, text) if kind is not None else text
         if name in _FILE_FIELDS:
             return self._file(text)
+        if name == "encrypted_content":
+            return self.content(text) if text else text
         return self.id("response", text) if name in _RESPONSE_FIELDS else text
 
     def _file(self, own: str) -> str:

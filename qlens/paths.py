@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from qlens.call import Call, Reply
+from qlens.audit import written
+from qlens.call import Call, Caller, Reply
+from qlens.config.entries import RANKS
 from qlens.errors import ConfigError, Fault
 from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.registry import Endpoint, Registration, is_loopback
@@ -17,14 +18,7 @@ if TYPE_CHECKING:
 
 Served = Operation | Endpoint
 
-ROLES = ("member", "viewer", "operator", "admin")
-"""From least to most: a role includes those before it."""
-
-
-def has_role(roles: Iterable[str], needed: str) -> bool:
-    """Whether one of these roles is the needed one or more."""
-    rank = {role: place for place, role in enumerate(ROLES)}
-    return any(role == needed or rank.get(role, -1) >= rank.get(needed, len(ROLES)) for role in roles)
+_RANKED = " or ".join(RANKS)
 
 
 def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served], Paths[Served]]:
@@ -37,6 +31,8 @@ def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served],
         (client if endpoint.listener == "client" else admin).add(endpoint.method, endpoint.path, endpoint)
     faults = []
     for owner, endpoint in plugin_endpoints(registration):
+        if endpoint.role not in (None, *RANKS):
+            faults.append(Fault(owner, f"{endpoint.path} asks for the role {endpoint.role!r}, which is not {_RANKED}"))
         try:
             (client if endpoint.listener == "client" else admin).add(endpoint.method, endpoint.path, endpoint)
         except ValueError as error:
@@ -68,6 +64,9 @@ def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
     async def health(call: Call) -> Reply:
         return _json(health_of(gateway))
 
+    async def whoami(call: Call) -> Reply:
+        return _json({**_said(call.known), "scope": call.scope})
+
     admin = gateway.config.server.admin
     open_metrics = admin.metrics == "open" or is_loopback(admin.host)
     return (
@@ -77,7 +76,24 @@ def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         Endpoint("HEAD", "/readyz", None, readyz),
         Endpoint("GET", "/metrics", None if open_metrics else "viewer", metrics, "admin"),
         Endpoint("GET", "/admin/health", "viewer", health, "admin"),
+        Endpoint("GET", "/admin/whoami", "member", whoami, "admin", scoped=True),
     )
+
+
+def _said(caller: Caller) -> dict[str, Any]:
+    """A caller as /admin/whoami shows it."""
+    return {
+        "tenant": caller.tenant,
+        "project": caller.project,
+        "subject": caller.subject,
+        "key_id": caller.key_id,
+        "by": caller.by,
+        "roles": sorted(caller.roles),
+        "models": caller.models,
+        "tags": dict(caller.tags),
+        "limits": None if caller.allowance is None else caller.allowance.row(),
+        "expires_at": None if caller.expires_at is None else written(round(caller.expires_at * 1e9)),
+    }
 
 
 def health_of(gateway: Gateway) -> dict[str, Any]:

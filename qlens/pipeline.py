@@ -18,9 +18,11 @@ from qlens import affinity, dialects, objects, realtime, returned, sse
 from qlens.account import Account, run_apart
 from qlens.bridges import Bridge
 from qlens.bridges.messages_over_chat import without_extensions
+from qlens.bridges.responses_over_chat.thoughts import without_closed
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
-from qlens.dialects import count_tokens, typed
+from qlens.dialects import count_tokens, responses, typed
+from qlens.dialects.fields import missing
 from qlens.errors import (
     CallError,
     CallTimedOut,
@@ -45,7 +47,7 @@ from qlens.operations import model_not_found
 from qlens.registry import Bound, Hooks, Provider
 from qlens.returned import mistakes
 from qlens.translated import bridge_for, translate
-from qlens.usage import NO_USAGE, Usage
+from qlens.usage import NO_USAGE, Usage, counts_of
 from qlens.watching import Watcher
 
 log = logging.getLogger("qlens")
@@ -154,6 +156,7 @@ class Pipeline:
         finally:
             self.deadlines.end(call)
             self.metrics.running -= 1
+            del task  # a cancelled task keeps its error, whose traceback keeps this frame: a cycle
 
     async def authenticate(self, call: Call) -> Caller:
         """Who is it: the first plugin that answers wins; only the head was read so far."""
@@ -256,11 +259,15 @@ class Pipeline:
         output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
         media = dialect.media(call.body)
         if media or call.operation.name == "responses":
-            objects.claim(call, self.ids)
+            objects.claim(call, self.ids, self.responds)
             if call.form is not None:
                 media = {**media, **meters_of(call)}
         call.bound = Usage(input=hard, output=output, meters=media, source="estimated")
-        call.bound_cost = self.bound_cost(call)
+        call.pricing = self.bound_cost
+
+    def responds(self, target: Target) -> bool:
+        """Whether a target speaks Responses itself."""
+        return "responses" in self.providers[target.provider].dialects(target)
 
     def bound_cost(self, call: Call) -> Cost:
         """The most the call can cost: the dearest over candidates and fallbacks, unpriced if one of them is."""
@@ -331,7 +338,9 @@ class Pipeline:
                 account.open(known)
                 return known
         reply = await self.ask(account)
-        if self.hooks.store and reply.body is not None and reply.complete and not reply.raw:
+        # What says only that it was begun in the background is no answer to the next who asks the same.
+        is_answer = reply.body is not None and account.call.body.get("background") is not True
+        if self.hooks.store and is_answer and reply.complete and not reply.raw:
             await self.store(account.call, reply)
         return reply
 
@@ -363,34 +372,37 @@ class Pipeline:
         reached = {call.model.name}
         resting: list[tuple[float, Target]] = []  # what failed, with the time from which it may be asked again
         error: CallError | None = None
-        while True:
-            if not waiting and error is not None:
-                waiting = await self.fall_back(call, error, reached)
-            if not waiting and resting:
-                rested = min(resting, key=itemgetter(0))
-                resting.remove(rested)
-                await account.rest(rested[0])
-                waiting = [rested[1]]
-            if not waiting:
-                raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
-            target, before = waiting.pop(0), len(call.attempts)
-            try:
-                return await (sent or self._sent)(account, target)
-            except CallError as raised:
-                if len(call.attempts) == before:  # refused before it was sent: no attempt
-                    error = error if call.attempts else _latest(error, raised)
-                    continue
-                error = _latest(error, raised)
-            if not error.elsewhere:
-                waiting, resting = [], []
-                if error.fallback is None:
-                    raise error
-            if self.hooks.retry:
-                wait = self.retry(call, call.attempts[-1])
-                if wait is None or len(call.attempts) >= MOST_ATTEMPTS:
-                    raise error
-                if error.again and math.isfinite(wait):
-                    resting.append((time.monotonic() + wait, target))
+        try:
+            while True:
+                if not waiting and error is not None:
+                    waiting = await self.fall_back(call, error, reached)
+                if not waiting and resting:
+                    rested = min(resting, key=itemgetter(0))
+                    resting.remove(rested)
+                    await account.rest(rested[0])
+                    waiting = [rested[1]]
+                if not waiting:
+                    raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
+                target, before = waiting.pop(0), len(call.attempts)
+                try:
+                    return await (sent or self._sent)(account, target)
+                except CallError as raised:
+                    if len(call.attempts) == before:  # refused before it was sent: no attempt
+                        error = error if call.attempts else _latest(error, raised)
+                        continue
+                    error = _latest(error, raised)
+                if not error.elsewhere:
+                    waiting, resting = [], []
+                    if error.fallback is None:
+                        raise error
+                if self.hooks.retry:
+                    wait = self.retry(call, call.attempts[-1])
+                    if wait is None or len(call.attempts) >= MOST_ATTEMPTS:
+                        raise error
+                    if error.again and math.isfinite(wait):
+                        resting.append((time.monotonic() + wait, target))
+        finally:
+            del error  # what is raised has a traceback, which keeps this frame: a cycle
 
     async def choose(self, call: Call, model: Model) -> list[Target]:
         """Order a model's targets: the first answer wins; without one it is YAML's order."""
@@ -477,6 +489,8 @@ class Pipeline:
                 dialect, spoken, f"The provider {target.provider} of the model `{target.public}`"
             )
             body = bridge.request(body)
+        elif dialect == "responses":
+            body = without_closed(body)
         may_be_extended = dialect == "chat" and (call.extended or bridge is not None)
         if may_be_extended and not getattr(provider.plugin, "takes_extensions", False):
             # A field beside the messages that a client of chats sends is for a server that knows it.
@@ -496,7 +510,7 @@ class Pipeline:
         assert target is not None
         said = returned.usage(reply.usage)
         if reply.chunks is None:
-            if said is None or not (said.total or said.meters):
+            if said is None or not (any(counts_of(said)) or said.meters):
                 reply.usage = _usage_of(call, reply)
             return None
 
@@ -621,7 +635,18 @@ async def _json_body(call: Call) -> dialects.Body:
     return body
 
 
-_READERS: Mapping[str, Callable[[Call], Awaitable[dialects.Body]]] = {"json": _json_body, "form": read_form}
+async def _form_body(call: Call) -> dialects.Body:
+    """A form's fields; or the JSON object that names the files, where an operation takes that instead."""
+    named = getattr(dialects.named(call.operation.dialect), "by_reference", "")
+    if not named or not call.headers.get("content-type", "").lower().startswith("application/json"):
+        return await read_form(call)
+    body = await _json_body(call)
+    if body.get(named) is None:
+        raise missing((None, named))
+    return body
+
+
+_READERS: Mapping[str, Callable[[Call], Awaitable[dialects.Body]]] = {"json": _json_body, "form": _form_body}
 """What reads a body of each kind."""
 
 
@@ -645,6 +670,9 @@ def _usage_of(call: Call, reply: Reply) -> Usage:
     said = dialect.usage(body)
     reply.finish = reply.finish or dialect.finish(body)
     guess = estimated(call, reply.dialect, body)
+    if reply.dialect == "responses" and responses.goes_on(body):
+        # It is asked for once more when it is over, or never, and nobody could tell which: the most it can use counts.
+        return evolve(guess, output=max(guess.output, call.bound.output))
     return said if said is not None and (said.total or said.meters or not guess.output) else guess
 
 

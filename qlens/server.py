@@ -21,10 +21,10 @@ from qlens import config, realtime
 from qlens.account import ClientLeft
 from qlens.call import Call
 from qlens.connection import Connection, Exchange
-from qlens.errors import CallError, CallTimedOut, Forbidden, InvalidRequest, StartupError, Unavailable, frames
+from qlens.errors import CallError, CallTimedOut, InvalidRequest, StartupError, Unavailable, frames
 from qlens.gateway import Gateway, Generation
 from qlens.operations import Operation, Paths
-from qlens.paths import Served, has_role
+from qlens.paths import Served
 from qlens.pipeline import Relay
 from qlens.registry import Endpoint, register
 from qlens.wire_errors import mistake
@@ -112,6 +112,7 @@ async def served(
             gateway.url = url_of(server.client_socket)
         try:
             await gateway.start(registration)
+            del registration  # after a reload nobody but this frame would keep its plugins, and what a cache holds
             yield server
         finally:
             try:
@@ -298,8 +299,7 @@ class Server:
             async with asyncio.timeout_at(call.deadline) as timer:
                 if endpoint.role is not None:
                     call.caller = await generation.pipeline.authenticate(call)
-                    if not has_role(call.caller.roles, endpoint.role):
-                        raise Forbidden(f"{call.path} needs the role {endpoint.role}.")
+                    call.scope = generation.roles.scope(call.caller, endpoint)
                 reply = await endpoint.handler(call)
                 try:
                     await exchange.plain(reply)

@@ -10,7 +10,7 @@ from attrs import define, field
 from qlens import bridges, dialects, sse
 from qlens.bridges import Bridge, Translation
 from qlens.call import Body, Reply
-from qlens.errors import CallError, InvalidRequest, UpstreamInvalid
+from qlens.errors import CallError, InvalidRequest, NotOffered, UpstreamInvalid
 
 
 def bridge_for(dialect: str, spoken: tuple[str, ...], provider: str) -> tuple[str, Bridge]:
@@ -34,8 +34,8 @@ class _Named:
     def request(self, body: Body) -> Body:
         try:
             return self._bridge.request(body)
-        except InvalidRequest as error:
-            error.message = error.message.replace("The provider of this model", self._provider)
+        except NotOffered as error:
+            error.named(self._provider)
             raise
 
     def answer(self, body: Body, asked: Body) -> Body:

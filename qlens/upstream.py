@@ -14,7 +14,7 @@ from attrs import define, field, frozen
 from qlens import __version__
 from qlens.config import Secret
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated, UpstreamUnreachable
-from qlens.upstream_connection import Connection, Upload
+from qlens.upstream_connection import Connection, Headers, Upload
 from qlens.upstream_dialer import Dialer, Origin, Tls, invalid_url
 
 if TYPE_CHECKING:
@@ -199,8 +199,7 @@ class Answer:
     """
 
     status: int
-    headers: Mapping[str, str] = field(repr=False)
-    """Case-insensitive."""
+    headers: Headers = field(repr=False)
     _connection: Connection | None = field(repr=False)
     _peer: _Peer = field(repr=False)
     _deadlines: Deadlines = field(repr=False)

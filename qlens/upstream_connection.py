@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from functools import lru_cache
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, overload
 
 import httptools
 from attrs import Factory, define, field
@@ -34,6 +34,7 @@ _IDLE_SECONDS = 15.0
 _FRAMING = frozenset({"content-length", "transfer-encoding", "content-encoding"})
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _NO_BODY = frozenset({204, 304})
+_UNANSWERED = "The provider closed the connection before it answered."
 _NOT_HTTP = "The provider's answer is not valid HTTP."
 _COMPRESSED = "The provider's answer is compressed in a way that cannot be read."
 _BROKEN = "The framing of the provider's answer is broken."
@@ -58,10 +59,18 @@ class Headers(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self._values)
 
-    def get(self, name: str, default: str | None = None) -> str | None:  # type: ignore[override]
+    @overload  # type: ignore[override]
+    def get(self, name: str) -> str | None: ...
+    @overload
+    def get(self, name: str, default: str) -> str: ...
+    def get(self, name: str, default: str | None = None) -> str | None:
         """The value of a header, or the default."""
         value = self._values.get(name.lower())
         return default if value is None else _text(value)
+
+    def lacks(self, names: Iterable[str]) -> bool:
+        """Whether none of these lower-cased names is among them."""
+        return self._values.keys().isdisjoint(names)
 
 
 class Upload(Protocol):
@@ -118,7 +127,7 @@ class _Inflater:
 class Connection(asyncio.BufferedProtocol):
     """A transport with at most one exchange on it; who has it asks, then takes the body, then frees or aborts it.
 
-    Nothing is raised into the event loop: whatever goes wrong is kept as `error` and met by the one who waits.
+    Nothing is raised into the event loop: whatever goes wrong is kept as `fault` and met by the one who waits.
     """
 
     _buffer: memoryview = field(repr=False)
@@ -129,7 +138,8 @@ class Connection(asyncio.BufferedProtocol):
     """Whether a byte of the answer has arrived."""
     status: int = field(init=False, default=0)
     headers: Headers = field(init=False, factory=Headers, repr=False)
-    error: UpstreamError | None = field(init=False, default=None)
+    fault: tuple[type[UpstreamError], str] | None = field(init=False, default=None)
+    """What broke it. The error is made when it is met: one that is kept has a traceback that keeps this in turn."""
     _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
     _transport: asyncio.Transport = field(init=False, repr=False)
     _parser: httptools.HttpResponseParser = field(
@@ -162,7 +172,7 @@ class Connection(asyncio.BufferedProtocol):
         `bare` says that the answer to this request has no body: HEAD, CONNECT.
         """
         if self._stage != _IDLE:
-            raise self.error or UpstreamUnreachable("The provider closed the connection before it answered.")
+            raise self._broken() if self.fault else UpstreamUnreachable(_UNANSWERED)
         self._begin(bare)
         if not isinstance(body, bytes):
             self._transport.write(head)
@@ -174,8 +184,8 @@ class Connection(asyncio.BufferedProtocol):
             await self._write_in_parts(body, until)
         while self._is_unanswered():
             await self.wait(until)
-        if self.error is not None and not self.status:
-            raise self.error
+        if self.fault is not None and not self.status:
+            raise self._broken()
 
     def take(self) -> bytes | None:
         """What has arrived of the body, b"" at its end, None when one must `wait`; raises what broke it after that."""
@@ -186,8 +196,8 @@ class Connection(asyncio.BufferedProtocol):
                 self._transport.resume_reading()
             self._waiting = 0
             return piece
-        if self.error is not None:
-            raise self.error
+        if self.fault is not None:
+            raise self._broken()
         return b"" if self._stage == _OVER else None
 
     def wait(self, until: float) -> asyncio.Future[None]:
@@ -294,10 +304,11 @@ class Connection(asyncio.BufferedProtocol):
         fields, self._fields = self._fields, []
         if status < 200:
             return
-        self.headers = headers = Headers(_values(fields, self._silent))
-        without_length = "content-length" not in headers
-        encoding = headers.get("transfer-encoding")
-        if encoding is not None and (not without_length or version == "1.0" or encoding.lower() != "chunked"):
+        values = _values(fields, self._silent)
+        self.headers = Headers(values)
+        without_length = "content-length" not in values
+        encoding = values.get("transfer-encoding")
+        if encoding is not None and (not without_length or version == "1.0" or _text(encoding).lower() != "chunked"):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
         self._to_the_end = without_length and encoding is None and not self._bare
@@ -305,11 +316,11 @@ class Connection(asyncio.BufferedProtocol):
         self.status = status
         self._stage = _BODY
         self._silent = 0
-        coding = headers.get("content-encoding") or "identity"
+        coding = values.get("content-encoding")
         if self._bare:
             self._stage = _OVER
-        elif coding != "identity":
-            self._inflater = _Inflater(coding)
+        elif coding and _text(coding) not in ("", "identity"):
+            self._inflater = _Inflater(_text(coding))
 
     def on_body(self, data: bytes) -> None:
         """The parser's callback."""
@@ -376,16 +387,21 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(_NOT_HTTP if self._stage == _HEAD else _BROKEN)
 
     def _fail(self, message: str) -> None:
-        self.error = UpstreamInvalid(message)
+        self.fault = UpstreamInvalid, message
         self._stage = _LOST
         self.abort()
 
     def _lose(self) -> None:
         if self._stage == _HEAD:
-            self.error = UpstreamUnreachable("The provider closed the connection before it answered.")
+            self.fault = UpstreamUnreachable, _UNANSWERED
         elif self._stage == _BODY:
-            self.error = UpstreamTruncated("The provider closed the connection in the middle of its answer.")
+            self.fault = UpstreamTruncated, "The provider closed the connection in the middle of its answer."
         self._stage = _LOST
+
+    def _broken(self) -> UpstreamError:
+        assert self.fault is not None
+        kind, message = self.fault
+        return kind(message)
 
     def _is_unanswered(self) -> bool:
         return self._stage == _HEAD

@@ -167,7 +167,7 @@ class Dialer:
             if isinstance(error, UpstreamInvalid):
                 raise _no_tunnel("does not answer in HTTP") from None
             raise
-        if proxy.error is not None or not 200 <= proxy.status < 300:
+        if proxy.fault is not None or not 200 <= proxy.status < 300:
             proxy.abort()
             raise _no_tunnel(f"answered with status {proxy.status}")
 

@@ -38,10 +38,55 @@ HOOKS = ("tests/core/test_attacks_hooks.py",)
 ACCOUNT = ("tests/core/test_attacks_account.py",)
 HTTP = ("tests/core/test_attacks_http.py",)
 LIFE = ("tests/core/test_attacks_life.py",)
+KEPT = ("tests/core/test_objects.py",)
 BEDROCK = ("tests/plugins/provider/bedrock",)
 REALTIME = ("tests/core/test_realtime.py",)
+LIMITS = ("tests/plugins/rate_limit",)
+STORES = ("tests/core/test_stores_redis.py",)
 
 MUTANTS = (
+    Mutant(
+        "leases beside a full bucket: what is leased may be used while its bucket refills",
+        "plugins/qlens_plugins/rate_limit/token_bucket/plugin.py",
+        "meter.room - lease(store, meter, processes)",
+        "meter.room + lease(store, meter, processes)",
+        LIMITS,
+    ),
+    Mutant(
+        "a bucket in the store that forgets digits",
+        "plugins/qlens_plugins/rate_limit/token_bucket/script.py",
+        "  local value = string.format('%.0f %.0f', now, missing[i])\n",
+        "  local value = math.floor(now / 1000) * 1000 .. ' ' .. string.format('%.0f', missing[i])\n",
+        LIMITS,
+    ),
+    Mutant(
+        "buckets are written before all have said yes",
+        "plugins/qlens_plugins/rate_limit/token_bucket/script.py",
+        "  if refused == 0 then\n    for i",
+        "  if refused >= 0 then\n    for i",
+        LIMITS,
+    ),
+    Mutant(
+        "without the store there is no limit",
+        "plugins/qlens_plugins/rate_limit/token_bucket/shared.py",
+        "            return self._take_alone(group, tokens, now)\n",
+        "            return None\n",
+        LIMITS,
+    ),
+    Mutant(
+        "leases that are not given back",
+        "plugins/qlens_plugins/rate_limit/token_bucket/shared.py",
+        "        owed_ps = (purse.owed - purse.units) * share.unit\n",
+        "        owed_ps = purse.owed * share.unit\n",
+        LIMITS,
+    ),
+    Mutant(
+        "a store that is slow is waited for",
+        "qlens/stores/redis.py",
+        "                await self._in_time(self._send_together(together))\n",
+        "                await self._send_together(together)\n",
+        STORES,
+    ),
     Mutant(
         "a session that does not wait for a side that does not read",
         "qlens/realtime.py",
@@ -200,9 +245,9 @@ MUTANTS = (
     Mutant(
         "a target is asked twice without a retry plugin",
         "qlens/pipeline.py",
-        "            if self.hooks.retry:\n                wait",
-        "            if len(call.attempts) < 3:\n                resting.append((0.0, target))\n"
-        "            if self.hooks.retry:\n                wait",
+        "                if self.hooks.retry:\n                    wait",
+        "                if len(call.attempts) < 3:\n                    resting.append((0.0, target))\n"
+        "                if self.hooks.retry:\n                    wait",
         PIPELINE,
     ),
     Mutant(
@@ -292,8 +337,8 @@ MUTANTS = (
     Mutant(
         "a role is not asked",
         "qlens/server.py",
-        "            if not has_role(call.caller.roles, endpoint.role):\n",
-        "            if not call.caller.roles:\n",
+        "call.scope = generation.roles.scope(call.caller, endpoint)\n",
+        "call.scope = None\n",
         ("tests/contract/test_matrix.py",),
     ),
     Mutant(
@@ -519,6 +564,48 @@ MUTANTS = (
         "        entries.sort(key=_rank)\n",
         "        pass\n",
         BEDROCK,
+    ),
+    Mutant(
+        "encrypted reasoning names no account",
+        "qlens/objects.py",
+        "            return self.content(text) if text else text\n",
+        "            return text\n",
+        KEPT,
+    ),
+    Mutant(
+        "reasoning that is kept under its id names no account",
+        "qlens/objects.py",
+        '                node["encrypted_content"] = self.content("")\n',
+        "                pass\n",
+        KEPT,
+    ),
+    Mutant(
+        "encrypted reasoning goes to any account",
+        "qlens/objects.py",
+        '            self._bound(Origin(latest.provider, "", ""), latest.param)\n',
+        "            pass\n",
+        KEPT,
+    ),
+    Mutant(
+        "another tenant's encrypted reasoning is read",
+        "qlens/object_ids.py",
+        "        return (provider, content) if hmac.compare_digest(code, expected) else None\n",
+        "        return provider, content\n",
+        KEPT,
+    ),
+    Mutant(
+        "what goes on in the background costs nothing",
+        "qlens/pipeline.py",
+        "output=max(guess.output, call.bound.output)",
+        "output=guess.output",
+        KEPT,
+    ),
+    Mutant(
+        "a response of a deployment with codex is asked for behind an api-version without Responses",
+        "plugins/qlens_plugins/provider/azure_openai/plugin.py",
+        "{self._responses_query if about_responses else self._query}",
+        "{self._query}",
+        ("tests/plugins/provider/azure_openai/test_responses.py",),
     ),
 )
 

@@ -9,7 +9,7 @@ from attrs import define, field, frozen
 
 from qlens import sse
 from qlens.dialects import Body, chunks, fields
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 _OBJECT = "text_completion"
 _SAID_ALIKE = frozenset({*fields.SAMPLING, "model"}) - {"stream_options"}
@@ -84,17 +84,19 @@ def _prompt(body: Body) -> str:
         prompt = prompt[0]
     if type(prompt) is not str:
         # Several prompts would be several chats, and tokens mean nothing to another model.
-        raise InvalidRequest(
-            "Unsupported value: 'prompt'. The provider of this model takes one text, neither several nor tokens.",
+        raise NotOffered(
+            "takes one text, neither several nor tokens.",
+            lead="Unsupported value: 'prompt'. ",
             param="prompt",
             code="unsupported_value",
         )
     return prompt
 
 
-def _unsupported(name: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"Unsupported parameter: '{name}'. The provider of this model has no equal of it.",
+def _unsupported(name: str) -> NotOffered:
+    return NotOffered(
+        "has no equal of it.",
+        lead=f"Unsupported parameter: '{name}'. ",
         param=name,
         code="unsupported_parameter",
     )

@@ -21,6 +21,12 @@ STAGES: tuple[str, ...] = ("auth", "rate_limit", "guard", "cache", "route", "cos
 FallbackKind = Literal["any", "context_length", "content_filter", "rate_limit"]
 FALLBACK_KINDS: tuple[str, ...] = get_args(FallbackKind)
 
+RANKS = ("member", "viewer", "operator", "admin")
+"""The roles that rank, from least to most: a role includes those before it."""
+BuiltInRole = Literal["member", "viewer", "operator", "admin", "tenant_viewer", "tenant_operator", "tenant_admin"]
+BUILT_IN_ROLES: tuple[str, ...] = get_args(BuiltInRole)
+"""`tenant_admin` is an admin within its caller's own tenant, and so are the others."""
+
 LEAST_KEY_CHARS = 32
 """The shortest key that ids may be sealed with."""
 
@@ -33,6 +39,19 @@ def _not_empty(_: object, __: attrs.Attribute[Any], value: Any) -> None:
 def _not_guessed(_: object, __: attrs.Attribute[Any], value: Secret) -> None:
     if len(value.reveal()) < LEAST_KEY_CHARS:
         raise ValueError(f"must have at least {LEAST_KEY_CHARS} characters, at random: openssl rand -base64 32")
+
+
+def _paths(_: object, __: attrs.Attribute[Any], value: tuple[str, ...]) -> None:
+    _not_empty(_, __, value)
+    for path in value:
+        if not path.startswith("/") or path.endswith("/") or "*" in path:
+            raise ValueError(f"{path!r} must begin with / and not end with it; all below a path belong to it")
+
+
+def _not_built_in(_: object, __: attrs.Attribute[Any], value: Mapping[str, Any]) -> None:
+    for name in value:
+        if name in BUILT_IN_ROLES or not name.strip() or not name.isprintable():
+            raise ValueError(f"{name!r} cannot be defined; choose another name than {', '.join(BUILT_IN_ROLES)}")
 
 
 _PORT = and_(ge(0), le(65535))
@@ -48,6 +67,16 @@ class Admin:
     """The port; 0 takes any free one."""
     metrics: Literal["viewer", "open"] = "viewer"
     """Who may read /metrics off-loopback: callers with the role `viewer`, or anyone (`open`)."""
+
+
+@frozen
+class RoleSettings:
+    """A role of the file's own."""
+
+    like: BuiltInRole
+    """The built-in role it opens as much as."""
+    paths: tuple[str, ...] | None = field(default=None, validator=optional(_paths))
+    """Narrows it to these paths and all below them, as `qlens routes` lists them; without it, every path."""
 
 
 @frozen
@@ -76,6 +105,8 @@ class Server:
     """Seals the ids of objects that providers keep (responses, files, batches); the same for all replicas. Without it
     each provider's ids are sealed with its own secrets: ids end when those change, and a provider without any keeps
     nothing."""
+    roles: Mapping[str, RoleSettings] = field(factory=dict, validator=_not_built_in, hash=False)
+    """Roles beside the built-in ones, by name. A role that is neither opens nothing."""
 
     def __attrs_post_init__(self) -> None:
         if self.port and (self.host, self.port) == (self.admin.host, self.admin.port):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -66,6 +65,8 @@ def unknown_key(place: Place, key: str, known: Iterable[str]) -> Fault:
 def suggestion(name: str, known: Iterable[str], label: str) -> str:
     """What a wrong name may have meant, and all that would be right."""
     names = list(known)
+    import difflib  # only for a faulty file
+
     close = difflib.get_close_matches(name, names, n=1)
     meant = f' did you mean "{close[0]}"?' if close else ""
     return f";{meant} {label}: {', '.join(names) or 'none'}"

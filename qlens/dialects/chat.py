@@ -48,7 +48,7 @@ _CONTENT = fields.either(
     "a string or an array of objects", {str: fields.text, list: fields.array(_PART, of="objects", least=1)}
 )
 
-_MESSAGE = {"content": _CONTENT, "name": fields.text}
+_MESSAGE = {"role": fields.text, "content": _CONTENT, "name": fields.text}
 _PROMPT = fields.record(_MESSAGE, required=("content",))
 _ASSISTANT = {
     **_MESSAGE,
@@ -120,6 +120,9 @@ _REQUEST = fields.record(
     required=("model", "messages"),
 )
 
+_PLAIN = frozenset({"role", "content"})
+"""The fields of a message that is a text."""
+
 
 def validate(body: Body) -> None:
     """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
@@ -130,7 +133,11 @@ def validate(body: Body) -> None:
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
     """List the texts a model will read: messages with their tool calls, and the prediction; no names, no tools."""
     found: list[tuple[Ref, str]] = []
-    texts.gather(body.get("messages"), ("messages",), found)
+    for position, message in enumerate(body.get("messages") or ()):
+        if message.keys() == _PLAIN and type(message["content"]) is str:  # most are, and there is nothing to search
+            found.append((("messages", position, "content"), message["content"]))
+        else:
+            texts.gather(message, ("messages", position), found)
     prediction = body.get("prediction")
     if type(prediction) is dict:
         texts.gather(prediction.get("content"), ("prediction", "content"), found)
@@ -159,24 +166,24 @@ _SETTINGS = frozenset(
         "verbosity",
     }
 )
+_COUNTED_APART = _SETTINGS | {"messages"}
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files"}
 
 
 def input_bound(body: Body) -> tuple[int, int]:
     """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
-    size, items = 0, 1
-    for name, value in body.items():
-        if name == "messages":
-            for message in value:
-                size += _message_size(message)
-            items += len(value)
-        elif name not in _SETTINGS and value is not None:
+    messages = body["messages"]
+    size, items = sum(map(_message_size, messages)), 1 + len(messages)
+    for name in body.keys() - _COUNTED_APART:
+        if (value := body[name]) is not None:
             size += len(orjson.dumps(value))
             items += len(value) if type(value) is list else 1
     return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
 
 
 def _message_size(message: dict[str, Any]) -> int:
+    if message.keys() == _PLAIN and type(content := message["content"]) is str:
+        return len(message["role"]) + texts.size(content)
     size = 0
     for name, value in message.items():
         if type(value) is str:

@@ -25,9 +25,11 @@ def choices_of(body: Body) -> Iterator[tuple[int, int, Choice]]:
 
 def finish(body: Body) -> str | None:
     """The first choice's finish reason."""
-    for _, _, choice in choices_of(body):
-        reason = choice.get("finish_reason")
-        return reason if type(reason) is str else None
+    choices = body.get("choices")
+    for choice in choices if type(choices) is list else ():
+        if type(choice) is dict:
+            reason = choice.get("finish_reason")
+            return reason if type(reason) is str else None
     return None
 
 

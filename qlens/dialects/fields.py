@@ -85,6 +85,10 @@ def text(value: Any, path: Path) -> None:
         raise wrong_type(path, "a string", value)
 
 
+_TOLD_BY_TYPE: dict[Rule, type] = {text: str, flag: bool}
+"""The rules that a value of this type keeps whatever it is: a record need not ask them."""
+
+
 def string(*, least: int = 0, most: int | None = None) -> Rule:
     """A string with a length within bounds."""
 
@@ -172,6 +176,7 @@ def check_length(value: list[Any], path: Path, least: int, most: int | None) -> 
 
 def record(known: Mapping[str, Rule], *, required: tuple[str, ...] = ()) -> Rule:
     """An object whose known fields keep their rules; null stands for an optional field that is absent."""
+    told = {name: _TOLD_BY_TYPE[check] for name, check in known.items() if check in _TOLD_BY_TYPE}
 
     def rule(value: Any, path: Path) -> None:
         if type(value) is not dict:
@@ -180,7 +185,7 @@ def record(known: Mapping[str, Rule], *, required: tuple[str, ...] = ()) -> Rule
             if name not in value:
                 raise missing((path, name))
         for name, entry in value.items():
-            if entry is None and name not in required:
+            if told.get(name) is type(entry) or (entry is None and name not in required):
                 continue
             check = known.get(name)
             if check is not None:
@@ -258,6 +263,8 @@ def either(expected: str, rules: Mapping[type, Rule]) -> Rule:
         if chosen is not text:  # of which the type says all
             chosen(value, path)
 
+    if rules.get(str) is text:
+        _TOLD_BY_TYPE[rule] = str
     return rule
 
 

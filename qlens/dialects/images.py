@@ -81,14 +81,34 @@ IMAGES = Plain(
 
 _NUMBERS: Mapping[str, type] = {"n": int, "output_compression": int, "partial_images": int, "stream": bool}
 
+
+def _reference(value: Any, path: fields.Path) -> None:
+    _NAMED(value, path)
+    if (value.get("image_url") is None) is (value.get("file_id") is None):
+        raise InvalidRequest(
+            f"'{fields.written(path)}' must have either 'image_url' or 'file_id'.",
+            param=fields.written(path),
+            code="invalid_value",
+        )
+
+
+_NAMED = fields.record({"image_url": fields.text, "file_id": fields.text})
+_EDITED: Mapping[str, fields.Rule] = {
+    **_MADE,
+    "images": fields.array(_reference, of="objects", least=1, most=16),
+    "input_fidelity": fields.text,
+    "mask": _reference,
+}
+
 IMAGE_EDITS = Plain(
-    rule=_streamable(fields.record({**_MADE, "input_fidelity": fields.text}, required=("model", "prompt"))),
+    rule=_streamable(fields.record(_EDITED, required=("model", "prompt"))),
     asked_texts=_prompt,
     meters=_asked,
     used=_used,
     answer_texts=_revised,
     last_event="image_edit.completed",
     files={"image": 16, "mask": 1, "markup": 1},
+    by_reference="images",
     form=_NUMBERS,
 )
 """Images made from images and a prompt."""

@@ -63,6 +63,8 @@ class Plain:
     """Which model is meant when the client names none."""
     files: Mapping[str, int] = field(factory=dict, hash=False)
     """The files of a form: how many of each name there may be; the first name is required."""
+    by_reference: str = ""
+    """The field of a JSON body that says where the files are; empty: they come as a form only."""
     form: Mapping[str, type] = field(factory=dict, hash=False)
     """The fields of a form that are no text."""
 

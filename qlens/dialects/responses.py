@@ -173,6 +173,26 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
     return found
 
 
+_SPOKEN = frozenset({"message", "function_call", "custom_tool_call"})
+"""What a model says after it has reasoned."""
+
+
+def without_reasoning(items: list[Body], unreadable: list[Body]) -> list[Body]:
+    """The items of an input without these, which are reasoning.
+
+    What was said after it loses its id: a provider that knew it would miss the reasoning that belongs to it.
+    """
+    gone = {id(item) for item in unreadable}
+    left: list[Body] = []
+    is_orphan = False
+    for item in items:
+        is_said = (item.get("type") or "message") in _SPOKEN and item.get("role", "assistant") == "assistant"
+        is_orphan = id(item) in gone or (is_orphan and is_said)
+        if id(item) not in gone:
+            left.append({name: value for name, value in item.items() if name != "id"} if is_orphan else item)
+    return left
+
+
 # --- its bounds --------------------------------------------------------------------------------
 
 # What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
@@ -303,6 +323,11 @@ def finish(body: Body) -> str | None:
     reason = details.get("reason") if type(details) is dict else None
     said = reason or answer.get("status")
     return said if type(said) is str and said not in {"in_progress", "queued"} else None
+
+
+def goes_on(body: Body) -> bool:
+    """Whether a response is still being made in the background, so that nobody knows yet what it will use."""
+    return body.get("status") in ("queued", "in_progress")
 
 
 def reply_texts(body: Body) -> list[tuple[Ref, str]]:

@@ -29,7 +29,8 @@ from qlens.testing.upstreams import (
 )
 
 KEY = "example-azure-key"
-CLASSIC_VERSIONS = ("2023-05-15", "2024-02-01", "2024-06-01", "2024-10-21", "2024-12-01-preview", "2025-04-01-preview")
+RESPONSES_VERSIONS = ("2025-03-01-preview", "2025-04-01-preview")
+CLASSIC_VERSIONS = ("2023-05-15", "2024-02-01", "2024-06-01", "2024-10-21", "2024-12-01-preview", *RESPONSES_VERSIONS)
 V1_VERSIONS = (None, "v1", "preview")
 AUDIENCES = ("https://cognitiveservices.azure.com", "https://ai.azure.com")
 
@@ -42,6 +43,7 @@ OFFSETS = {"check_offset": 44, "start_offset": 44, "end_offset": 64}
 
 _NAMELESS = {"id": "", "object": "", "created": 0, "model": ""}
 _PLACE = re.compile(r"/openai/(?:deployments/(?P<deployment>[^/]+)|(?P<v1>v1))/(?P<operation>.+)")
+_RESPONSES = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>responses(?:/.*)?)")
 _KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?:batches|files)(?:/.*)?)")
 
 
@@ -49,7 +51,8 @@ _KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?:batches|files)(?:/.*)?)")
 class BaseModel:
     """What Azure knows of a model."""
 
-    kind: Literal["chat", "embeddings", "responses"] = "chat"
+    kind: Literal["chat", "embeddings", "responses", "both"] = "both"
+    """What it speaks; both: chat and Responses."""
     series: Literal["gpt", "o", "reasoning"] = "gpt"
     """gpt: takes sampling parameters; o and reasoning: do not."""
     default_effort: str | None = None
@@ -57,7 +60,7 @@ class BaseModel:
 
 
 MODELS: Mapping[str, BaseModel] = {
-    "gpt-35-turbo": BaseModel(version="0125"),
+    "gpt-35-turbo": BaseModel(kind="chat", version="0125"),
     "gpt-4o": BaseModel(version="2024-11-20"),
     "gpt-4o-mini": BaseModel(version="2024-07-18"),
     "gpt-4.1": BaseModel(),
@@ -69,7 +72,7 @@ MODELS: Mapping[str, BaseModel] = {
     "gpt-5.1": BaseModel(series="reasoning", default_effort="none", version="2025-11-13"),
     "gpt-5.1-codex": BaseModel(kind="responses", series="reasoning"),
     "text-embedding-3-small": BaseModel(kind="embeddings", version="1"),
-    "model-router": BaseModel(version="2025-08-07"),
+    "model-router": BaseModel(kind="chat", version="2025-08-07"),
 }
 
 
@@ -112,10 +115,10 @@ class FakeAzure(FakeUpstream):
     """Whose tokens it accepts; None: keys alone."""
     region: str = "swedencentral"
     keeper: FakeKeeper = field(factory=FakeKeeper)
-    """Its files and batches."""
+    """Its responses, files and batches."""
 
     def _usual(self, request: Recorded) -> Scripted:
-        found = self._kept(request) or self._refused(request) or self._answered(request)
+        found = self._kept(request) or self._responding(request) or self._refused(request) or self._answered(request)
         return Scripted(
             found.status,
             headers={
@@ -140,6 +143,43 @@ class FakeAzure(FakeUpstream):
         if request.query.get("api-version") not in versions:
             return resource_not_found()
         return self.keeper.answer(evolve(request, path=f"/v1/{place['rest']}"))
+
+    def _responding(self, request: Recorded) -> Scripted | None:
+        """The answer about responses, whose deployment is the body's model on both surfaces; None for all else."""
+        place = _RESPONSES.fullmatch(request.path)
+        if place is None:
+            return None
+        if not self._known(request):
+            return access_denied()
+        if request.query.get("api-version") not in (V1_VERSIONS if place["v1"] else RESPONSES_VERSIONS):
+            return resource_not_found()
+        asked = evolve(request, path=f"/v1/{place['rest']}")
+        if request.method != "POST" or place["rest"] != "responses":
+            return self.keeper.answer(asked)
+        deployment = self.deployments.get(request.body.get("model"))
+        if deployment is None:
+            return deployment_not_found()
+        if deployment.busy:
+            spillover = request.headers.get("x-ms-spillover-deployment", "")
+            if spillover not in self.deployments:
+                return throttled(1200)
+            told = self._respond(self.deployments[spillover], asked)
+            return evolve(told, headers={**told.headers, "x-ms-spillover-from-deployment": request.body["model"]})
+        return self._respond(deployment, asked)
+
+    def _respond(self, deployment: Deployment, request: Recorded) -> Scripted:
+        body = request.body
+        if deployment.base.kind not in {"responses", "both"}:
+            return not_supported("responses", deployment)
+        found = _unfit_response(deployment.base, body)
+        if found is not None:
+            return found
+        self.keeper.names[body["model"]] = deployment.answers_as
+        told = self.keeper.answer(request)
+        if isinstance(told.body, dict) and told.status == 200:
+            filters = [{"blocked": False, "source_type": "completion", "content_filter_results": SAFE}]
+            return evolve(told, body={**told.body, "content_filters": filters})
+        return told
 
     # --- who, where -----------------------------------------------------------------------------
 
@@ -225,6 +265,7 @@ _FORMS = {"images/edits", "audio/transcriptions", "audio/translations"}
 _OTHER = {*_FORMS, "images/generations", "audio/speech"}
 _SINCE = {"stream_options": "2024-09-01", "max_completion_tokens": "2024-09-01", "reasoning_effort": "2024-12-01"}
 _SAMPLING = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
+_SAMPLED = ("temperature", "top_p", "top_logprobs")
 _WITHOUT_SAMPLING = ("logprobs", "top_logprobs", "logit_bias")
 
 
@@ -234,9 +275,8 @@ def _operate(operation: str, deployment: Deployment, request: Recorded, version:
     if operation not in _FIELDS or (operation == "completions" and version is None):
         return resource_not_found()
     kind = "embeddings" if operation == "embeddings" else "chat"
-    if deployment.base.kind != kind:
-        wording = f"The {operation} operation does not work with the specified model, {deployment.model}."
-        return refusal(f"{wording} Please choose different model and try again.", code="OperationNotSupported")
+    if deployment.base.kind not in {kind, *(("both",) if kind == "chat" else ())}:
+        return not_supported(operation, deployment)
     body = request.body
     found = _unknown_field(operation, deployment, body, version)
     if found is None and operation == "chat/completions":
@@ -303,6 +343,16 @@ def _unsupported(base: BaseModel, body: Mapping[str, Any]) -> Scripted | None:
             wording = f"Unsupported value: '{name}' does not support {body[name]} with this model."
             return refusal(f"{wording} Only the default value is supported.", param=name, code="unsupported_value")
     return next((_unsupported_parameter(name) for name in _WITHOUT_SAMPLING if name in body), None)
+
+
+def _unfit_response(base: BaseModel, body: Mapping[str, Any]) -> Scripted | None:
+    """What this model refuses of a request for a response."""
+    if BLOCKED in orjson.dumps(body.get("input")).decode():
+        return filtered_prompt()
+    effort = (body.get("reasoning") or {}).get("effort") or base.default_effort
+    if base.series == "gpt":
+        return _unsupported_parameter("reasoning.effort") if "reasoning" in body else None
+    return None if effort == "none" else next((_unsupported_parameter(name) for name in _SAMPLED if name in body), None)
 
 
 def _unsupported_parameter(name: str) -> Scripted:
@@ -404,6 +454,12 @@ def high_demand() -> Scripted:
     """A shortage of Azure's own."""
     wording = "The system is currently experiencing high demand and cannot process your request."
     return Scripted(429, body={"error": {"message": wording, "type": "too_many_requests", "code": "too_many_requests"}})
+
+
+def not_supported(operation: str, deployment: Deployment) -> Scripted:
+    """An operation that the deployment's model does not have."""
+    wording = f"The {operation} operation does not work with the specified model, {deployment.model}."
+    return refusal(f"{wording} Please choose different model and try again.", code="OperationNotSupported")
 
 
 def filtered_prompt(*, inner: str = "innererror") -> Scripted:

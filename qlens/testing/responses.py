@@ -6,7 +6,8 @@ https://platform.openai.com/docs/api-reference/responses
 from __future__ import annotations
 
 import re
-from base64 import b64decode, b64encode
+import secrets
+from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -54,6 +55,8 @@ _PARTS = {
     "user": frozenset({"input_text", "input_image", "input_file", "input_audio"}),
 }
 _PARTS["system"] = _PARTS["developer"] = _PARTS["user"]
+_ENCRYPTED = frozenset({"compaction", "reasoning"})
+"""The items that hold something that only their account can read."""
 _OF_CALLS = {"function_call": "function_call_output", "custom_tool_call": "custom_tool_call_output"}
 
 
@@ -87,6 +90,10 @@ class Kept:
 class FakeResponses(FakeUpstream):
     """OpenAI as far as Responses go; made by `responses_upstream()`. All else it answers as `upstream()` does."""
 
+    account: str = field(factory=lambda: secrets.token_hex(8))
+    """Who can read what is encrypted here, and nobody else."""
+    names: dict[str, str] = field(factory=dict)
+    """What answers call a model, by the name it was asked for by; all others are `upstream`."""
     kept: dict[str, Kept] = field(factory=dict)
     """The responses that were stored, by id."""
     made: int = 0
@@ -135,10 +142,10 @@ class FakeResponses(FakeUpstream):
                     "previous_response_not_found",
                 )
             before = self.kept[name].history
-        items = _items(body["input"], self.made + 1)
+        items = self._items(body["input"], self.made + 1)
         _check_calls([*before, *items])
         self.made += 1
-        response, events = _answered(body, self.made)
+        response, events = self._answered(body, self.made)
         if response["store"]:
             kept = Kept(response, items, [*before, *items, *response["output"]], events)
             self.kept[response["id"]] = kept
@@ -148,6 +155,61 @@ class FakeResponses(FakeUpstream):
         if body.get("stream"):
             return Scripted(events=events, headers={"x-request-id": "req-upstream"})
         return Scripted(body=response, headers={"x-request-id": "req-upstream"})
+
+    def _items(self, given: Any, number: int) -> list[Body]:
+        """The input as items with ids; refuses what is none, and what this account does not know."""
+        listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
+        known = {item["id"] for kept in self.kept.values() for item in kept.history}
+        items = []
+        for at, item in enumerate(listed):
+            kind = item.get("type", "message")
+            read = {"content": _content(item, f"input[{at}]")} if kind == "message" else {}
+            if kind in _ENCRYPTED and item.get("encrypted_content") is not None:
+                if item["encrypted_content"] != self.encrypted():
+                    wording = "The encrypted content could not be verified."
+                    raise Refused(wording, code="invalid_encrypted_content")
+            elif kind == "reasoning" and item.get("id") not in known:
+                wording = "Items are not persisted when `store` is set to false."
+                raise Refused(f"Item with id '{item.get('id')}' not found. {wording}", "input", status=404)
+            items.append({"id": f"{kind[:3]}_in_{number:032x}{at:04x}", "type": kind, **item, **read})
+        return items
+
+    def encrypted(self) -> str:
+        """What this account makes of a thought."""
+        return b64encode(f"{self.account} {THOUGHT}".encode()).decode()
+
+    def _answered(self, body: Body, number: int) -> tuple[Body, list[Event]]:
+        """A response, and the events it would have been streamed as."""
+        told = _Told(number)
+        response = _response(body, number, self.names.get(body["model"], "upstream"))
+        told("response.created", response=response)
+        if response["background"]:
+            told("response.queued", response={**response, "status": "queued"})
+        told("response.in_progress", response=response)
+        if FAILURE in orjson.dumps(body["input"]).decode():
+            error = {"code": "server_error", "message": "It was told to fail."}
+            failed = {**response, "status": "failed", "error": error}
+            told("response.failed", response=failed)
+            return failed, told.events
+        output: list[Body] = []
+        if (body.get("reasoning") or {}).get("effort"):
+            included = "reasoning.encrypted_content" in (body.get("include") or ())
+            output.append(_thought(told, len(output), self.encrypted() if included else None))
+        cut = body.get("max_output_tokens") == 16
+        tools = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
+        if body.get("tool_choice") == "required" and tools:
+            output.append(_call(told, len(output), tools[0]["name"]))
+        else:
+            output.append(_message(told, len(output), TEXT[:6] if cut else TEXT, "incomplete" if cut else "completed"))
+        ended = {
+            **response,
+            "status": "incomplete" if cut else "completed",
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "output": output,
+            "usage": USAGE,
+        }
+        told(f"response.{ended['status']}", response=ended)
+        return ended, told.events
 
     # --- what is kept --------------------------------------------------------------------------
 
@@ -231,19 +293,6 @@ def _check_tool(tool: Body, param: str) -> None:
         raise Refused(f"Missing required parameter: '{param}.name'.", f"{param}.name", "missing_required_parameter")
 
 
-def _items(given: Any, number: int) -> list[Body]:
-    """The input as items with ids; refuses what is none."""
-    listed = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    items = []
-    for at, item in enumerate(listed):
-        kind = item.get("type", "message")
-        read = {"content": _content(item, f"input[{at}]")} if kind == "message" else {}
-        if kind == "reasoning" and item.get("encrypted_content") is not None:
-            _check_encrypted(item["encrypted_content"])
-        items.append({"id": f"{kind[:3]}_in_{number:032x}{at:04x}", "type": kind, **item, **read})
-    return items
-
-
 def _content(item: Body, param: str) -> list[Body]:
     role, content = item.get("role"), item.get("content")
     allowed = _PARTS.get(str(role))
@@ -263,15 +312,6 @@ def _content(item: Body, param: str) -> list[Body]:
     return content
 
 
-def _check_encrypted(content: str) -> None:
-    try:
-        good = b64decode(content, validate=True) == THOUGHT.encode()
-    except ValueError:
-        good = False
-    if not good:
-        raise Refused("The encrypted content could not be verified.", code="invalid_encrypted_content")
-
-
 def _check_calls(items: list[Body]) -> None:
     for call, result in _OF_CALLS.items():
         called = [item["call_id"] for item in items if item["type"] == call]
@@ -287,39 +327,7 @@ def _check_calls(items: list[Body]) -> None:
 # --- what is said ------------------------------------------------------------------------------
 
 
-def _answered(body: Body, number: int) -> tuple[Body, list[Event]]:
-    """A response, and the events it would have been streamed as."""
-    told = _Told(number)
-    response = _response(body, number)
-    told("response.created", response=response)
-    if response["background"]:
-        told("response.queued", response={**response, "status": "queued"})
-    told("response.in_progress", response=response)
-    if FAILURE in orjson.dumps(body["input"]).decode():
-        failed = {**response, "status": "failed", "error": {"code": "server_error", "message": "It was told to fail."}}
-        told("response.failed", response=failed)
-        return failed, told.events
-    output: list[Body] = []
-    if (body.get("reasoning") or {}).get("effort"):
-        output.append(_thought(told, len(output), "reasoning.encrypted_content" in (body.get("include") or ())))
-    cut = body.get("max_output_tokens") == 16
-    tools = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
-    if body.get("tool_choice") == "required" and tools:
-        output.append(_call(told, len(output), tools[0]["name"]))
-    else:
-        output.append(_message(told, len(output), TEXT[:6] if cut else TEXT, "incomplete" if cut else "completed"))
-    ended = {
-        **response,
-        "status": "incomplete" if cut else "completed",
-        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": output,
-        "usage": USAGE,
-    }
-    told(f"response.{ended['status']}", response=ended)
-    return ended, told.events
-
-
-def _response(body: Body, number: int) -> Body:
+def _response(body: Body, number: int, model: str) -> Body:
     store = body.get("store")
     return {
         "id": f"resp_{number:048x}",
@@ -331,7 +339,7 @@ def _response(body: Body, number: int) -> Body:
         "incomplete_details": None,
         "instructions": body.get("instructions"),
         "max_output_tokens": body.get("max_output_tokens"),
-        "model": "upstream",
+        "model": model,
         "output": [],
         "parallel_tool_calls": True,
         "previous_response_id": body.get("previous_response_id"),
@@ -387,7 +395,7 @@ def _message(told: _Told, index: int, text: str, status: str) -> Body:
     return item
 
 
-def _thought(told: _Told, index: int, encrypted: bool) -> Body:
+def _thought(told: _Told, index: int, encrypted: str | None) -> Body:
     item: Body = {"id": f"rs_{told.number:048x}", "type": "reasoning", "summary": []}
     about = told.about(index, item["id"])
     told("response.output_item.added", output_index=index, item=item)
@@ -397,8 +405,8 @@ def _thought(told: _Told, index: int, encrypted: bool) -> Body:
     about("response.reasoning_summary_text.done", summary_index=0, text=THOUGHT)
     about("response.reasoning_summary_part.done", summary_index=0, part={**part, "text": THOUGHT})
     item = {**item, "summary": [{**part, "text": THOUGHT}]}
-    if encrypted:
-        item["encrypted_content"] = b64encode(THOUGHT.encode()).decode()
+    if encrypted is not None:
+        item["encrypted_content"] = encrypted
     told("response.output_item.done", output_index=index, item=item)
     return item
 

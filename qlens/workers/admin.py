@@ -24,7 +24,7 @@ from yarl import URL
 
 from qlens.account import ClientLeft
 from qlens.call import Reply
-from qlens.connection import Connection, Exchange
+from qlens.connection import PEER, Connection, Exchange
 from qlens.errors import CallError, CallTimedOut, InvalidRequest, Unavailable
 from qlens.workers.child import Child
 from qlens.workers.crew import Crew
@@ -155,7 +155,11 @@ def _target(exchange: Exchange) -> URL:
 
 def _passed_on(exchange: Exchange) -> CIMultiDict[str]:
     headers = exchange.message.headers
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _OF_ONE_HOP)
+    passed = CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in _OF_ONE_HOP)
+    passed.popall(PEER, None)  # whatever a client says about itself
+    if exchange.peer is not None:
+        passed[PEER] = exchange.peer
+    return passed
 
 
 def _body(exchange: Exchange) -> AsyncIterator[bytes] | None:

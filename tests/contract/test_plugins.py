@@ -52,7 +52,7 @@ def test_its_config_is_frozen_and_every_field_says_what_it_is(point: EntryPoint)
     assert config.__name__ == f"{point.load().__name__}Config"
     assert config.__doc__
     for cls in _nested(config):
-        source = inspect.getsource(cls)
+        source = "\n".join(inspect.getsource(base) for base in cls.__mro__ if attrs.has(base))
         for field in attrs.fields(cls):
             documented = re.search(rf'^    {field.name}\s*:.*?(?:\n\s+.*?)*?\n    """', source, re.MULTILINE)
             assert documented, f"{cls.__name__}.{field.name} has no docstring below it"

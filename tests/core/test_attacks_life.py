@@ -105,7 +105,11 @@ async def test_an_adopt_that_raises_refuses_the_reload() -> None:
         assert (await gateway.post(CHAT, HELLO)).status == 200
 
 
-@pytest.mark.parametrize("health", [None, 5, Health("yes", object()), Health(True, "\ud800")], ids=repr)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "health",
+    [None, 5, Health("yes", object()), Health(True, "\ud800")],  # type: ignore[arg-type]
+    ids=["nothing", "number", "wrong types", "surrogate"],
+)
 async def test_nonsense_from_health_is_shown_as_unhealthy(health: Any) -> None:
     async with running(config({"guard": [PUPPET]})) as gateway:
         gateway.plugin("guard", "puppet").does["health"] = lambda: health

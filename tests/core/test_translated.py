@@ -51,6 +51,16 @@ async def test_a_refusal_of_a_bridge_names_the_provider() -> None:
         assert "The provider echo of the model `m`" in answer.json()["error"]["message"]
 
 
+async def test_a_client_that_says_the_same_words_is_quoted_as_it_is() -> None:
+    models = {"m": {"max_output_tokens": 9, "targets": [{"provider": "echo", "model": "x"}]}}
+    async with running(config({}, {"echo": {"plugin": "echo"}}, models)) as gateway:
+        words = "The provider of this model"
+        answer = await gateway.post("/v1/responses", {"model": "m", "input": "Hello", words: True})
+        assert answer.status == 400
+        message = answer.json()["error"]["message"]
+        assert message.startswith(f"Unsupported parameter: '{words}'. The provider echo of the model `m` does not have")
+
+
 async def test_an_unknown_path_under_messages_is_refused_in_anthropics_words() -> None:
     async with running(config()) as gateway:
         answer = await gateway.post("/v1/messages/nowhere", {})

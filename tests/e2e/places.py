@@ -51,6 +51,7 @@ PLACES = (
     Place("openai-compatible", "compatible", "gpt-4o", "gpt-5-mini", "text-embedding-3-small"),
     Place("azure-classic", "azure", "our-chat", "our-thinker", "our-vectors"),
     Place("azure-v1", "azure-v1", "our-chat", "our-thinker", "our-vectors"),
+    Place("azure-older", "azure-older", "our-chat", "our-thinker", "our-vectors"),
     Place("bedrock-claude", "aws", bedrocks.CLAUDE, bedrocks.CLAUDE, "cohere.embed-v4:0"),
     Place("bedrock-nova", "aws", bedrocks.NOVA, "amazon.nova-2-lite-v1:0", "amazon.titan-embed-text-v2:0"),
     Place("bedrock-llama", "aws", LLAMA, LLAMA, "amazon.titan-embed-text-v2:0"),
@@ -108,6 +109,7 @@ async def world() -> AsyncIterator[World]:
             "compatible": ours,
             "azure": cloud,
             "azure-v1": cloud,
+            "azure-older": cloud,
             "aws": aws,
             "claude": theirs,
         }
@@ -122,6 +124,8 @@ def _config(ours: str, cloud: str, aws: str, theirs: str) -> str:
         "compatible": {"plugin": "openai", "base_url": ours, "responses": False},
         "azure": {**resource, "api_version": "2025-04-01-preview"},
         "azure-v1": {**resource, "surface": "v1"},
+        # From before there were Responses, which are therefore spoken over chat.
+        "azure-older": {**resource, "api_version": "2024-12-01-preview"},
         "aws": {"plugin": "bedrock", "region": "us-east-1", "endpoint": aws, **bedrocks.STATIC},
         "claude": {"plugin": "anthropic", "base_url": theirs, "api_key": claude.KEY},
     }

@@ -266,11 +266,11 @@ DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     several_choices: {"anthropic": ONE},
     several_choices_streamed: {"anthropic": ONE},
     embeddings: {"anthropic": NO_VECTORS},
-    headers: {"azure-classic": REGION, "azure-v1": REGION},
+    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 
-AZURE = {"azure-classic", "azure-v1"}
+AZURE = {"azure-classic", "azure-v1", "azure-older"}
 THINKERS = {"bedrock-claude", "bedrock-nova", "anthropic"}
 SIGNERS = {"bedrock-claude", "anthropic"}
 UNKNOWN: Mapping[str, set[str]] = {

@@ -205,7 +205,7 @@ DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     parallel_tools_streamed: {"bedrock-mistral-7b": NO_TOOLS},
     forced_tool: {"bedrock-mistral-7b": NO_TOOLS},
     thinking: {"bedrock-claude": CLAUDE, "bedrock-nova": NOVA, "anthropic": CLAUDE},
-    headers: {"azure-classic": REGION, "azure-v1": REGION},
+    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 

@@ -201,19 +201,21 @@ SHOWN = Difference(
 NO_TOOLS = Difference("This model takes no tools.", instead("BadRequestError unsupported_parameter tools"))
 REGION = Difference("Azure says where it answered.", changed({"x-qlens-attempts": ("x-ms-region", "x-qlens-attempts")}))
 
+SHOWING = ("openai", "azure-classic", "azure-v1", "bedrock-claude", "bedrock-nova", "anthropic")
+
 DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     tools_over_several_turns: {"bedrock-mistral-7b": NO_TOOLS},
     parallel_tools: {"bedrock-mistral-7b": NO_TOOLS},
-    reasoning: {"openai": SHOWN, "bedrock-claude": SHOWN, "bedrock-nova": SHOWN, "anthropic": SHOWN},
-    headers: {"azure-classic": REGION, "azure-v1": REGION},
+    reasoning: dict.fromkeys(SHOWING, SHOWN),
+    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 
 EVERYWHERE = {place.name for place in PLACES}
-BRIDGED = EVERYWHERE - {"openai"}
+BRIDGED = EVERYWHERE - {"openai", "azure-classic", "azure-v1"}
 UNKNOWN: Mapping[str, set[str]] = {
     "store": EVERYWHERE,  # OpenAI's API has it
-    "frequency_penalty": BRIDGED,  # OpenAI's API has them, its fake here leaves them out
+    "frequency_penalty": BRIDGED,  # OpenAI's API has them, its fakes here leave them out
     "presence_penalty": BRIDGED,
     "usage.input_tokens_details.audio_tokens": BRIDGED,  # counts that chat has and Responses do not
     "usage.output_tokens_details.audio_tokens": BRIDGED,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import anthropic
@@ -22,7 +22,8 @@ from e2e.voices import Said
 from qlens.testing import Running, Scripted, frames, running, upstream
 from qlens.testing import anthropic as claude
 from qlens.testing import bedrock as converse
-from qlens.testing.azure import azure
+from qlens.testing.azure import KEY as AZURE_KEY
+from qlens.testing.azure import Deployment, azure
 from qlens.testing.bedrock import bedrock
 from qlens.testing.responses import THOUGHT, FakeResponses, responses_upstream
 
@@ -377,7 +378,6 @@ async def test_pitfall_24_a_response_goes_on_where_it_was_made_and_nowhere_else(
         assert len(first.requests) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="Encrypted reasoning does not say yet which account has made it.")
 async def test_pitfall_24_encrypted_reasoning_goes_back_to_the_account_that_made_it() -> None:
     async with two_accounts() as (first, second, gateway), openai_client(gateway) as sdk:
         asked: Any = {
@@ -391,6 +391,75 @@ async def test_pitfall_24_encrypted_reasoning_goes_back_to_the_account_that_made
         assert THOUGHT not in str(items[0]["encrypted_content"])
         await sdk.responses.create(**asked, input=[*HELLO, *items, *HELLO])
         assert (len(first.requests), len(second.requests)) == (1, 2)
+
+
+@pytest.mark.parametrize("store", [False, True])
+@pytest.mark.parametrize("serve", ["openai", "azure"])
+async def test_pitfall_24_an_agent_over_two_accounts_loops_without_a_failure(serve: str, store: bool) -> None:
+    tool: Any = {"type": "function", "name": "look", "parameters": {"type": "object"}, "strict": False}
+    asked: Any = {
+        "model": "ours",
+        "store": store,
+        "reasoning": {"effort": "low"},
+        "tools": [tool],
+        **({} if store else {"include": ["reasoning.encrypted_content"]}),
+    }
+    async with balanced(serve) as (gateway, count), openai_client(gateway) as sdk:
+        create: Any = sdk.responses.create
+        for _ in range(2):
+            talk: list[Any] = [*HELLO]
+            before = count()
+            for turn in range(8):
+                choice = "required" if turn % 2 == 0 else "none"
+                if turn % 3:
+                    answer = await create(**asked, input=talk, tool_choice=choice)
+                else:
+                    stream = await create(**asked, input=talk, tool_choice=choice, stream=True)
+                    answer = [event async for event in stream][-1].response
+                assert answer.output[0].type == "reasoning"
+                talk += [item.to_dict() for item in answer.output]
+                talk += [
+                    {"type": "function_call_output", "call_id": item.call_id, "output": "sunny"}
+                    for item in answer.output
+                    if item.type == "function_call"
+                ]
+                talk += HELLO if choice == "none" else []
+            # A conversation stays where it began.
+            assert sorted(now - then for now, then in zip(count(), before, strict=True)) == [0, 8]
+        assert {receipt.outcome for receipt in await gateway.settled(16)} == {"complete"}
+
+
+@asynccontextmanager
+async def balanced(serve: str) -> AsyncIterator[tuple[Running, Callable[[], list[int]]]]:
+    """One model at two accounts, taken in turns, and how many requests each has had."""
+    async with AsyncExitStack() as stack:
+        ups: list[Any] = [
+            await stack.enter_async_context(
+                responses_upstream() if serve == "openai" else azure({"m": Deployment("gpt-5-mini")})
+            )
+            for _ in range(2)
+        ]
+        providers = [
+            {"plugin": "openai", "base_url": up.url, "api_key": f"sk-example-account-{place}"}
+            if serve == "openai"
+            else {
+                "plugin": "azure_openai",
+                "endpoint": up.root,
+                "api_key": AZURE_KEY,
+                "surface": ("classic", "v1")[place],
+            }
+            for place, up in enumerate(ups)
+        ]
+        if serve == "azure":
+            providers[0]["api_version"] = "2025-04-01-preview"
+        targets = [{"provider": f"account-{place}", "model": "m", "base_model": "gpt-5-mini"} for place in range(2)]
+        content = {
+            "pipeline": {"auth": [{"plugin": "anonymous"}], "route": [{"plugin": "weighted"}]},
+            "providers": {f"account-{place}": provider for place, provider in enumerate(providers)},
+            "models": {"ours": {"max_output_tokens": 1000, "targets": targets}},
+        }
+        gateway = await stack.enter_async_context(running(orjson.dumps(content).decode()))
+        yield gateway, lambda: [len(up.requests) for up in ups]
 
 
 # --- embeddings --------------------------------------------------------------------------------

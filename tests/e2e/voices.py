@@ -36,6 +36,8 @@ class Said:
     """Whether it ran into the limit of tokens."""
     broken: bool = False
     """Whether its stream ends before it is over."""
+    encrypted: str | None = None
+    """What an account of Responses makes of the thought."""
 
 
 @define(eq=False)
@@ -43,6 +45,8 @@ class Script:
     """What is said next, in answer to requests that were found to be in order."""
 
     lines: deque[Said] = field(factory=deque)
+    encrypted: str | None = None
+    """What the account makes of a thought."""
 
     def answer(self, request: Recorded, usual: Scripted) -> Scripted:
         """The next line, told as the request wants it; the usual answer when there is none, or for a refusal."""
@@ -52,7 +56,7 @@ class Script:
         if say is None:
             return usual  # this was no question to a model that talks
         said = self.lines.popleft()
-        told = say(said, request.body)
+        told = say(evolve(said, encrypted=self.encrypted), request.body)
         if said.broken and told.events is not None:
             events = list(told.events)
             return evolve(told, events=events[: (len(events) + 1) // 2])
@@ -69,6 +73,7 @@ class OpenAIVoice(FakeResponses):
     script_of: Script = field(factory=Script)
 
     def _usual(self, request: Recorded) -> Scripted:
+        self.script_of.encrypted = self.encrypted()
         return self.script_of.answer(request, super()._usual(request))
 
 
@@ -79,9 +84,13 @@ class AzureVoice(FakeAzure):
     script_of: Script = field(factory=Script)
 
     def _usual(self, request: Recorded) -> Scripted:
+        self.script_of.encrypted = self.keeper.encrypted()
         usual = super()._usual(request)
         told = self.script_of.answer(request, usual)
-        return _filtered(told, usual) if told is not usual and request.path.endswith("/completions") else told
+        if told is usual:
+            return usual
+        chat = request.path.endswith("/completions")
+        return _filtered(told, usual) if chat else evolve(told, headers=usual.headers)
 
 
 @define(eq=False)
@@ -182,7 +191,9 @@ def _as_responses(said: Said, body: Block) -> Scripted:
         summary = (
             [{"type": "summary_text", "text": said.thought}] if (body.get("reasoning") or {}).get("summary") else []
         )
-        output.append({"id": "rs_Example", "type": "reasoning", "summary": summary})
+        included = "reasoning.encrypted_content" in (body.get("include") or ())
+        encrypted = {"encrypted_content": said.encrypted} if included else {}
+        output.append({"id": "rs_Example", "type": "reasoning", "summary": summary, **encrypted})
     if said.text:
         part = {"type": "output_text", "annotations": [], "logprobs": [], "text": said.text}
         message = {"id": "msg_Example", "type": "message", "status": status, "content": [part], "role": "assistant"}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import re
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -62,10 +64,7 @@ class _Entry:
     target: Target | None
     dialect: str
     stored: float
-
-    @property
-    def size(self) -> int:
-        return len(self.body) + _ENTRY_OVERHEAD
+    size: int
 
 
 @define(eq=False)
@@ -82,7 +81,8 @@ class _Shelf:
         return entry
 
     def put(self, key: bytes, entry: _Entry, max_bytes: int) -> None:
-        self.drop(key)
+        if key in self.entries:
+            self.drop(key)
         self.entries[key] = entry
         self.size += entry.size
         while self.size > max_bytes:
@@ -104,6 +104,7 @@ class _Wishes:
 
 
 _NO_WISHES = _Wishes()
+_UNKNOWN: tuple[Model | None, bytes] = (None, b"")
 
 
 @define(eq=False)
@@ -115,7 +116,6 @@ class Exact:
     _monotonic: Callable[[], float] = field(init=False, repr=False)
     _count: Mapping[str, Callable[[], None]] = field(init=False, repr=False)
     """Counts a lookup, by its result."""
-    _show_size: Callable[[float], None] = field(init=False, repr=False)
     _shelf: _Shelf = field(factory=_Shelf, init=False, repr=False)
     _heads: dict[tuple[str, str, str | None], tuple[Model | None, bytes]] = field(factory=dict, init=False, repr=False)
     """How keys begin: what depends on the caller and the configuration alone, and the model it was worked out for."""
@@ -135,7 +135,8 @@ class Exact:
         )
         self._count = {result: lookups.labels(self.name, result).inc for result in ("hit", "miss", "bypass")}
         size = gateway.metrics.gauge("qlens_cache_bytes", "What a cache's answers take.", ("cache",))
-        self._show_size = size.labels(self.name).set
+        # Asked at every scrape; the metric outlives the cache and must not keep its answers alive.
+        size.labels(self.name).set_function(partial(_size, weakref.ref(self._shelf)))
         yield
 
     @hookimpl
@@ -150,7 +151,7 @@ class Exact:
         said = call.headers.get("cache-control")
         wishes = _wishes(said) if said else _NO_WISHES
         key = self._key(call)
-        if wishes.use and (entry := self._fresh(key, wishes.max_age)):
+        if wishes.use and key in self._shelf.entries and (entry := self._fresh(key, wishes.max_age)):
             call.cache = "hit"
             self._count["hit"]()
             return _reply(entry)
@@ -168,10 +169,11 @@ class Exact:
         key = self._awaited.pop(call, None)
         if key is None or not self._is_worth_keeping(call, reply):
             return
-        assert reply.body is not None
-        entry = _Entry(reply.body, reply.usage, reply.finish, reply.target, reply.dialect, self._monotonic())
+        body = reply.body
+        assert body is not None
+        size = len(body) + _ENTRY_OVERHEAD
+        entry = _Entry(body, reply.usage, reply.finish, reply.target, reply.dialect, self._monotonic(), size)
         self._shelf.put(key, entry, self.config.store.max_bytes)
-        self._show_size(self._shelf.size)
 
     @hookimpl
     def explain(self, call: Call) -> list[str]:
@@ -181,12 +183,13 @@ class Exact:
 
     def _key(self, call: Call) -> bytes:
         """The call's `cache_key`, with a beginning that is worked out once."""
-        about = call.known.tenant, call.operation.name, call.asked_model
-        model, head = self._heads.get(about, (None, b""))
-        if not head or model is not call.model:
+        tenant = call.known.tenant
+        about = tenant, call.operation.name, call.asked_model
+        model, head = self._heads.get(about, _UNKNOWN)
+        if model is not call.model or not head:
             if len(self._heads) >= _REMEMBERED:
                 self._heads.clear()
-            head = _head(call.known.tenant, call)
+            head = _head(tenant, call)
             self._heads[about] = call.model, head
         return _key_of(head, call.body)
 
@@ -197,7 +200,6 @@ class Exact:
         age = self._monotonic() - entry.stored
         if age > self.config.ttl_seconds:
             self._shelf.drop(key)
-            self._show_size(self._shelf.size)
             return None
         return entry if age <= max_age else None
 
@@ -224,8 +226,10 @@ def _head(tenant: str, call: Call) -> bytes:
 
 def _key_of(head: bytes, body: Mapping[str, object]) -> bytes:
     if "stream" in body or "stream_options" in body:
-        body = {name: value for name, value in body.items() if name not in {"stream", "stream_options"}}
-    return hashlib.sha256(head + _measured(_canonical(body))).digest()
+        body = dict(body)
+        body.pop("stream", None)
+        body.pop("stream_options", None)
+    return hashlib.sha256(head + _canonical(body)).digest()
 
 
 def _measured(part: bytes) -> bytes:
@@ -249,6 +253,11 @@ def _plain(value: object) -> object:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _size(shelf: weakref.ref[_Shelf]) -> float:
+    kept = shelf()
+    return 0.0 if kept is None else kept.size
 
 
 def _wishes(cache_control: str) -> _Wishes:

@@ -139,7 +139,7 @@ class Pattern:
 
     def _clean(self, call: Call) -> None:
         texts = call.texts()
-        if not _found_in(self._on_request, texts):
+        if not _found_in(self._on_request, [text for _, text in texts]):
             return
         clean = _Cleaner(self._on_request, "prompt", self._count)
         for ref, text in texts:
@@ -177,12 +177,11 @@ class _Cleaner:
         return text
 
 
-def _found_in(rules: Compiled, texts: Iterable[tuple[object, str]]) -> bool:
+def _found_in(rules: Compiled, texts: Iterable[str]) -> bool:
     """Whether a rule may have something to do: most prompts meet none, and no rule changes them for the next."""
-    for _, pattern in rules:
-        for _, text in texts:
-            if pattern.search(text) is not None:
-                return True
+    for _, pattern in rules:  # noqa: SIM110 - a generator costs as much as the search in a short text
+        if any(map(pattern.search, texts)):
+            return True
     return False
 
 

@@ -84,7 +84,7 @@ class CircuitBreaker:
     async def wrap_send(self, call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Reply:
         """Refuse while the target's circuit is open; learn from how the send ends."""
         key = _key(target)
-        is_probe = self._enter(key)
+        is_probe = key in self._circuits and self._enter(key)
         try:
             reply = await proceed(target)
         except Exception as error:
@@ -94,13 +94,14 @@ class CircuitBreaker:
             # Cancelled: nothing was learnt, but the next call may try.
             self._learn(key, is_probe, None)
             raise
-        self._learn(key, is_probe, True)
+        if key in self._circuits:  # a target that is well has no circuit
+            self._learn(key, is_probe, True)
         return reply
 
     def _enter(self, key: tuple[str, str]) -> bool:
         """Whether this send is the one that tries an open circuit; raises when the target is to be left alone."""
-        circuit = self._circuits.get(key)
-        if circuit is None or circuit.open_until is None:
+        circuit = self._circuits[key]
+        if circuit.open_until is None:
             return False
         left = circuit.open_until - self._gateway.clock.monotonic()
         if left > 0 or circuit.probing:
@@ -118,7 +119,7 @@ class CircuitBreaker:
         circuit = self._circuits.get(key)
         if circuit is None:
             if is_well is not False:
-                return  # a target that is well has no circuit
+                return
             circuit = _Circuit()
         if circuit.open_until is not None and not is_probe:
             return  # sent before the circuit opened: only the probe says when the target is back

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlens.bridges import data_urls
 from qlens.bridges.chat_over_messages.caching import mark, marked
-from qlens.errors import InvalidRequest
+from qlens.errors import InvalidRequest, NotOffered
 
 Block = dict[str, Any]
 
@@ -41,8 +41,8 @@ def _block(part: Block, param: str) -> Block | None:
         case "file":
             return _document(part["file"], f"{param}.file")
         case other:
-            raise InvalidRequest(
-                f"The provider of this model takes no content of type '{str(other)[:64]}'.",
+            raise NotOffered(
+                f"takes no content of type '{str(other)[:64]}'.",
                 param=f"{param}.type",
                 code="unsupported_value",
             )
@@ -57,8 +57,8 @@ def _image(url: Any, param: str) -> Block:
     # What the bytes are counts, not what they are called.
     media = next((kind for magic, kind in _MAGIC if encoded.startswith(magic)), media)
     if media not in _IMAGES:
-        raise InvalidRequest(
-            "The provider of this model takes images of these types only: gif, jpeg, png, webp.",
+        raise NotOffered(
+            "takes images of these types only: gif, jpeg, png, webp.",
             param=param,
             code="unsupported_value",
         )
@@ -68,8 +68,8 @@ def _image(url: Any, param: str) -> Block:
 def _document(file: Block, param: str) -> Block:
     data = file.get("file_data")
     if not data:
-        raise InvalidRequest(
-            "The provider of this model does not have this file: send the file itself, as a data URL in 'file_data'.",
+        raise NotOffered(
+            "does not have this file: send the file itself, as a data URL in 'file_data'.",
             param=f"{param}.file_id" if file.get("file_id") else f"{param}.file_data",
             code="unsupported_value",
         )
@@ -81,8 +81,8 @@ def _document(file: Block, param: str) -> Block:
         text = data_urls.decoded(encoded, f"{param}.file_data")
         source = {"type": "text", "media_type": "text/plain", "data": text}
     else:
-        raise InvalidRequest(
-            "The provider of this model takes documents in PDF and plain text only.",
+        raise NotOffered(
+            "takes documents in PDF and plain text only.",
             param=f"{param}.file_data",
             code="unsupported_value",
         )

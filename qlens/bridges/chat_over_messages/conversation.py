@@ -11,7 +11,7 @@ from attrs import define, field
 from qlens.bridges.chat_over_messages.caching import mark, marked
 from qlens.bridges.chat_over_messages.content import PLACEHOLDER, blocks_of
 from qlens.bridges.chat_over_messages.tools import Names, call_id
-from qlens.errors import InvalidRequest
+from qlens.errors import InvalidRequest, NotOffered
 
 Block = dict[str, Any]
 
@@ -69,7 +69,7 @@ class Conversation:
             case "system" | "developer":
                 for block in blocks_of(message.get("content"), f"{param}.content"):
                     if block["type"] != "text":
-                        raise _unsupported("A system prompt is text only for this provider.", f"{param}.content")
+                        raise _unsupported("takes a system prompt of text only.", f"{param}.content")
                     yield block
             case _:
                 yield from blocks_of(message.get("content"), f"{param}.content")
@@ -80,14 +80,14 @@ class Conversation:
             said = blocks_of(message.get("refusal"), f"{param}.refusal")
         for block in said:
             if block["type"] != "text":
-                raise _unsupported("The assistant says text only for this provider.", f"{param}.content")
+                raise _unsupported("takes text only from the assistant.", f"{param}.content")
             yield block
         if message.get("audio"):
-            raise _unsupported("The provider of this model takes no spoken answers.", f"{param}.audio")
+            raise _unsupported("takes no spoken answers.", f"{param}.audio")
         for position, call in enumerate(message.get("tool_calls") or ()):
             where = f"{param}.tool_calls[{position}]"
             if call.get("type", "function") != "function":
-                raise _unsupported("The provider of this model takes calls of functions only.", f"{where}.type")
+                raise _unsupported("takes calls of functions only.", f"{where}.type")
             yield marked(self._use(call_id(call["id"]), call["function"], f"{where}.function"), call)
         if message.get("function_call"):
             self._called.append(f"call_{len(self.turns)}")
@@ -134,5 +134,5 @@ def _thoughts(message: Block) -> Iterator[Block]:
             yield {"type": "thinking", "thinking": thought, "signature": each["signature"]}
 
 
-def _unsupported(message: str, param: str) -> InvalidRequest:
-    return InvalidRequest(message, param=param, code="unsupported_value")
+def _unsupported(what: str, param: str) -> NotOffered:
+    return NotOffered(what, param=param, code="unsupported_value")

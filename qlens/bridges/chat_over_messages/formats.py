@@ -9,7 +9,7 @@ from attrs import field, frozen
 from qlens.bridges.chat_over_messages.tools import HELPER, Names
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 Block = dict[str, Any]
 
@@ -40,8 +40,8 @@ def format_of(body: Body, model: Claude, names: Names) -> Format:
     if kind == "json_object":
         return Format(hint="Answer with one JSON object and nothing else.")
     if kind != "json_schema":
-        raise InvalidRequest(
-            "The provider of this model answers in the formats text, json_object and json_schema only.",
+        raise NotOffered(
+            "answers in the formats text, json_object and json_schema only.",
             param="response_format.type",
             code="unsupported_value",
         )
@@ -50,9 +50,7 @@ def format_of(body: Body, model: Claude, names: Names) -> Format:
     if model.schema == "native":
         return Format(output={"format": {"type": "json_schema", "schema": _closed(schema)}})
     if schema.get("type") != "object":
-        raise InvalidRequest(
-            "The provider of this model takes a schema of type 'object' only.", param=_SCHEMA, code="unsupported_value"
-        )
+        raise NotOffered("takes a schema of type 'object' only.", param=_SCHEMA, code="unsupported_value")
     text = described.get("description") or "Gives the answer to the user: call it once, at the end."
     return Format(tool={"name": names.unused(HELPER), "description": text, "input_schema": schema})
 

@@ -16,7 +16,7 @@ from qlens.bridges.chat_over_messages.thinking import Thinking, thinking
 from qlens.bridges.chat_over_messages.tools import Names
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body, chat
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 Block = dict[str, Any]
 
@@ -66,9 +66,7 @@ def _refuse_what_has_no_equal(body: Body) -> None:
     for name, value in body.items():
         if name in _SAID or name in _ADVICE or value is None or value in _NOTHING.get(name, ()):
             continue
-        raise InvalidRequest(
-            f"The provider of this model has no equal of '{name[:64]}'.", param=name[:64], code="unsupported_parameter"
-        )
+        raise NotOffered(f"has no equal of '{name[:64]}'.", param=name[:64], code="unsupported_parameter")
 
 
 def _modern(body: Body) -> Body:

@@ -11,7 +11,7 @@ from attrs import define, field, frozen
 from qlens.bridges.chat_over_messages.caching import marked
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body
-from qlens.errors import InvalidRequest
+from qlens.errors import InvalidRequest, NotOffered
 
 Block = dict[str, Any]
 
@@ -99,8 +99,8 @@ def offered(body: Body, names: Names, model: Claude) -> list[Block]:
     allowed = _allowed_names(body.get("tool_choice"))
     for position, tool in enumerate(body.get("tools") or ()):
         if tool.get("type") != "function":
-            raise InvalidRequest(
-                f"The provider of this model takes tools of type 'function' only, not '{str(tool.get('type'))[:64]}'.",
+            raise NotOffered(
+                f"takes tools of type 'function' only, not '{str(tool.get('type'))[:64]}'.",
                 param=f"tools[{position}].type",
                 code="unsupported_value",
             )
@@ -156,8 +156,8 @@ def _choice(given: Any, names: Names) -> Block | None:
         if given.get("type") == "function":
             return {"type": "tool", "name": names.sent(str((given.get("function") or {}).get("name")))}
         if given.get("type") != "allowed_tools":
-            raise InvalidRequest(
-                "The provider of this model lets a tool of type 'function' be chosen only.",
+            raise NotOffered(
+                "lets a tool of type 'function' be chosen only.",
                 param="tool_choice.type",
                 code="unsupported_value",
             )

@@ -8,14 +8,14 @@ from typing import Any
 import orjson
 
 from qlens.bridges import data_urls
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 Block = dict[str, Any]
 
 
-def refused(message: str, param: str) -> InvalidRequest:
+def refused(what: str, param: str) -> NotOffered:
     """What cannot be said in a chat."""
-    return InvalidRequest(message, param=param, code="unsupported_value")
+    return NotOffered(what, param=param, code="unsupported_value")
 
 
 def content_of(parts: list[Block]) -> str | list[Block]:
@@ -51,7 +51,7 @@ def parts_of_block(block: Block, param: str) -> Iterator[Block]:
             text = "\n".join([f"{block['title']} ({block['source']})", *texts])
             yield marked({"type": "text", "text": text}, block)
         case other:
-            raise refused(f"The provider of this model takes no block of type '{str(other)[:64]}'.", f"{param}.type")
+            raise refused(f"takes no block of type '{str(other)[:64]}'.", f"{param}.type")
 
 
 def marked(part: Block, block: Mapping[str, Any]) -> Block:
@@ -69,15 +69,15 @@ def _url_of(source: Block, param: str, media: str | None) -> str:
             return str(source["url"])
         case "file":
             raise refused(
-                "The provider of this model does not have this file: send the file itself, in base64.",
+                "does not have this file: send the file itself, in base64.",
                 f"{param}.file_id",
             )
-    raise refused(f"The provider of this model takes no source of type '{source['type'][:64]}' here.", f"{param}.type")
+    raise refused(f"takes no source of type '{source['type'][:64]}' here.", f"{param}.type")
 
 
 def _document(block: Block, param: str) -> list[Block]:
     if (block.get("citations") or {}).get("enabled"):
-        raise refused("The provider of this model cannot cite documents.", f"{param}.citations")
+        raise refused("cannot cite documents.", f"{param}.citations")
     source, title = block["source"], block.get("title")
     about = [text for text in (title, block.get("context")) if text]
     if source["type"] == "text":

@@ -89,9 +89,7 @@ def _assistant(content: Any, param: str) -> Block:
                     thoughts.append({name: block[name] for name in ("type", "thinking", "signature")})
             case other:
                 kind = str(other)[:64]
-                raise refused(
-                    f"The provider of this model takes no block of type '{kind}' here.", f"{param}[{position}].type"
-                )
+                raise refused(f"takes no block of type '{kind}' here.", f"{param}[{position}].type")
     message: Block = {"role": "assistant", "content": content_of(said) if said else None}
     if calls:
         message["tool_calls"] = calls

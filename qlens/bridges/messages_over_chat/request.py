@@ -9,7 +9,7 @@ import orjson
 from qlens.bridges.messages_over_chat.content import marked
 from qlens.bridges.messages_over_chat.conversation import system_of, told
 from qlens.dialects import Body
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 Block = dict[str, Any]
 
@@ -35,7 +35,7 @@ def written(body: Body) -> Body:
     """The messages as a chat, sharing nothing with them."""
     for name, value in body.items():
         if name not in _SAID and name not in _ADVICE and value not in _NOTHING:
-            raise _unsupported(name[:64], f"The provider of this model has no equal of '{name[:64]}'.")
+            raise _unsupported(name[:64], f"has no equal of '{name[:64]}'.")
     messages = [part for at, message in enumerate(body["messages"]) for part in told(message, f"messages[{at}]")]
     fields = {
         "model": body["model"],
@@ -82,8 +82,8 @@ def _plain(node: Block) -> Block:
     return {name: value for name, value in node.items() if name != "cache_control"}
 
 
-def _unsupported(param: str, message: str) -> InvalidRequest:
-    return InvalidRequest(message, param=param, code="unsupported_parameter")
+def _unsupported(param: str, what: str) -> NotOffered:
+    return NotOffered(what, param=param, code="unsupported_parameter")
 
 
 def _limit(body: Body) -> int:
@@ -91,7 +91,7 @@ def _limit(body: Body) -> int:
     if not limit:
         raise _unsupported(
             "max_tokens",
-            "The provider of this model cannot fill its cache without generating: ask for a token at least.",
+            "cannot fill its cache without generating: ask for a token at least.",
         )
     return limit
 
@@ -99,8 +99,8 @@ def _limit(body: Body) -> int:
 def _stops(body: Body) -> list[str] | None:
     stops = body.get("stop_sequences") or None
     if stops is not None and len(stops) > _MOST_STOPS:
-        raise InvalidRequest(
-            f"The provider of this model takes at most {_MOST_STOPS} stop sequences.",
+        raise NotOffered(
+            f"takes at most {_MOST_STOPS} stop sequences.",
             param="stop_sequences",
             code="array_above_max_length",
         )
@@ -114,7 +114,7 @@ def _tool(tool: Block, param: str) -> Block:
     if tool.get("type") not in {None, "custom"}:
         raise _unsupported(
             f"{param}.type",
-            f"The provider of this model has no tool of type '{str(tool['type'])[:64]}': it takes the client's own.",
+            f"has no tool of type '{str(tool['type'])[:64]}': it takes the client's own.",
         )
     function = {"name": tool["name"], "parameters": tool["input_schema"]}
     if tool.get("description"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from qlens.errors import InvalidRequest
+from qlens.errors import NotOffered
 
 
-def unsupported(param: str, lacking: str) -> InvalidRequest:
+def unsupported(param: str, lacking: str) -> NotOffered:
     """The client's 400 for what cannot be said in chat; `lacking` is what the provider does not have."""
-    return InvalidRequest(
-        f"Unsupported parameter: '{param}'. The provider of this model does not have {lacking}.",
+    return NotOffered(
+        f"does not have {lacking}.",
+        lead=f"Unsupported parameter: '{param}'. ",
         param=param,
         code="unsupported_parameter",
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 import orjson
 
+from qlens.dialects import Body, responses
+
 _PREFIX = "qlens-thoughts-1."
 """Tells what was closed here from what a provider of Responses has encrypted."""
 
@@ -16,9 +18,26 @@ def closed(blocks: list[Any]) -> str:
     return _PREFIX + urlsafe_b64encode(orjson.dumps(blocks)).decode()
 
 
+def is_closed(content: str) -> bool:
+    """Whether a text is what `closed` makes."""
+    return content.startswith(_PREFIX)
+
+
+def without_closed(body: Body) -> Body:
+    """A request for a provider that speaks Responses itself, and could not read such a text."""
+    items = body.get("input")
+    found = [item for item in items if _is_closed(item)] if type(items) is list else []
+    return {**body, "input": responses.without_reasoning(body["input"], found)} if found else body
+
+
+def _is_closed(item: Body) -> bool:
+    content = item.get("encrypted_content")
+    return type(content) is str and is_closed(content)
+
+
 def opened(content: object) -> list[Any]:
     """The thoughts in such a text; none when somebody else has made it."""
-    if type(content) is not str or not content.startswith(_PREFIX):
+    if type(content) is not str or not is_closed(content):
         return []
     try:
         blocks = orjson.loads(urlsafe_b64decode(content.removeprefix(_PREFIX)))

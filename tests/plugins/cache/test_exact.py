@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -289,6 +290,16 @@ async def test_the_metric_of_its_size_never_passes_the_most_and_falls_with_time(
         clock.advance(6)
         await ask(gateway, user="39", headers={"cache-control": "no-store"})
         assert await size(gateway) < full
+
+
+async def test_a_cache_that_is_gone_takes_nothing_and_its_metric_does_not_keep_its_answers() -> None:
+    async with cached() as (gateway, up, _):
+        await ask(gateway)
+        assert await size(gateway) > 0
+        await gateway.reload(config(url=up.url).replace("  cache: [{plugin: exact}]\n", ""))
+        await ask(gateway)
+        gc.collect()
+        assert await size(gateway) == 0
 
 
 async def size(gateway: Running) -> float:

@@ -282,6 +282,22 @@ def test_no_call_costs_more_than_its_bound(usage: Usage) -> None:
     assert (cost.picos or 0) <= (most.picos or 0)
 
 
+def test_what_a_call_can_cost_is_worked_out_once_and_only_when_somebody_asks() -> None:
+    asked = []
+
+    def pricing(call: Call) -> Cost:
+        asked.append(call.id)
+        return Cost(7, "estimated")
+
+    call = call_bound_to()
+    assert call.bound_cost.picos is None
+    call = call_bound_to()
+    call.pricing = pricing
+    assert not asked
+    assert (call.bound_cost.picos, call.bound_cost.picos) == (7, 7)
+    assert asked == ["c"]
+
+
 # --- the table ---------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ from qlens.cli import main
 from qlens.operations import OPERATIONS
 from qlens.testing import ManualClock, Response, Running, Scripted, check_plugin, running, upstream
 from qlens_plugins.rate_limit.token_bucket import Rule, TokenBucket, TokenBucketConfig
+from qlens_plugins.rate_limit.token_bucket.memory import Levels
 
 PATH = "/v1/chat/completions"
 CALL = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
@@ -582,7 +583,7 @@ async def test_settled_calls_leave_behind_exactly_what_they_used(
             nonlocal used
             place: int = data.draw(st.integers(0, len(open_calls) - 1))
             call, hold, total = open_calls.pop(place)
-            await plugin.settle(made_receipt(call, total), hold)
+            await plugin.settle(call, made_receipt(call, total), hold)
             used += total or 0
 
         for tokens, total in calls:
@@ -606,8 +607,12 @@ async def test_buckets_of_callers_that_went_away_are_forgotten() -> None:
     async with bucket(Rule(per="tenant", requests_per_minute=60, tokens_per_minute=60)) as (plugin, clock):
         for number in range(5000):
             call = made_call(1, tenant=f"tenant{number}")
-            await plugin.settle(made_receipt(call, 1), await plugin.admit(call))
+            await plugin.settle(call, made_receipt(call, 1), await plugin.admit(call))
             clock.advance(0.1)  # each is full again a second later
-        assert len(plugin._buckets.full_at) < 100
-        assert not plugin._buckets.running
-        assert len(plugin._scopes) <= 4096
+        del call
+        states = plugin._states
+        assert isinstance(states, Levels)
+        assert len(plugin._plans) == 4096
+        assert len(states.levels) <= 2 * 4096 + 100
+        assert len(states.running) == 0
+        assert len(states.left) < 100

@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from qlens import Command, Gateway, StartupError
-from qlens_plugins.auth.api_keys.demo import new_key
-from qlens_plugins.auth.api_keys.key_file import Key, add, hash_text, instant, read, revoke, written
+from qlens_plugins.auth.api_keys.key_file import Key, add, hash_text, read, revoke
+from qlens_plugins.auth.arguments import expiry, table, tag
+from qlens_plugins.auth.credentials import new_key, written
 
 _EXAMPLES = """\
 examples:
@@ -23,6 +22,7 @@ examples:
   qlens keys list
   qlens keys revoke key-1f0c9a52
 """
+_SHOWN = ("id", "tenant", "project", "roles", "models", "created", "expires_at", "state")
 
 
 def keys_command(path: Path) -> Command:
@@ -56,35 +56,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--tag",
         action="append",
-        type=_tag,
+        type=tag,
         default=[],
         metavar="NAME=VALUE",
         help="kept with each call; may be repeated",
     )
-    create.add_argument("--expires", type=_expiry, metavar="WHEN", help="90d, 12h, 2027-01-31 or 2027-01-31T00:00:00Z")
+    create.add_argument("--expires", type=expiry, metavar="WHEN", help="90d, 12h, 2027-01-31 or 2027-01-31T00:00:00Z")
 
     listing = actions.add_parser("list", help="list keys, without their hashes")
     listing.add_argument("--json", action="store_true", help="print JSON")
 
     revoking = actions.add_parser("revoke", help="refuse a key from now on; its id stays taken")
     revoking.add_argument("id", metavar="ID", help="as `qlens keys list` shows it")
-
-
-def _tag(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
-def _expiry(text: str) -> timedelta | datetime:
-    if match := re.fullmatch(r"(\d{1,5})([dh])", text):
-        count = int(match[1])
-        return timedelta(days=count) if match[2] == "d" else timedelta(hours=count)
-    try:
-        return instant(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{error}, or like 90d or 12h") from None
 
 
 def _create(path: Path, args: argparse.Namespace, now: datetime) -> int:
@@ -118,7 +101,7 @@ def _list(path: Path, args: argparse.Namespace, now: datetime) -> int:
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
     elif rows:
-        sys.stdout.write(_table(rows))
+        sys.stdout.write(table(_SHOWN, rows))
     else:
         sys.stderr.write(f"no keys in {path}; make one with: qlens keys create --tenant NAME\n")
     return 0
@@ -135,17 +118,3 @@ def _state(key: Key, now: datetime) -> str:
     if key.revoked is not None:
         return "revoked"
     return "expired" if key.expires_at is not None and key.expires_at <= now else "active"
-
-
-def _table(rows: Sequence[Mapping[str, object]]) -> str:
-    names = ("id", "tenant", "project", "roles", "models", "created", "expires_at", "state")
-    lines = [[name.upper() for name in names], *([_cell(row.get(name)) for name in names] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = ([cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
-    return "".join("  ".join(line).rstrip() + "\n" for line in padded)
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return "-"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -9,13 +9,9 @@ import stat
 from pathlib import Path
 
 from qlens import Fault, StartupError
+from qlens_plugins.auth.credentials import new_key
 
 _KEY = re.compile(r"[\x21-\x7e]{16,512}")
-
-
-def new_key() -> str:
-    """A key of 256 random bits."""
-    return f"sk-qlens-{secrets.token_urlsafe(32)}"
 
 
 def demo_key(path: Path) -> str:

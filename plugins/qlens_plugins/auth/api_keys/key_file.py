@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import re
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, date, datetime
+from datetime import datetime
 from pathlib import Path
 
 import yaml
 from attrs import define, evolve, field, fields, frozen
 
 from qlens import Fault, StartupError
+from qlens_plugins.auth.credentials import digest, instant, written
 
 _MAX_BYTES = 64 * 1024 * 1024
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -53,38 +53,9 @@ class Key:
         return {name: value for name, value in plain.items() if value}
 
 
-def digest(key: str) -> bytes:
-    """The hash of a whole key, as bytes.
-
-    Plain SHA-256 is enough here: a key is 256 random bits, so nobody finds it by trying what people would choose,
-    which is what slow and salted hashes are for.
-    """
-    return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
-
-
 def hash_text(key: str) -> str:
     """The hash of a key as the file has it."""
     return f"sha256:{digest(key).hex()}"
-
-
-def instant(text: str) -> datetime:
-    """Read an ISO 8601 time with its zone, or a date for its first moment in UTC; ValueError if it is neither."""
-    try:
-        return datetime.combine(date.fromisoformat(text), datetime.min.time(), UTC)
-    except ValueError:
-        pass
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is no ISO 8601 time; write it like 2027-01-31T00:00:00Z") from None
-    if at.tzinfo is None:
-        raise ValueError(f"{text!r} has no time zone; end it with Z for UTC")
-    return at.astimezone(UTC)
-
-
-def written(at: datetime) -> str:
-    """A time as the file has it."""
-    return at.astimezone(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _plain(value: object) -> object:

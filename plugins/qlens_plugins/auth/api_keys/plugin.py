@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,15 +11,14 @@ from pathlib import Path
 from attrs import define, field, frozen
 from attrs.validators import ge
 
-from qlens import Call, Caller, Command, Fault, Gateway, Health, StartupError, Unauthenticated, hookimpl
+from qlens import Call, Caller, Command, Fault, Gateway, Health, StartupError, hookimpl
 from qlens_plugins.auth.api_keys.commands import keys_command
 from qlens_plugins.auth.api_keys.demo import demo_key, introduction
-from qlens_plugins.auth.api_keys.key_file import Key, Signature, digest, hash_text, read, signature
+from qlens_plugins.auth.api_keys.key_file import Key, Signature, hash_text, read, signature
+from qlens_plugins.auth.credentials import STORED, digest, is_jwt, masked, refused
 
 log = logging.getLogger(__name__)
 
-_JWT = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
-_MASKABLE = re.compile(r"[A-Za-z0-9_-]{20,}")
 _DEMO_ID = "demo"
 
 
@@ -96,23 +94,23 @@ class ApiKeys:
 
     @hookimpl
     async def authenticate(self, call: Call) -> Caller | None:
-        """Take every credential that is not shaped like a JWT for a key; one that is passes on unless it is known."""
+        """Take every credential for a key that is no JWT and none of `key_store`: those pass on unless known."""
         credential = call.credential
         if credential is None:
             return None
         # Looked up by hash: how long that takes says nothing about the keys.
         known = self._keys.get(digest(credential))
         if known is None:
-            if _JWT.fullmatch(credential):
+            if is_jwt(credential) or credential.startswith(STORED):
                 return None
-            raise _refused(
-                f"Incorrect API key provided: {_masked(credential)}. Ask the operator of this gateway for a key."
+            raise refused(
+                f"Incorrect API key provided: {masked(credential)}. Ask the operator of this gateway for a key."
             )
         key, caller = known
         if key.revoked is not None:
-            raise _refused(f"This API key ({key.id}) was revoked. Ask the operator of this gateway for a new one.")
+            raise refused(f"This API key ({key.id}) was revoked. Ask the operator of this gateway for a new one.")
         if caller.expires_at is not None and caller.expires_at <= self._gateway.clock.time():
-            raise _refused(f"This API key ({key.id}) has expired. Ask the operator of this gateway for a new one.")
+            raise refused(f"This API key ({key.id}) has expired. Ask the operator of this gateway for a new one.")
         return caller
 
     def _caller(self, key: Key) -> Caller:
@@ -194,12 +192,3 @@ class ApiKeys:
         if trouble != self._trouble:
             log.error("%s: the keys stay as they are: %s", self.name, trouble)
         self._trouble = trouble
-
-
-def _refused(message: str) -> Unauthenticated:
-    return Unauthenticated(message, code="invalid_api_key")
-
-
-def _masked(credential: str) -> str:
-    """Enough of a wrong key to tell which one was sent, and never enough to use it."""
-    return f"{credential[:3]}...{credential[-4:]}" if _MASKABLE.fullmatch(credential) else "***"

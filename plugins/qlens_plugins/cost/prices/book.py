@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
-from operator import attrgetter
 from typing import Literal
 
 from attrs import define, field, frozen
@@ -12,23 +11,31 @@ from attrs import define, field, frozen
 from qlens import Cost, Usage
 from qlens_plugins.cost.prices.rows import BUCKETS, PriceRow
 
-STANDARD_TIERS = frozenset({"", "auto", "default", "standard"})
+STANDARD_TIERS = (None, "", "auto", "default", "standard")
 """What providers call the tier that a row's own prices are for."""
+UNKNOWN = -1
+"""The price of what has none."""
 REMEMBERED = 1024
 """How many answers are kept at most: behind a wildcard, clients choose the model names."""
 
-_quantities = attrgetter(*BUCKETS)
 _INSTEAD = {"cached_input": "input", "cache_write_5m": "input", "cache_write_1h": "input", "reasoning": "output"}
 """The price that stands in for one a row does not give."""
 
 
 @frozen
 class Rates:
-    """Picodollars for one of each bucket, in the order of BUCKETS; None where the price is not known."""
+    """Picodollars for one of each bucket and meter, or UNKNOWN."""
 
     id: str
-    buckets: tuple[int | None, ...]
     meters: Mapping[str, int]
+    input: int
+    cached_input: int
+    cache_write_5m: int
+    cache_write_1h: int
+    output: int
+    reasoning: int
+    audio_in: int
+    audio_out: int
 
     @classmethod
     def of(cls, row: PriceRow, tier: str | None = None) -> Rates:
@@ -48,24 +55,37 @@ class Rates:
 
     @classmethod
     def _filled(cls, name: str, row: PriceRow, said: Mapping[str, int]) -> Rates:
-        buckets = tuple(said.get(bucket, said.get(_INSTEAD.get(bucket, bucket))) for bucket in BUCKETS)
-        return cls(name, buckets, {meter: said[meter] for meter in row.meters})
+        buckets = {bucket: said.get(bucket, said.get(_INSTEAD.get(bucket, bucket), UNKNOWN)) for bucket in BUCKETS}
+        return cls(name, {meter: said[meter] for meter in row.meters}, **buckets)
 
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
-        picos, lines = 0, []
-        for name, quantity, each in zip(BUCKETS, _quantities(usage), self.buckets, strict=True):
+        # Spelled out: a loop over the names of the buckets takes twice as long, and few of them are used.
+        lines: list[tuple[str, int, int]] = []
+        if usage.input:
+            lines.append(("input", usage.input, self.input))
+        if usage.cached_input:
+            lines.append(("cached_input", usage.cached_input, self.cached_input))
+        if usage.cache_write_5m:
+            lines.append(("cache_write_5m", usage.cache_write_5m, self.cache_write_5m))
+        if usage.cache_write_1h:
+            lines.append(("cache_write_1h", usage.cache_write_1h, self.cache_write_1h))
+        if usage.output:
+            lines.append(("output", usage.output, self.output))
+        if usage.reasoning:
+            lines.append(("reasoning", usage.reasoning, self.reasoning))
+        if usage.audio_in:
+            lines.append(("audio_in", usage.audio_in, self.audio_in))
+        if usage.audio_out:
+            lines.append(("audio_out", usage.audio_out, self.audio_out))
+        for name, quantity in usage.meters.items() if usage.meters else ():
             if quantity:
-                if each is None:
-                    return None
-                picos += quantity * each
-                lines.append((name, quantity, each))
-        for name, quantity in usage.meters.items():
-            if quantity:
-                if name not in self.meters:
-                    return None
-                picos += quantity * self.meters[name]
-                lines.append((name, quantity, self.meters[name]))
+                lines.append((name, quantity, self.meters.get(name, UNKNOWN)))
+        picos = 0
+        for _, quantity, each in lines:
+            if each < 0:
+                return None
+            picos += quantity * each
         return Cost(picos, state, self.id, tuple(lines))
 
 
@@ -74,29 +94,19 @@ class Entry:
     """A row, worked out."""
 
     above: int
+    """It holds for prompts of more tokens than this."""
     standard: Rates
-    tiers: Mapping[str, Rates]
+    tiers: Mapping[str | None, Rates]
+    """By what a provider calls the tier, all names of the standard one included."""
     dearest: Rates
 
     @classmethod
     def of(cls, row: PriceRow) -> Entry:
         """Work a row out."""
-        tiers = {tier: Rates.of(row, tier) for tier in row.tiers}
-        return cls(row.above_prompt_tokens, Rates.of(row), tiers, Rates.dearest(row))
-
-    def holds(self, usage: Usage) -> bool:
-        """Whether a prompt is long enough for this row."""
-        return not self.above or usage.prompt > self.above
-
-    def cost(self, usage: Usage) -> Cost | None:
-        """What a usage costs: exactly, if the provider counted it and its tier has a price."""
-        state: Literal["exact", "estimated"] = "exact" if usage.source == "provider" else "estimated"
-        tier = usage.tier or ""
-        if tier in STANDARD_TIERS:
-            return self.standard.cost(usage, state)
-        if tier in self.tiers:
-            return self.tiers[tier].cost(usage, state)
-        return self.standard.cost(usage, "estimated")
+        standard = Rates.of(row)
+        tiers: dict[str | None, Rates] = {tier: Rates.of(row, tier) for tier in row.tiers}
+        tiers.update(dict.fromkeys(STANDARD_TIERS, standard))
+        return cls(row.above_prompt_tokens, standard, tiers, Rates.dearest(row))
 
 
 @frozen
@@ -106,17 +116,23 @@ class Sheet:
     entries: tuple[Entry, ...]
 
     def cost(self, usage: Usage) -> Cost | None:
-        """What a usage costs, or None: part of it has no price."""
+        """What a usage costs: exactly, if the provider counted it and its tier has a price.
+
+        None when part of it has no price.
+        """
         for entry in self.entries:
-            if entry.holds(usage):
-                return entry.cost(usage)
+            if not entry.above or usage.prompt > entry.above:
+                rates = entry.tiers.get(usage.tier)
+                if rates is None:
+                    return entry.standard.cost(usage, "estimated")
+                return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
         return None
 
     def bound(self, usage: Usage) -> Cost | None:
         """What a usage can cost at most, while nobody knows which buckets and tier it will be counted in."""
         dearest: Cost | None = None
         for entry in self.entries:
-            if not entry.holds(usage):
+            if entry.above and usage.prompt <= entry.above:
                 continue
             cost = entry.dearest.cost(usage, "estimated")
             if cost is None:

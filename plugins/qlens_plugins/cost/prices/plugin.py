@@ -136,7 +136,7 @@ class Prices:
     @hookimpl
     def price(self, call: Call, target: Target, usage: Usage) -> Cost | None:
         """What a usage costs by the most specific row; None when there is none, or it lacks a price that is needed."""
-        sheet = self._sheet(target)
+        sheet = (self._book or self.book).find(target.provider, target.base_model or target.model)
         if sheet is None:
             return None
         return sheet.bound(usage) if usage is call.bound else sheet.cost(usage)

@@ -43,9 +43,13 @@ class Family:
     """Whether it takes sampling parameters while it does not reason (gpt-5.1 and later)."""
     chats: bool = True
     """Whether it speaks chat at all; codex and pro models speak Responses only."""
+    responds: bool = False
+    """Whether it speaks Responses."""
 
 
-_OTHER = Family()
+# https://learn.microsoft.com/azure/ai-foundry/openai/how-to/responses lists them.
+_RESPONDS = re.compile(r"gpt-4o(-mini)?(-\d{4}-\d\d-\d\d)?|gpt-4\.1(-mini|-nano)?(-\d{4}-\d\d-\d\d)?|gpt-5-chat.*")
+_RESPONDS_ONLY = re.compile(r"(codex-mini|computer-use-preview)\b.*")
 
 
 @lru_cache(maxsize=256)
@@ -53,14 +57,17 @@ def family(base_model: str | None) -> Family | None:
     """The family of a base model; None when nobody says what the model is."""
     if base_model is None:
         return None
-    match = _SERIES.fullmatch(base_model.lower())
-    if match is None or base_model.lower().startswith("gpt-5-chat"):
-        return _OTHER
-    chats = not re.search(r"-(codex|pro)\b", base_model.lower())
+    name = base_model.lower()
+    match = _SERIES.fullmatch(name)
+    if match is None or name.startswith("gpt-5-chat"):
+        if _RESPONDS_ONLY.fullmatch(name):
+            return Family(chats=False, responds=True)
+        return Family(responds=_RESPONDS.fullmatch(name) is not None)
+    chats, responds = not re.search(r"-(codex|pro|deep-research)\b", name), not re.match(r"o1-(mini|preview)\b", name)
     if match["o"] is not None:
-        return Family(reasons=True, series="o", chats=chats)
+        return Family(reasons=True, series="o", chats=chats, responds=responds)
     later = int(match["major"]) > 5 or int(match["minor"] or 0) >= 1
-    return Family(reasons=True, series="gpt", sampled_without_effort=later, chats=chats)
+    return Family(reasons=True, series="gpt", sampled_without_effort=later, chats=chats, responds=responds)
 
 
 def fit_chat(body: dict[str, Any], model: Family, policy: Policy) -> None:
@@ -73,13 +80,25 @@ def fit_chat(body: dict[str, Any], model: Family, policy: Policy) -> None:
         return
     _rename(body, "max_tokens")
     if not (model.sampled_without_effort and body.get("reasoning_effort") in (None, "none")):
-        _leave_out(body, [name for name, silent in _SAMPLING.items() if body.get(name) not in silent], policy)
-        for name in _SAMPLING:
-            body.pop(name, None)
+        _without_sampling(body, policy)
     if "parallel_tool_calls" in body and (model.series == "o" or body.get("reasoning_effort") == "minimal"):
         # They call one tool at a time, which is what false asks for, and true only allows more.
         del body["parallel_tool_calls"]
     _as_developer(body)
+
+
+def fit_response(body: dict[str, Any], model: Family, policy: Policy) -> None:
+    """The same for a request for a response; what is nested in it stays as it is."""
+    effort = (body.get("reasoning") or {}).get("effort")
+    if not model.reasons or (model.sampled_without_effort and effort in (None, "none")):
+        return
+    _without_sampling(body, policy)
+
+
+def _without_sampling(body: dict[str, Any], policy: Policy) -> None:
+    _leave_out(body, [name for name, silent in _SAMPLING.items() if body.get(name) not in silent], policy)
+    for name in _SAMPLING:
+        body.pop(name, None)
 
 
 def _rename(body: dict[str, Any], name: str) -> None:

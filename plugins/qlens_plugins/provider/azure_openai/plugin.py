@@ -28,9 +28,16 @@ from qlens import (
     send_request,
 )
 from qlens_plugins.provider.azure_openai import identities
-from qlens_plugins.provider.azure_openai.parameters import Lessons, apply_lessons, family, fit_chat, refused
+from qlens_plugins.provider.azure_openai.parameters import (
+    Lessons,
+    apply_lessons,
+    family,
+    fit_chat,
+    fit_response,
+    refused,
+)
 from qlens_plugins.provider.azure_openai.settings import AppServiceIdentity, AzureOpenAIConfig, ManagedIdentity
-from qlens_plugins.provider.azure_openai.stream import Mender
+from qlens_plugins.provider.azure_openai.stream import Mender, Tiered
 from qlens_plugins.provider.azure_openai.tokens import Tokens
 
 log = logging.getLogger("qlens.azure_openai")
@@ -41,6 +48,7 @@ PATHS = {
     "embeddings": "embeddings",
     "image_edits": "images/edits",
     "images": "images/generations",
+    "responses": "responses",
     "speech": "audio/speech",
     "transcriptions": "audio/transcriptions",
     "translations": "audio/translations",
@@ -48,16 +56,20 @@ PATHS = {
 LAST_GA = "2024-10-21"
 """The classic surface's last api-version that is no preview."""
 LAST_PREVIEW = "2025-04-01-preview"
-"""Its last preview; realtime sessions are in previews alone."""
+"""Its last preview; realtime sessions and Responses are in previews alone."""
+FIRST_RESPONSES = "2025-03-01"
+"""The date of the first api-version with Responses."""
 PROVISIONED = "provisioned"
 """The price tier of tokens that are paid for by the hour."""
 TARGET_PARAMS = ("provisioned", "spillover_deployment")
 """What a target's `params` may say to this plugin; they are no fields of the body."""
 
-_CLASSIC = tuple(PATHS)
-_V1 = tuple(dialect for dialect in PATHS if dialect != "completions")
+_CLASSIC = tuple(dialect for dialect in PATHS if dialect != "responses")
+_V1 = tuple(dialect for dialect in _CLASSIC if dialect != "completions")
 _MENDED = ("chat", "completions")
 """The dialects whose streams are odd."""
+_FITS = {"chat": fit_chat, "responses": fit_response}
+"""What gives a body of each dialect the fields that a model accepts."""
 _HIDDEN = (None, "model-router")
 """Base models that do not say which model answers."""
 _SPILLED = "x-ms-spillover-from-deployment"
@@ -75,6 +87,12 @@ class AzureOpenAI:
     _place: str = field(init=False, repr=False)
     """The address in front of a deployment's name, or on v1 in front of the operation."""
     _query: str = field(init=False, repr=False)
+    _root: str = field(init=False, repr=False)
+    """The address of what belongs to no deployment."""
+    _responses_query: str = field(init=False, repr=False)
+    _spoken: tuple[str, ...] = field(init=False, repr=False)
+    """The dialects of a deployment of which nobody knows that its model speaks Responses."""
+    _spoken_with_responses: tuple[str, ...] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
     _tokens: Tokens | None = field(default=None, init=False, repr=False)
     _before: Tokens | None = field(default=None, init=False, repr=False)
@@ -83,7 +101,7 @@ class AzureOpenAI:
     """Deployments that Azure did not know when it was last asked."""
 
     Config = AzureOpenAIConfig
-    objects = ("file", "batch")
+    objects = ("response", "file", "batch")
 
     @property
     def passthrough(self) -> tuple[str, ...]:
@@ -95,15 +113,22 @@ class AzureOpenAI:
         self._key = {"api-key": config.api_key.reveal()} if config.api_key is not None else {}
         classic, resource = config.surface == "classic", config.endpoint.rstrip("/")
         version = config.api_version or (LAST_GA if classic else None)
-        self._place = f"{resource}/openai/deployments/" if classic else f"{resource}/openai/v1/"
-        self._query = f"?api-version={quote(version, safe='')}" if version else ""
+        self._root = f"{resource}/openai" if classic else f"{resource}/openai/v1"
+        self._place = f"{self._root}/deployments/" if classic else f"{self._root}/"
+        self._query = _versioned(version)
+        self._spoken = _CLASSIC if classic else _V1
+        has_responses = not classic or (version or "") >= FIRST_RESPONSES
+        self._spoken_with_responses = (*self._spoken, "responses") if has_responses else self._spoken
+        # A model that speaks nothing else is not refused for an api-version that was chosen for the others.
+        self._responses_query = self._query if has_responses else _versioned(LAST_PREVIEW)
         self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
 
     def dialects(self, target: Target) -> tuple[str, ...]:
-        """The dialects spoken for a target: v1 has no completions, codex and pro models speak Responses only."""
-        spoken = _CLASSIC if self.config.surface == "classic" else _V1
+        """The dialects spoken for a target, by the surface, its api-version and the model behind the deployment."""
         model = family(target.base_model)
-        return spoken if model is None or model.chats else ()
+        if model is None or not model.responds:
+            return self._spoken
+        return self._spoken_with_responses if model.chats else ("responses",)
 
     @hookimpl
     @asynccontextmanager
@@ -243,15 +268,15 @@ class AzureOpenAI:
     def _fit(self, target: Target, outgoing: Outgoing) -> None:
         """Give the body the fields that the deployment's model accepts."""
         model, lessons = family(target.base_model), self._lessons.of(target.model)
-        chat = outgoing.dialect == "chat" and model is not None
-        if not chat and not lessons and not target.params:
+        fit = _FITS.get(outgoing.dialect) if model is not None else None
+        if fit is None and not lessons and not target.params:
             return
         body = outgoing.fields()
         for name in TARGET_PARAMS:
             if name in target.params:
                 body.pop(name, None)
-        if chat and model is not None:
-            fit_chat(body, model, self.config.unsupported)
+        if fit is not None and model is not None:
+            fit(body, model, self.config.unsupported)
         apply_lessons(body, lessons)
         outgoing.body = body
 
@@ -276,7 +301,7 @@ class AzureOpenAI:
         try:
             return await post_openai(
                 self._http,
-                self._url(target.model, PATHS[outgoing.dialect]),
+                self._url(target.model, outgoing.dialect),
                 headers=headers,
                 outgoing=outgoing,
                 deadlines=self._deadlines,
@@ -290,11 +315,13 @@ class AzureOpenAI:
     async def _send_request(self, outgoing: Outgoing) -> Reply:
         """Ask the resource: what it keeps belongs to no deployment."""
         assert self._http is not None, "the lifespan is not open"
+        assert outgoing.request is not None
         headers = await self._credential()
+        about_responses = outgoing.request.path.startswith("/responses/")
         try:
             return await send_request(
                 self._http,
-                f"{self._place.removesuffix('/deployments/')}{self._query}",
+                f"{self._root}{self._responses_query if about_responses else self._query}",
                 headers=headers,
                 outgoing=outgoing,
                 deadlines=self._deadlines,
@@ -304,13 +331,15 @@ class AzureOpenAI:
             self._doubt(headers)
             raise
 
-    def _url(self, deployment: str, path: str) -> str:
+    def _url(self, deployment: str, dialect: str) -> str:
+        if dialect == "responses":
+            return f"{self._root}/responses{self._responses_query}"
         if self.config.surface == "v1":
-            return f"{self._place}{path}{self._query}"
+            return f"{self._place}{PATHS[dialect]}{self._query}"
         if deployment in {".", ".."}:
             # Behind a wildcard, clients choose the name; these two would lead to another path.
             raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
-        return f"{self._place}{quote(deployment, safe='')}/{path}{self._query}"
+        return f"{self._place}{quote(deployment, safe='')}/{PATHS[dialect]}{self._query}"
 
     def _not_found(self, target: Target) -> None:
         # Behind a wildcard, clients choose the name: what they invent is no fault of the configuration.
@@ -329,6 +358,8 @@ class AzureOpenAI:
             call.tags["azure_spillover_from"] = spilled
         # Tokens that spilled over were answered, and are billed, by a standard deployment.
         tier = PROVISIONED if target.params.get("provisioned") and not spilled else None
+        if reply.chunks is not None and outgoing.dialect == "responses" and tier is not None:
+            reply.replace(chunks=Tiered(outgoing.dialect, tier).mend(reply.chunks))
         if reply.chunks is not None and outgoing.dialect not in _MENDED:
             return reply
         if reply.chunks is not None:
@@ -340,6 +371,10 @@ class AzureOpenAI:
         if target.base_model in _HIDDEN and reply.body is not None and not reply.raw:
             _answered_by(reply, target, orjson.loads(reply.body).get("model"))
         return reply
+
+
+def _versioned(version: str | None) -> str:
+    return f"?api-version={quote(version, safe='')}" if version else ""
 
 
 def _answered_by(reply: Reply, target: Target, model: object) -> None:

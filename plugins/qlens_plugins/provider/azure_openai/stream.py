@@ -15,6 +15,7 @@ from attrs import define, field
 # What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches.
 _ODD = re.compile(rb'"content_filter_offsets"|"finish_reason"\s*:\s*"|"id"\s*:\s*""')
 _ODD_OR_USAGE = re.compile(_ODD.pattern + rb'|"usage"\s*:\s*\{')
+_USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _MAX_BYTES = 8 * 1024 * 1024
 """A longer event is passed on in pieces, for the core to refuse."""
 _HEAD = ("id", "object", "created", "model")
@@ -127,3 +128,25 @@ class Mender:
         else:
             self._finished.add(index)
         return mended
+
+
+@define(eq=False)
+class Tiered(Mender):
+    """Passes a response's stream on; the event with its usage says by which tier this is to be priced."""
+
+    def _block(self, block: bytes) -> bytes:
+        if not _USAGE.search(block):
+            return block
+        return b"\n\n".join([self._event(event) if _USAGE.search(event) else event for event in block.split(b"\n\n")])
+
+    def _event(self, event: bytes) -> bytes:
+        name, _, data = event.partition(b"data:")
+        try:
+            payload = orjson.loads(data)
+        except orjson.JSONDecodeError:
+            return event  # something for the core to judge
+        response = payload.get("response") if isinstance(payload, dict) else None
+        if not isinstance(response, dict):
+            return event
+        response["service_tier"] = self.tier
+        return name + b"data: " + orjson.dumps(payload)

@@ -88,7 +88,7 @@ def _words(text: str) -> list[str]:
 async def _picture(model: str, outgoing: Outgoing) -> Reply:
     """Squares in the colour of what was asked: the same for the same prompt and files."""
     body, copies = outgoing.body, outgoing.body.get("n") or 1
-    seen = [await _digest(file.pieces()) for file in outgoing.files]
+    seen = [await _digest(file.pieces()) for file in outgoing.files] or list(map(str, body.get("images") or ()))
     prompt = str(body.get("prompt", ""))
     squares = [b64encode(_square(f"{prompt}{seen}{index}")).decode() for index in range(copies)]
     usage = Usage(input=count(prompt) + _IMAGE_TOKENS * len(seen), output=_IMAGE_TOKENS * copies, source="provider")

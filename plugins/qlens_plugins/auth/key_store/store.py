@@ -1,0 +1,102 @@
+"""What the plugin asks of a database: one small contract, so that another one than SQLite can keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from attrs import frozen
+
+from qlens import AuditEntry
+from qlens_plugins.auth.key_store.records import Key, Tenant
+
+
+class StoreAway(Exception):
+    """The database cannot be asked at present, or did not do what it was asked."""
+
+
+@frozen
+class Changes:
+    """What became of keys and tenants since a change."""
+
+    upto: int
+    """The number of the last change."""
+    keys: Sequence[Key] = ()
+    tenants: Sequence[Tenant] = ()
+    whole: bool = False
+    """Whether this is all there is, instead of what is new."""
+
+
+@frozen
+class Page:
+    """Which part of a list is wanted: so many, after one of them."""
+
+    limit: int
+    after: str | None = None
+
+
+@frozen
+class AuditQuery:
+    """Which entries of the audit log are wanted; None: any."""
+
+    tenant: str | None = None
+    actor: str | None = None
+    action: str | None = None
+    object: str | None = None
+    since: int | None = None
+    """Unix nanoseconds."""
+    until: int | None = None
+
+
+@frozen
+class Listed:
+    """A part of a list, and whether there is more behind it."""
+
+    rows: Sequence[Any]
+    more: bool
+
+
+class Store(Protocol):
+    """Keys, tenants and the audit log. Every method may raise StoreAway; a change is in force with its entry or not."""
+
+    async def open(self) -> None:
+        """Begin; raises StartupError for what an operator must mend."""
+
+    async def close(self) -> None:
+        """End."""
+
+    async def changes(self, since: int | None) -> Changes:
+        """What changed since a change; all there is for None, or when the number is not from here."""
+
+    async def key(self, id_: str, tenant: str | None) -> Key | None:
+        """A key, of one tenant if that is said."""
+
+    async def keys(self, page: Page, tenant: str | None) -> Listed | None:
+        """Keys, the newest first; None when there is no key to begin after."""
+
+    async def add_key(self, key: Key, entry: AuditEntry) -> None:
+        """Keep a new key."""
+
+    async def put_key(self, key: Key, entry: AuditEntry) -> bool:
+        """Change a key, unless it is no longer what it was at `key.change`: False."""
+
+    async def tenant(self, name: str) -> Tenant | None:
+        """A tenant, also one that was deleted."""
+
+    async def tenants(self, page: Page, tenant: str | None) -> Listed:
+        """Tenants in the order of their names, or one alone."""
+
+    async def put_tenant(self, tenant: Tenant, entry: AuditEntry) -> bool:
+        """Keep a new tenant (`change` 0), or change one, unless it is no longer what it was at `change`: False."""
+
+    async def live_keys(self, tenant: str, now: float) -> int:
+        """How many keys of a tenant work."""
+
+    async def keep(self, entry: AuditEntry) -> None:
+        """Keep an entry of the audit log."""
+
+    async def entries(self, page: Page, query: AuditQuery) -> Listed | None:
+        """Entries as JSON text, the newest first; None when there is none to begin after."""
+
+    async def chain(self) -> tuple[int, str | None, str]:
+        """How many entries there are, the id of the first that is not as it was written, and the last hash."""

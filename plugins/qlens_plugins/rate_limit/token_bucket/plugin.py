@@ -1,0 +1,230 @@
+"""The plugin: limits at admission and, for providers, around each send."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+from attrs import define, field
+
+from qlens import Call, CallError, Gateway, Health, Receipt, Reply, Target, hookimpl, redis_store
+from qlens_plugins.rate_limit.token_bucket import memory
+from qlens_plugins.rate_limit.token_bucket.memory import Levels
+from qlens_plugins.rate_limit.token_bucket.meters import Rules
+from qlens_plugins.rate_limit.token_bucket.plans import Hold, Plan, Plans
+from qlens_plugins.rate_limit.token_bucket.refusals import owner, too_large, unbounded
+from qlens_plugins.rate_limit.token_bucket.settings import Redis, TokenBucketConfig
+from qlens_plugins.rate_limit.token_bucket.shared import Purses, Shared, lease
+
+
+@define(eq=False)
+class TokenBucket:
+    """Takes from all buckets of a call or from none, and corrects them when the call has settled."""
+
+    config: TokenBucketConfig
+    name: str
+    _now: Callable[[], int] = field(init=False, repr=False)
+    _states: Levels | Purses = field(init=False, repr=False)
+    _plans: Plans[Any, Any] = field(init=False, repr=False)
+    _shared: Shared | None = field(default=None, init=False, repr=False)
+    _sent: dict[Call, list[tuple[str, Hold[Any, Any]]]] = field(factory=dict, init=False, repr=False)
+    """What calls hold of the limits of providers they were sent to."""
+
+    Config = TokenBucketConfig
+
+    def __new__(cls, config: TokenBucketConfig, name: str) -> TokenBucket:
+        """An instance that stands around sends only where a rule is for providers: nobody else's sends pay for it."""
+        del name
+        is_around = any(rule.per == "provider" for rule in config.limits)
+        return object.__new__(TokenBucketAroundSends if is_around else cls)
+
+    def __attrs_post_init__(self) -> None:
+        store = self.config.store
+        self._now = int  # until there is a clock
+        self._states = Purses(store, self.name) if isinstance(store, Redis) else Levels(self._now)
+        self._divide(1)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a call must say how much it can generate."""
+        return any(rule.tokens_per_minute is not None for rule in self.config.limits)
+
+    @property
+    def shares(self) -> Literal["process", "store"]:
+        """How far the limits reach: in a store, or with a share for each worker, for all of them together."""
+        store = self.config.store
+        return "store" if isinstance(store, Redis) or store.per_worker else "process"
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Take the clock, this worker's share of the limits, and the store."""
+        self._now = memory.clock(gateway.clock.monotonic)
+        store, workers = self.config.store, gateway.config.server.workers if gateway.url else 1
+        if isinstance(self._states, Levels):
+            self._states.now = self._now
+        if not isinstance(store, Redis):
+            if store.per_worker:
+                self._divide(workers)
+            yield
+            return
+        assert isinstance(self._states, Purses)
+        calls = gateway.metrics.counter(
+            "qlens_limit_calls_total",
+            "Calls whose limits were not served from a lease: asked of the store, or decided alone while it was away.",
+            ("limiter", "way"),
+        )
+        count = {way: calls.labels(self.name, way).inc for way in ("asked", "alone")}
+        self._divide(store.replicas * workers)
+        async with redis_store(gateway, store) as redis:
+            processes = store.replicas * workers
+            shared = Shared(redis, store, self._states, self._now, processes, lambda way: count[way]())
+            tending = asyncio.create_task(shared.tend(), name=f"{self.name}: give back leases")
+            self._shared = shared
+            try:
+                yield
+            finally:
+                tending.cancel()
+                await asyncio.gather(tending, return_exceptions=True)
+                await shared.close()
+
+    @hookimpl
+    def adopt(self, old: object) -> None:
+        """Go on with the buckets as they are: a changed number is no fresh bucket."""
+        assert isinstance(old, TokenBucket)
+        old._plans.end()
+        if type(old._states) is type(self._states) and old._prefix == self._prefix:
+            self._states = old._states
+            self._plans.states = self._states
+
+    @property
+    def _prefix(self) -> str | None:
+        return self.config.store.prefix if isinstance(self.config.store, Redis) else None
+
+    @hookimpl
+    def health(self) -> Health:
+        """How the store is."""
+        if self._shared is None:
+            return Health(True, "")
+        health = self._shared.store.health()
+        if health.ok:
+            return health
+        return Health(False, f"{health.detail}; this process enforces 1/{self._shared.processes} of each limit")
+
+    # --- at admission --------------------------------------------------------------------------
+
+    @hookimpl
+    async def admit(self, call: Call) -> Hold[Any, Any]:
+        """Take what the call may use; nothing is taken unless every bucket has said yes."""
+        plan = self._plans.find(call)
+        tokens = call.estimated_input + call.bound.output
+        if plan.needs_bound and not call.bounded and call.model is not None:
+            raise unbounded()
+        shared = self._shared
+        if shared is None:
+            now = self._now()
+            refusal = memory.take(plan, tokens, now)
+            memory.tell(plan, now, call.limits)
+        else:
+            refusal = await shared.take(plan, tokens)
+            shared.tell(plan, call.limits)
+        if refusal is not None:
+            raise refusal
+        return plan, tokens
+
+    @hookimpl
+    async def settle(self, call: Call, receipt: Receipt, hold: object | None) -> None:
+        """Correct what was held by what was used, and let the next call run."""
+        if isinstance(hold, tuple):
+            self._settle(hold, receipt)
+        if self._sent:
+            for provider, taken in self._sent.pop(call, ()):
+                self._settle(taken, receipt, provider)
+
+    def _settle(self, hold: Hold[Any, Any], receipt: Receipt, provider: str | None = None) -> None:
+        if self._shared is not None:
+            self._shared.settle(hold, receipt, provider)
+            return
+        memory.settle(hold, receipt, self._now(), provider)
+        if not hold[0].kept:
+            self._states.keep(hold[0])
+
+    # --- the rest ------------------------------------------------------------------------------
+
+    @hookimpl
+    def explain(self, call: Call) -> list[str]:
+        """Say what the call would take from whom."""
+        plan: Plan[Any, Any] = self._plans.make(call)
+        tokens = call.estimated_input + call.bound.output
+        takes = [
+            (share, tokens if share.meter.kind == "tokens" else 1)
+            for share in plan.shares
+            if tokens or share.meter.kind == "requests"
+        ]
+        return [
+            *(
+                f"takes {quantity} of {share.meter.per_minute} {share.meter.kind} a minute from {owner(share.key)}"
+                for share, quantity in takes
+            ),
+            *(f"takes one of {place.cap.most} places at a time from {owner(place.key)}" for place in plan.places),
+            *(
+                too_large(share.meter, share.key, quantity, share.room // share.unit).message
+                for share, quantity in takes
+                if quantity * share.unit > share.room
+            ),
+        ]
+
+    def _divide(self, processes: int) -> None:
+        """Take the rules: in memory each process has its share of them, in a store all have the whole."""
+        store = self.config.store
+        if isinstance(store, Redis):
+            self._plans = Plans(
+                self._states, lambda meter: meter.room - lease(store, meter, processes), Rules.of(self.config.limits), 1
+            )
+        else:
+            rules = Rules.of(self.config.limits, processes)
+            self._plans = Plans(self._states, lambda meter: meter.room, rules, processes)
+
+
+@define(eq=False)
+class TokenBucketAroundSends(TokenBucket):
+    """The same with limits for providers, which are known only when a call is about to be sent."""
+
+    @hookimpl
+    async def wrap_send(self, call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Reply:
+        """Take from the provider's buckets; without room there another target is asked."""
+        plan = self._plans.find(call, target.provider)
+        tokens = call.estimated_input + call.bound.output
+        if self._shared is None:
+            refusal = memory.take(plan, tokens, self._now())
+        else:
+            refusal = await self._shared.take(plan, tokens)
+        if refusal is not None:
+            raise refusal
+        hold = (plan, tokens)
+        try:
+            reply = await proceed(target)
+        except CallError:
+            self._unsent(hold)
+            raise
+        except BaseException:
+            self._sent.setdefault(call, []).append((target.provider, hold))
+            raise
+        self._sent.setdefault(call, []).append((target.provider, hold))
+        return reply
+
+    def _unsent(self, hold: Hold[Any, Any]) -> None:
+        """A send that failed is a request all the same; its tokens and places are free again."""
+        plan, tokens = hold
+        now = self._now()
+        for share in plan.tokens:
+            if self._shared is not None:
+                self._shared.owe(share, -tokens, now)
+            else:
+                memory.add(share, -tokens, now)
+        if self._shared is not None:
+            self._shared.leave(plan.places)
+        else:
+            memory.leave(plan.places)
