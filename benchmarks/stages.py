@@ -87,6 +87,7 @@ def steps() -> list[Step]:
     """From no stage to every stage of config/qlens.yaml, in its order; then a plugin that does nothing."""
     shipped: dict[str, list[dict[str, Any]]] = json.loads(changed({}))["pipeline"]
     shipped["rate_limit"] = [{"plugin": "token_bucket", "store": {"kind": "memory"}, "limits": NO_LIMIT}]
+    shipped["cost"].append({"plugin": "budgets", "limits": [{"per": "tenant", "usd": 1_000_000}]})
     anonymous: Pipeline = {"auth": [{"plugin": "anonymous"}]}
     ladder = [Step("anonymous", anonymous, None)]
     so_far: dict[str, list[Mapping[str, Any]]] = {}

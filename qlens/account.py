@@ -296,6 +296,8 @@ class Account:
             return ("complete" if is_own else "cached"), status, None
         if self.source is not None and self.source.complete:
             return "complete", status, None
+        if self.source is not None and self.source.cut:
+            return "cut", status, "output_limit"
         return "failed", status, "upstream_truncated"
 
 

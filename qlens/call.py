@@ -84,6 +84,8 @@ class Target:
     region: str | None = None
     params: Mapping[str, Any] = field(factory=dict, hash=False)
     """Body fields the operator sets for this target; they win over the client's."""
+    kind: str | None = field(default=None, eq=False, repr=False)
+    """Whose models these are: the provider's plugin, or what it says itself in `kind`; None: nobody can tell."""
 
     @property
     def key(self) -> tuple[str, str]:
@@ -291,6 +293,8 @@ class Call:
     cache: CacheState = "off"
     keep: int = 0
     """A cache that wants a stream's answer sets this to the most bytes to collect."""
+    most_output: int | None = None
+    """A budget sets this to the output tokens it has reserved: a stream that is surely longer is cut."""
     tags: dict[str, str] = Factory(dict)
     config: str = ""
     """The version of the configuration this call sees to its end."""
@@ -352,6 +356,8 @@ class Reply:
     usage: Usage | None = None
     finish: str | None = None
     complete: bool = False
+    cut: bool = False
+    """Whether the gateway ended the stream, because it was longer than what a budget had reserved for it."""
     raw: bool = False
     """Whether the answer is neither JSON nor events, but bytes of the content-type in `headers`: speech, subtitles."""
     close: Callable[[], Awaitable[None]] | None = field(default=None, repr=False)

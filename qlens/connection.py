@@ -388,8 +388,8 @@ class Exchange:
             self.keep_alive = False  # a client of HTTP/1.0 knows no chunks: its answer ends with the connection
         await self.connection.send(self._head(status, lines) + self._framed(chunk))
 
-    async def _write(self, chunk: bytes) -> None:
-        await self.connection.send(self._framed(chunk))
+    def _write(self, chunk: bytes) -> Awaitable[None]:
+        return self.connection.send(self._framed(chunk))
 
     def _framed(self, chunk: bytes) -> bytes:
         # An empty chunk would end the body.

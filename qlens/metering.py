@@ -31,6 +31,8 @@ _MOST_NOTED = 16
 _MOST_LOOKED_AT = 4
 """How many events of a block are looked at alone, to learn what the others look like."""
 _BYTES_PER_TOKEN = 4
+_LONGEST_TOKEN = 128
+"""The bytes of the longest token of OpenAI's vocabularies: no text has fewer tokens than its bytes by this."""
 
 
 @define(eq=False)
@@ -50,6 +52,15 @@ class Meter(EventWatcher):
     _noted: int = field(init=False, default=0)
     _done: bool = field(init=False, default=False)
     """Whether the end mark was seen."""
+    _most: int | None = field(init=False)
+    """The bytes of text that what a budget reserved can have at most."""
+    _weighed: int = field(init=False, default=0)
+    """The bytes of text that were counted exactly."""
+
+    @_most.default
+    def _longest(self) -> int | None:
+        most = self.call.most_output
+        return None if most is None else most * _LONGEST_TOKEN
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -57,14 +68,46 @@ class Meter(EventWatcher):
 
     def _take(self, piece: bytes) -> bytes:
         block = self._splitter.take(piece)
+        if self._most is not None and self.passed - self.events * self._envelope > self._most:
+            self._weigh(block)
+            if self.reply.cut:
+                return b""
         return self._look(block) if block else b""
 
     def _flush(self) -> bytes:
         return self._sift(self._splitter.flush())
 
+    def _weigh(self, block: bytes) -> None:
+        """Count the texts of a block exactly, since a rough count says that there are too many; cut the stream if so.
+
+        The rough count takes log probabilities for text. This one begins where that ended, so it says less than there
+        is: an answer that keeps to its max tokens is never cut.
+        """
+        dialect = dialects.named(self.reply.dialect)
+        for event in sse.cut(block):
+            data = sse.data(event)
+            if data is None or not data.startswith(b"{"):
+                continue
+            payload = sse.parsed(data)
+            self._head = {key: payload[key] for key in ("id", "object", "created", "model") if key in payload}
+            for _, _, text in dialect.event_texts(payload):
+                self._weighed += len(text.encode(errors="surrogatepass"))
+        if self._most is not None and self._weighed > self._most:
+            self._ended = self.reply.cut = True
+            self.reply.finish = "length"
+
+    def _cut_short(self) -> bytes:
+        """The end of a stream that was cut: every choice that is not over has reached its length."""
+        empty: dict[str, Any] = {"text": ""} if self.reply.dialect == "completions" else {"delta": {}}
+        left = set(range(dialects.named(self.reply.dialect).returned(self.call.body))) - self._finished
+        choices = [{"index": index, **empty, "finish_reason": "length"} for index in sorted(left)]
+        return sse.write({**self._head, "choices": choices}) + self._usage() + sse.DONE
+
     async def _last(self) -> bytes:
         if self._error is not None:
             raise self._error
+        if self.reply.cut:
+            return self._cut_short()
         if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].

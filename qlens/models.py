@@ -54,12 +54,12 @@ class Models(Mapping[str, Model]):
         return len(self._models)
 
 
-def models_of(config: Config) -> Models:
-    """The models of a configuration."""
-    return Models({name: _model(entry) for name, entry in config.models.items()})
+def models_of(config: Config, kinds: Mapping[str, str | None] | None = None) -> Models:
+    """The models of a configuration, with the kinds of its providers by name."""
+    return Models({name: _model(entry, kinds or {}) for name, entry in config.models.items()})
 
 
-def _model(entry: ModelEntry) -> Model:
+def _model(entry: ModelEntry, kinds: Mapping[str, str | None]) -> Model:
     targets = tuple(
         Target(
             provider=target.provider,
@@ -69,6 +69,7 @@ def _model(entry: ModelEntry) -> Model:
             base_model=target.base_model,
             region=target.region,
             params=target.params,
+            kind=kinds.get(target.provider),
         )
         for target in entry.targets
     )

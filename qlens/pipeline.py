@@ -16,7 +16,7 @@ from attrs import evolve, field, frozen
 
 from qlens import affinity, dialects, objects, realtime, returned, sse
 from qlens.account import Account, run_apart
-from qlens.bridges import Bridge
+from qlens.bridges import Bridge, params
 from qlens.bridges.messages_over_chat import without_extensions
 from qlens.bridges.responses_over_chat.thoughts import without_closed
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
@@ -469,6 +469,8 @@ class Pipeline:
                 objects.Sealer.of(call, target, self.ids).reply(reply)
             meter = self.metered(account, reply)
         except CallError as error:
+            if bridge is not None:
+                error.param = params.asked(call.operation.dialect, error.param)
             account.failed(place, error)
             raise
         except mistakes() as error:

@@ -208,13 +208,22 @@ def register(found: Draft, previous: Registration | None = None) -> Registration
             new.append(instance)
     if faults:
         raise ConfigError(faults)
-    models = models_of(config)
+    models = models_of(config, _kinds(instances))
     hooks = _hooks(instances)
     providers = _providers(instances, hooks, models, faults)
     faults.extend(_misplaced(config, instances))
     if faults:
         raise ConfigError(faults)
     return Registration(config, tuple(instances), hooks, providers, models, tuple(new))
+
+
+def _kinds(instances: Iterable[Instance]) -> dict[str, str | None]:
+    """Whose models each provider serves: a server that speaks a known API need not be the one known for it."""
+    return {
+        instance.entry.name: getattr(instance.plugin, "kind", instance.entry.plugin)
+        for instance in instances
+        if instance.entry.stage == "provider"
+    }
 
 
 def drafted(path: Path, *, check_env: bool = True) -> Draft:

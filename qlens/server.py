@@ -295,11 +295,20 @@ class Server:
         return call, what
 
     async def _endpoint(self, endpoint: Endpoint, call: Call, generation: Generation, exchange: Exchange) -> None:
+        async def let_in() -> None:
+            call.caller = await generation.pipeline.authenticate(call)
+            call.scope = generation.roles.scope(call.caller, endpoint)
+
+        async def read() -> bytes:
+            body = await exchange.read()
+            await let_in()  # a body may take its time, and its sender's key may have been revoked meanwhile
+            return body
+
         try:
             async with asyncio.timeout_at(call.deadline) as timer:
                 if endpoint.role is not None:
-                    call.caller = await generation.pipeline.authenticate(call)
-                    call.scope = generation.roles.scope(call.caller, endpoint)
+                    await let_in()
+                    call.reader = read
                 reply = await endpoint.handler(call)
                 try:
                     await exchange.plain(reply)

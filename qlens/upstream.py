@@ -290,13 +290,14 @@ class _Known(NamedTuple):
 
 
 def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) -> bytes:
-    fields = {name.lower(): value for name, value in headers.items()}
+    # A signed request has other headers every time: no step of Python for each of them.
+    fields = dict(zip(map(str.lower, headers), headers.values(), strict=True))
     if not _FRAMING.isdisjoint(fields):
         raise ValueError(f"header {min(_FRAMING & fields.keys())!r} follows from the body: leave it out")
     fields.setdefault("host", authority)
     for name, value in _DEFAULTS:
         fields.setdefault(name, value)
-    text = "".join([f"{name}: {value}\r\n" for name, value in fields.items()])
+    text = "\r\n".join(map(": ".join, fields.items())) + "\r\n"
     if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
         raise _broken_header(fields)
     return f"{method} {path} HTTP/1.1\r\n{text}".encode("utf-8", "surrogateescape")

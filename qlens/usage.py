@@ -59,9 +59,11 @@ _SANE = 2**31
 
 def _count(value: object) -> int | None:
     """A sane token count; None when it is none, and 0 only when it says 0."""
-    if type(value) is float and value.is_integer():
+    if type(value) is not int:
+        if type(value) is not float or not value.is_integer():
+            return None
         value = int(value)
-    return value if type(value) is int and 0 <= value < _SANE else None
+    return value if 0 <= value < _SANE else None
 
 
 def _part(details: Mapping[str, object], name: str) -> int:

@@ -42,9 +42,52 @@ KEPT = ("tests/core/test_objects.py",)
 BEDROCK = ("tests/plugins/provider/bedrock",)
 REALTIME = ("tests/core/test_realtime.py",)
 LIMITS = ("tests/plugins/rate_limit",)
+BUDGETS = ("tests/plugins/cost/test_budgets.py",)
 STORES = ("tests/core/test_stores_redis.py",)
 
 MUTANTS = (
+    Mutant(
+        "a budget that lets everything pass that is asked for at the same time",
+        "plugins/qlens_plugins/cost/budgets/memory.py",
+        "                free, slack = free - need.likely, slack - need.excess\n",
+        "",
+        BUDGETS,
+    ),
+    Mutant(
+        "what a dead process had reserved is refunded",
+        "plugins/qlens_plugins/cost/budgets/sqlite.py",
+        "            (held + excess, held, excess, id_, window),\n",
+        "            (0, held, excess, id_, window),\n",
+        BUDGETS,
+    ),
+    Mutant(
+        "what is not priced is free under a hard budget",
+        "plugins/qlens_plugins/cost/budgets/plugin.py",
+        "            raise refusals.unpriced(call)\n",
+        "            return None\n",
+        BUDGETS,
+    ),
+    Mutant(
+        "a reservation that outlasts its call",
+        "plugins/qlens_plugins/cost/budgets/tills.py",
+        "        till.room += need.likely - cost\n",
+        "",
+        BUDGETS,
+    ),
+    Mutant(
+        "a process that was given up goes on with what was charged",
+        "plugins/qlens_plugins/cost/budgets/sqlite.py",
+        "            if not is_alive and any(ask.is_known for ask in synced.asks):\n",
+        "            if False:\n",
+        BUDGETS,
+    ),
+    Mutant(
+        "a stream that never ends is never cut",
+        "qlens/metering.py",
+        "        return None if most is None else most * _LONGEST_TOKEN\n",
+        "        return None\n",
+        BUDGETS,
+    ),
     Mutant(
         "leases beside a full bucket: what is leased may be used while its bucket refills",
         "plugins/qlens_plugins/rate_limit/token_bucket/plugin.py",

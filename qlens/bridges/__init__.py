@@ -53,11 +53,13 @@ def between(client: str, provider: str) -> Bridge | None:
         ("chat", "messages"): chat_over_messages.bridge,
         ("completions", "chat"): completions_over_chat.bridge,
         ("completions", "messages"): lambda: composed.Composed(
-            completions_over_chat.bridge(), chat_over_messages.bridge()
+            "completions", completions_over_chat.bridge(), chat_over_messages.bridge()
         ),
         ("messages", "chat"): messages_over_chat.bridge,
         ("responses", "chat"): responses_over_chat.bridge,
-        ("responses", "messages"): lambda: composed.Composed(responses_over_chat.bridge(), chat_over_messages.bridge()),
+        ("responses", "messages"): lambda: composed.Composed(
+            "responses", responses_over_chat.bridge(), chat_over_messages.bridge()
+        ),
     }
     make = table.get((client, provider))
     return make() if make is not None else None

@@ -5,20 +5,28 @@ from __future__ import annotations
 from attrs import define, frozen
 
 from qlens import sse
-from qlens.bridges import Bridge, Translation
+from qlens.bridges import Bridge, Translation, params
 from qlens.dialects import Body
+from qlens.errors import InvalidRequest
 
 
 @frozen
 class Composed:
     """The client's side of the first bridge, the provider's of the second."""
 
+    client: str
+    """The client's dialect."""
     first: Bridge
     second: Bridge
 
     def request(self, body: Body) -> Body:
-        """The body as the provider's dialect says it; what only the second cannot say is refused in its words."""
-        return self.second.request(self.first.request(body))
+        """The body as the provider's dialect says it; what the second cannot say is refused by the client's name."""
+        chat = self.first.request(body)
+        try:
+            return self.second.request(chat)
+        except InvalidRequest as error:
+            error.param = params.asked(self.client, error.param)
+            raise
 
     def answer(self, body: Body, asked: Body) -> Body:
         """A complete answer in the client's dialect."""

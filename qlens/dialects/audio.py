@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from attrs import evolve
+
 from qlens import usage as usages
 from qlens.dialects import Body, Ref, fields
 from qlens.dialects.plain import Meters, Plain
@@ -67,12 +69,12 @@ def _heard(bound: Mapping[str, int], said: list[str]) -> Meters:
 
 def _used(body: Body) -> Usage | None:
     """Tokens or seconds, whichever the model is billed by."""
-    said = body.get("usage")
+    said, tier = body.get("usage"), body.get("service_tier")
     if isinstance(said, dict) and said.get("type") != "duration":
         details = said.get("input_token_details", said.get("input_tokens_details"))
-        return usages.from_responses({**said, "input_tokens_details": details})
-    seconds = said.get("seconds") if isinstance(said, dict) else body.get("duration")
-    return _lasting(seconds)
+        return usages.from_responses({**said, "input_tokens_details": details}, tier)
+    used = _lasting(said.get("seconds") if isinstance(said, dict) else body.get("duration"))
+    return evolve(used, tier=tier) if used is not None and isinstance(tier, str) else used
 
 
 def _lasting(seconds: object) -> Usage | None:

@@ -36,8 +36,8 @@ def _as_bound(bound: Mapping[str, int], _texts: list[str]) -> Meters:
 
 def tokens_of(body: Body) -> Usage | None:
     """The tokens that an answer says it used, under either of OpenAI's two sets of names."""
-    said = body.get("usage")
-    return usages.from_openai(said) or usages.from_responses(said)
+    said, tier = body.get("usage"), body.get("service_tier")
+    return usages.from_openai(said, tier) or usages.from_responses(said, tier)
 
 
 @frozen

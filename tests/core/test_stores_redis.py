@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -201,6 +202,13 @@ async def test_a_cluster_runs_scripts_of_all_slots() -> None:
         both = Script("both", "redis.call('INCR', KEYS[1]) return redis.call('INCR', KEYS[2])")
         assert await asyncio.gather(*(store.run(both, pair, []) for pair in keys)) == [1] * 60
         assert all([await node.command("DBSIZE") > 0 for node in nodes])
+
+
+async def test_without_the_extra_the_start_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "redis.exceptions", None)
+    with pytest.raises(StartupError, match=r"qlens\[redis\]"):
+        async with opened(RedisSettings(Url("redis://127.0.0.1"))):
+            pass
 
 
 @pytest.mark.parametrize("slot", ["a", "", "}", "{}", "a}b", "a:b", "ä", "*", "\ud800"])

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+from bedrocks import CLAUDE, STATIC
 from yamls import config
 
+from qlens.bridges import params
 from qlens.testing import running, upstream
 from qlens.testing.anthropic import KEY, MODEL, anthropic
+from qlens.testing.bedrock import bedrock
 
 MESSAGE = {"role": "user", "content": [{"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}]}
 
@@ -49,6 +53,68 @@ async def test_a_refusal_of_a_bridge_names_the_provider() -> None:
         answer = await gateway.post("/v1/responses", {"model": "m", "background": True, "input": "Hello"})
         assert answer.status == 400
         assert "The provider echo of the model `m`" in answer.json()["error"]["message"]
+
+
+NO_IMAGE = "data:image/tiff;base64,AAAA"
+IMAGE = {"type": "input_image", "image_url": NO_IMAGE}
+SOURCE = {"type": "base64", "media_type": "image/tiff", "data": "AAAA"}
+RECURSIVE = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/responses", {"input": [{"role": "user", "content": [IMAGE]}]}, "input"),
+    ("/v1/responses", {"input": "x", "top_logprobs": 3}, "top_logprobs"),
+    ("/v1/responses", {"input": "x", "include": ["message.output_text.logprobs"]}, "top_logprobs"),
+]
+
+
+@pytest.mark.parametrize("provider", ["aws", "claude"])
+@pytest.mark.parametrize(("path", "asked", "param"), REFUSED)
+async def test_what_is_refused_behind_a_bridge_has_the_clients_name(
+    provider: str, path: str, asked: dict[str, Any], param: str
+) -> None:
+    async with bedrock() as aws, anthropic() as server:
+        providers = {
+            "aws": {"plugin": "bedrock", "region": "us-east-1", "endpoint": aws.root, **STATIC},
+            "claude": {"plugin": "anthropic", "base_url": server.url, "api_key": KEY},
+        }
+        model = CLAUDE if provider == "aws" else MODEL
+        models = {"m": {"max_output_tokens": 100, "targets": [{"provider": provider, "model": model}]}}
+        async with running(config({}, providers, models)) as gateway:
+            answer = await gateway.post(path, {"model": "m", **asked})
+            assert (answer.status, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+async def test_a_message_that_a_provider_of_chat_refuses_is_told_in_messages_words() -> None:
+    async with bedrock() as aws:
+        providers = {"aws": {"plugin": "bedrock", "region": "us-east-1", "endpoint": aws.root, **STATIC}}
+        models = {"m": {"max_output_tokens": 100, "targets": [{"provider": "aws", "model": CLAUDE}]}}
+        async with running(config({}, providers, models)) as gateway:
+            messages = [{"role": "user", "content": [{"type": "image", "source": SOURCE}]}]
+            answer = await gateway.post("/v1/messages", {"model": "m", "max_tokens": 9, "messages": messages})
+            assert answer.json()["error"]["message"].startswith("messages: The provider takes images")
+            body = {"model": "m", "max_tokens": 9, "messages": [MESSAGE], "tools": [{"name": "f", "input_schema": 5}]}
+            assert "tools[0].input_schema" in (await gateway.post("/v1/messages", body)).json()["error"]["message"]
+            body["tools"] = [{"name": "f", "input_schema": RECURSIVE}]
+            answer = await gateway.post("/v1/messages", body)
+            assert answer.json()["error"]["message"].startswith("tools[0].input_schema: "), answer.text
+
+
+@pytest.mark.parametrize(
+    ("dialect", "theirs", "ours"),
+    [
+        ("responses", "max_completion_tokens", "max_output_tokens"),
+        ("responses", "response_format.json_schema.schema", "text.format"),
+        ("responses", "tools[12].function.parameters", "tools[12].parameters"),
+        ("responses", "tool_choice.function.name", "tool_choice.name"),
+        ("responses", "temperature", "temperature"),
+        ("messages", "stop", "stop_sequences"),
+        ("messages", "tools[0].function.parameters.a", "tools[0].input_schema.a"),
+        ("completions", "messages[0].content", "prompt"),
+        ("chat", "messages[0].content", "messages[0].content"),
+        ("responses", None, None),
+    ],
+)
+def test_each_field_has_its_name_in_each_dialect(dialect: str, theirs: str | None, ours: str | None) -> None:
+    assert params.asked(dialect, theirs) == ours
 
 
 async def test_a_client_that_says_the_same_words_is_quoted_as_it_is() -> None:

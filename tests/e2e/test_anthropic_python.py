@@ -24,6 +24,7 @@ from qlens.testing import anthropic as claude_fake
 from qlens.testing import azure as azure_fake
 from qlens.testing import bedrock as bedrock_fake
 from qlens.testing.upstreams import FakeUpstream
+from qlens_plugins.cost.prices.catalogue import Catalogue
 
 HELLO: dict[str, Any] = {"role": "user", "content": "Hello"}
 WEATHER = {
@@ -275,8 +276,7 @@ def test_a_key_in_the_older_header_is_taken_too(served: Served) -> None:
 
 
 def test_the_configuration_for_claude_names_models_that_have_prices() -> None:
-    root = Path(__file__).parents[2] / "config"
-    prices = (root / "prices.yaml").read_text()
-    for line in (root / "claude.yaml").read_text().splitlines():
+    catalogue = Catalogue.read()
+    for line in (Path(__file__).parents[2] / "config" / "claude.yaml").read_text().splitlines():
         if "model: claude" in line:
-            assert line.split("model: ")[1].strip("} ") in prices
+            assert catalogue.find("anthropic", line.split("model: ")[1].strip("} "))

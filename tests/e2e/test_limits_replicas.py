@@ -186,7 +186,7 @@ async def test_leases_make_calls_to_the_store_rare(replicas: Replicas) -> None:
         calls = len(replicas.calls) - before
         asked = sum([await replicas.metric(n, "qlens_limit_calls_total") for n in range(REPLICAS)]) - asked
     assert {answer.status for _, answer in replicas.calls} == {200}
-    assert asked <= calls * 0.15
+    assert asked <= calls * 0.05
 
 
 Fault = Callable[[Replicas], Awaitable[None]]

@@ -64,7 +64,10 @@ def instant(text: str) -> datetime:
         raise ValueError(f"{text!r} is no ISO 8601 time; write it like 2027-01-31T00:00:00Z") from None
     if at.tzinfo is None:
         raise ValueError(f"{text!r} has no time zone; end it with Z for UTC")
-    return at.astimezone(UTC)
+    try:
+        return at.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{text!r} is before the year 1 or after 9999 in UTC") from None
 
 
 def written(at: datetime) -> str:

@@ -127,8 +127,8 @@ class TrustedHeader:
         """Believe a proxy; without the header, or from anybody else, the next plugin looks."""
         if call.peer is None or not self._trusts(call.peer):
             return None
-        if "origin" in call.headers and "upgrade" in call.headers:
-            return None  # any page in the client's browser can open a WebSocket, and the proxy would vouch for it
+        if _is_of_a_page(call.headers):
+            return None  # any page in the client's browser can make it call, and the proxy would vouch for it
         found = self._names(call)
         if found is None:
             return None
@@ -184,6 +184,13 @@ class TrustedHeader:
         return _told(header, {place: attributes.get(str(getattr(wanted, place)).upper()) for place in _PLACES})
 
 
+def _is_of_a_page(headers: Mapping[str, str]) -> bool:
+    """Whether a page of another site made a browser ask, or any page one for a WebSocket (Fetch Metadata, 2.3)."""
+    return headers.get("sec-fetch-site") in ("cross-site", "same-site") or (
+        "origin" in headers and "upgrade" in headers
+    )
+
+
 def _value(call: Call, header: str) -> str | None:
     """A header's value, None when it is missing; raises Unauthenticated when it is there twice: one is the client's."""
     if header not in call.headers:
@@ -198,7 +205,7 @@ def _told(header: str, found: Mapping[str, Any]) -> dict[str, str]:
     """What was found, without what is missing; raises Unauthenticated when it does not say who calls."""
     told = {place: value for place, value in found.items() if value is not None}
     for value in told.values():
-        if not value or len(value) > MOST_CHARACTERS or not value.isprintable():
+        if not value.strip() or len(value) > MOST_CHARACTERS or not value.isprintable():
             raise _unauthenticated(
                 f"{header} has a name that is no printable text of up to {MOST_CHARACTERS} characters"
             )

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from attrs import define, field, frozen, validators
 
@@ -92,6 +93,11 @@ class Anthropic:
         extra = {name.lower(): secret.reveal() for name, secret in config.headers.items()}
         self._headers = {**key, "anthropic-version": config.version, **extra}
         self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+
+    @property
+    def kind(self) -> str | None:
+        """Anthropic's own models are behind its own address only; others speak its API too."""
+        return "anthropic" if urlsplit(self.config.base_url).hostname == "api.anthropic.com" else None
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 from attrs import define, field, frozen, validators
 
@@ -106,6 +106,11 @@ class OpenAI:
         extra = {name.lower(): secret.reveal() for name, secret in config.headers.items()}
         self._headers = {**{name: value for name, value in named.items() if value}, **extra}
         self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
+
+    @property
+    def kind(self) -> str | None:
+        """OpenAI's own models are behind its own address only; others speak its API too."""
+        return "openai" if urlsplit(self.config.base_url).hostname == "api.openai.com" else None
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""

@@ -273,7 +273,7 @@ async def test_log_probabilities_never_spell_what_is_held_back_or_changed() -> N
     "event", [b'data: {"choices":\n\n', b'data: "secret"\n\n', b"data: secret\n\n", b"data: \xff\n\n"]
 )
 async def test_an_event_that_cannot_be_looked_into_does_not_pass(event: bytes) -> None:
-    with pytest.raises(UpstreamInvalid, match="not (a )?JSON"):
+    with pytest.raises(UpstreamInvalid, match=r"not (a )?JSON"):
         await rewritten([event], str.upper, 0)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,31 @@ def test_what_the_command_does_is_in_the_audit_log(house: Path, capsys: pytest.C
 def test_what_cannot_be_done_is_said(house: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
     assert main(words.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_options_are_read_as_the_admin_api_reads_its_fields(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, message in (
+        ("--tenant ''", "--tenant: '': must be a text"),
+        ("--tenant 'a\nb'", "--tenant: 'a\\nb': must be a text"),
+        ("--tenant a --name 'x\udcff'", "--name: 'x\\udcff': must be a text"),
+        ("--tenant a --model g*t", "--model: 'g*t': must be names"),
+        ("--tenant a --tag 'a= '", "--tag: 'a= ': must be a text"),
+        ("--tenant a --concurrency 0", "--concurrency: '0': must be a whole number from 1"),
+        ("--tenant a --budget-usd 1e99", "--budget-usd: '1e99': "),
+        ("--tenant a --expires 9999-12-31T23:59:59-14:00", "--expires: '9999-12-31T23:59:59-14:00' is before"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["keys", "create", *shlex.split(words)])
+        assert message in capsys.readouterr().err, words
+
+
+def test_what_the_environment_says_is_nobody_in_the_audit_log(
+    house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "somebody-else")
+    assert main(["keys", "create", "--tenant", "acme"]) == 0
+    (entry,) = rows(capsys, "audit")
+    assert entry["actor"]["subject"] != "somebody-else"
 
 
 def test_where_two_plugins_have_the_command_one_is_chosen(house: Path, capsys: pytest.CaptureFixture[str]) -> None:

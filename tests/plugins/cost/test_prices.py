@@ -208,7 +208,7 @@ def test_endless_names_behind_a_wildcard_do_not_fill_the_memory() -> None:
     for n in range(5000):
         assert row_used(plugin, f"gpt-{n}") == "*/gpt*"
         assert row_used(plugin, f"llama-{n}") is None
-    assert len(plugin.book._remembered) <= 1024
+    assert len(plugin.book.known) <= 1024
 
 
 def test_a_long_prompt_pays_the_upper_price_for_all_of_it() -> None:
@@ -327,11 +327,13 @@ def test_two_rows_for_one_model_are_refused() -> None:
         prices(MINI, MINI)
 
 
-def test_the_shipped_table_loads_and_prices_what_the_default_configuration_serves() -> None:
-    plugin = Prices(PricesConfig(file=CONFIG / "prices.yaml"), "prices")
-    for model in ("gpt-4o-mini", "gpt-4o", "text-embedding-3-small"):
-        assert row_used(plugin, model, "echo") == f"*/{model}@2026-11-24"
-    assert all(row.date for row in plugin.book.rows)
+def test_the_rows_in_the_example_file_are_rows() -> None:
+    text = (CONFIG / "prices.yaml").read_text()
+    examples = text.replace("#  - {", "  - {").partition("table:")[0]
+    rows = [line.strip().removeprefix("- ") for line in examples.splitlines() if line.startswith("  - {")]
+    plugin = prices(*rows)
+    assert len(plugin.book.rows) == 6
+    assert row_used(Prices(PricesConfig(file=CONFIG / "prices.yaml"), "prices"), "anything", "echo") == "echo/*"
 
 
 # --- over HTTP ---------------------------------------------------------------------------------

@@ -185,6 +185,9 @@ class ApiKeys:
             if self._loaded:  # otherwise there was none at the start: the demo key is enough
                 self._complain(f"{self.config.file}: {error.strerror}")
             return
+        except Exception as error:  # noqa: BLE001 - whatever is in there, what is revoked next must be heard of
+            self._complain(f"{self.config.file}: {type(error).__name__} over what is in it")
+            return
         self._trouble = ""
         log.info("%s: read %d keys from %s", self.name, len(self._keys), self.config.file)
 

@@ -149,7 +149,7 @@ def _text(claims: Mapping[str, Any], path: str | None) -> str | None:
         value = str(value)  # identity services number organisations
     if value is None:
         return None
-    if not isinstance(value, str) or not 0 < len(value) <= MOST_CHARACTERS or not value.isprintable():
+    if not isinstance(value, str) or len(value) > MOST_CHARACTERS or not value.strip() or not value.isprintable():
         raise Refused(f"its claim {path} is no printable text of up to {MOST_CHARACTERS} characters")
     return value
 

@@ -137,7 +137,8 @@ class Jwt:
     async def _judge(self, credential: str, digest: bytes) -> Caller | None:
         """Whether it is the issuer's, and then whose; raises Unauthenticated, or Unavailable while no key is known."""
         refused = self._verdicts.refused.get(digest)
-        if refused is not None and self._now() < refused[1]:
+        # A clock that was ahead, and is set right, must not keep a good token out.
+        if refused is not None and 0 < refused[1] - self._now() <= REFUSED_SECONDS:
             raise _unauthenticated(refused[0])
         if len(credential) > MOST_BYTES:
             if credential.count(".") == 2:

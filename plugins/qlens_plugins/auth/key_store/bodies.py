@@ -82,9 +82,11 @@ def _read(
 
 
 def text(value: Any) -> str:
-    """A short text of printable characters."""
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > MOST_CHARACTERS:
-        raise Wrong(f"must be a text of 1 to {MOST_CHARACTERS} printable characters")
+    """A short text of printable characters, with no blank at its ends that would look like another text."""
+    if not isinstance(value, str) or not value or value != value.strip() or not value.isprintable():
+        raise Wrong(f"must be a text of 1 to {MOST_CHARACTERS} printable characters, without blanks at its ends")
+    if len(value) > MOST_CHARACTERS:
+        raise Wrong(f"must be a text of at most {MOST_CHARACTERS} characters")
     return value
 
 
@@ -101,16 +103,19 @@ def yes_or_no(value: Any) -> bool:
 
 
 def number(least: int, most: int) -> Reader:
-    """A whole number between two others; in a query, its digits."""
+    """A whole number between two others."""
 
     def read(value: Any) -> int:
-        if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 16:
-            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise Wrong(f"must be a whole number from {least} to {most}")
         return value
 
     return read
+
+
+def digits(reader: Reader) -> Reader:
+    """A number where only text can stand, as in a query."""
+    return lambda value: reader(int(value) if value.isascii() and value.isdigit() and len(value) <= 16 else value)
 
 
 def roles(value: Any) -> tuple[str, ...]:
@@ -129,10 +134,15 @@ def texts(value: Any) -> tuple[str, ...]:
 
 def models(value: Any) -> tuple[str, ...]:
     """Names of models, or prefixes that end with `*`; an empty list means none at all."""
-    found = texts(value)
-    if any("*" in name[:-1] for name in found):
+    return tuple(map(model, texts(value)))
+
+
+def model(value: Any) -> str:
+    """The name of a model, or such a prefix."""
+    name = text(value)
+    if "*" in name[:-1]:
         raise Wrong("must be names of models; `*` may only stand at the end of one")
-    return found
+    return name
 
 
 def tags(value: Any) -> dict[str, str]:
@@ -163,7 +173,8 @@ def moment(value: Any) -> int:
 def nanoseconds(value: Any) -> int:
     """A time with its zone, as Unix nanoseconds."""
     at: datetime = instant(text(value))
-    return int(at.timestamp()) * 1_000_000_000 + at.microsecond * 1000
+    found = int(at.timestamp()) * 1_000_000_000 + at.microsecond * 1000
+    return max(-(2**63), min(found, 2**63 - 1))  # databases take no more; nothing was done then
 
 
 def limits(value: Any) -> Allowance | None:
@@ -186,13 +197,17 @@ def limits(value: Any) -> Allowance | None:
     return limits_or_none(Allowance(**read, budget_picos=budget))
 
 
+count = number(1, LARGEST)
+"""A limit of something."""
+
+
 def _window(value: Any) -> str:
     if value not in ("day", "week", "month", "total"):
         raise Wrong("must be day, week, month or total")
     return str(value)
 
 
-def _money(value: Any) -> int:
+def money(value: Any) -> int:
     """Dollars as a decimal text, exact: a JSON number with a fraction is a float, which is not."""
     if isinstance(value, bool) or not isinstance(value, str | int) or (isinstance(value, str) and len(value) > 40):
         raise Wrong('must be an amount in US dollars as a text, like "25.00"')
@@ -206,10 +221,10 @@ def _money(value: Any) -> int:
 
 
 _LIMITS: Mapping[str, Reader] = {
-    "requests_per_minute": or_null(number(1, LARGEST)),
-    "tokens_per_minute": or_null(number(1, LARGEST)),
-    "concurrency": or_null(number(1, LARGEST)),
-    "budget_usd": or_null(_money),
+    "requests_per_minute": or_null(count),
+    "tokens_per_minute": or_null(count),
+    "concurrency": or_null(count),
+    "budget_usd": or_null(money),
     "budget_window": _window,
 }
 
@@ -233,7 +248,7 @@ CHANGED_TENANT: Mapping[str, Reader] = {
     "metadata": metadata,
 }
 NEW_TENANT: Mapping[str, Reader] = {"name": text, **CHANGED_TENANT}
-LIST: Mapping[str, Reader] = {"limit": number(1, MOST_ROWS), "after": text}
+LIST: Mapping[str, Reader] = {"limit": digits(number(1, MOST_ROWS)), "after": text}
 AUDIT: Mapping[str, Reader] = {
     **LIST,
     **dict.fromkeys(("tenant", "actor", "action", "object"), text),

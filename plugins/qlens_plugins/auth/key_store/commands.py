@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 import json
 import os
+import pwd
 import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from attrs import define, evolve
 
-from qlens import Actor, Allowance, AuditEntry, Command, Gateway, StartupError, picos
+from qlens import Actor, Allowance, AuditEntry, Command, Gateway, StartupError
 from qlens_plugins.auth.arguments import expiry, table, tag
-from qlens_plugins.auth.credentials import STORED, instant, new_key, written
-from qlens_plugins.auth.key_store.bodies import OVERLAP_SECONDS
+from qlens_plugins.auth.credentials import STORED, new_key, written
+from qlens_plugins.auth.key_store import bodies
 from qlens_plugins.auth.key_store.records import Key, at, hint, limits_or_none
 from qlens_plugins.auth.key_store.store import AuditQuery, Page, Store, StoreAway
 
@@ -80,8 +79,8 @@ async def _opened(store: Store) -> AsyncIterator[Store]:
 
 def _user() -> str:
     try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a number that has no name, as in a container
+        return pwd.getpwuid(os.getuid()).pw_name  # what the environment says, anybody can set
+    except KeyError:  # a number that has no name, as in a container
         return f"uid {os.getuid()}"
 
 
@@ -137,7 +136,7 @@ def _add_key_arguments(parser: argparse.ArgumentParser) -> None:
     rotating.add_argument(
         "--overlap",
         type=_overlap,
-        default=OVERLAP_SECONDS,
+        default=bodies.OVERLAP_SECONDS,
         metavar="TIME",
         help="how long the old one still works: 24h, 2d, 0h for not at all (default: 1h)",
     )
@@ -147,44 +146,57 @@ def _add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_create_arguments(create: argparse.ArgumentParser) -> None:
-    create.add_argument("--tenant", required=True, help="who the key belongs to")
-    create.add_argument("--name", help="what the key is for")
-    create.add_argument("--project", help="a part of the tenant")
+    create.add_argument("--tenant", type=_TEXT, required=True, help="who the key belongs to")
+    create.add_argument("--name", type=_TEXT, help="what the key is for")
+    create.add_argument("--project", type=_TEXT, help="a part of the tenant")
     create.add_argument("--role", action="append", metavar="ROLE", help="may be repeated (default: member)")
     create.add_argument(
-        "--model", action="append", metavar="MODEL", help="a model or prefix* the key may use; may be repeated"
+        "--model",
+        action="append",
+        type=_MODEL,
+        metavar="MODEL",
+        help="a model or prefix* the key may use; may be repeated",
     )
     create.add_argument(
         "--tag",
         action="append",
-        type=tag,
+        type=_TAG,
         default=[],
         metavar="NAME=VALUE",
         help="kept with each call; may be repeated",
     )
     create.add_argument("--expires", type=expiry, metavar="WHEN", help="90d, 12h, 2027-01-31 or 2027-01-31T00:00:00Z")
     for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
-        create.add_argument(f"--{name.replace('_', '-')}", type=_count, metavar="N", help="a limit of this key's own")
-    create.add_argument("--budget-usd", type=_money, metavar="USD", help="what this key may spend in a window")
+        create.add_argument(f"--{name.replace('_', '-')}", type=_COUNT, metavar="N", help="a limit of this key's own")
+    create.add_argument("--budget-usd", type=_MONEY, metavar="USD", help="what this key may spend in a window")
     create.add_argument(
         "--budget-window", choices=("day", "week", "month", "total"), default="month", help="(default: month)"
     )
 
 
-def _count(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
+def _read(reader: bodies.Reader) -> Callable[[str], Any]:
+    """An option that is read as the admin API reads the same field."""
+
+    def read(text: str) -> Any:
+        try:
+            return reader(text)
+        except (ValueError, ArithmeticError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+    return read
 
 
-def _money(text: str) -> int:
-    try:
-        amount = picos(Decimal(text))
-    except (InvalidOperation, ValueError):
-        amount = -1
-    if amount < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no amount in US dollars like 25.00")
-    return amount
+def _tag(text: str) -> tuple[str, str]:
+    name, value = tag(text)
+    return bodies.text(name), bodies.text(value)
+
+
+_TEXT = _read(bodies.text)
+_MODEL = _read(bodies.model)
+_TAG = _read(_tag)
+_COUNT = _read(bodies.digits(bodies.count))
+_MONEY = _read(bodies.money)
+_MOMENT = _read(bodies.nanoseconds)
 
 
 def _overlap(text: str) -> int:
@@ -280,18 +292,17 @@ def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
         ("object", "the id of what it was done to"),
     ):
         parser.add_argument(f"--{name}", help=what)
-    parser.add_argument("--since", type=_nanoseconds, metavar="WHEN", help="2027-01-31 or 2027-01-31T00:00:00Z")
-    parser.add_argument("--until", type=_nanoseconds, metavar="WHEN", help="before this time")
-    parser.add_argument("--limit", type=_count, default=100, metavar="N", help="the newest so many (default: 100)")
+    parser.add_argument("--since", type=_MOMENT, metavar="WHEN", help="2027-01-31 or 2027-01-31T00:00:00Z")
+    parser.add_argument("--until", type=_MOMENT, metavar="WHEN", help="before this time")
+    parser.add_argument(
+        "--limit",
+        type=_COUNT,
+        default=100,
+        metavar="N",
+        help="the newest so many (default: 100)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, with what was before and after")
     parser.add_argument("--verify", action="store_true", help="check that no row was changed, taken out or put between")
-
-
-def _nanoseconds(text: str) -> int:
-    try:
-        return int(instant(text).timestamp()) * 1_000_000_000
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 async def _show(store: Store, args: argparse.Namespace) -> int:

@@ -1,13 +1,11 @@
-"""The store in an SQLite file, which may be the ledger's: one thread asks it, whoever waits for the answers."""
+"""The store in an SQLite file, which may be the ledger's."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +13,13 @@ from typing import Any, TypeVar
 
 from attrs import asdict, define, field, fields, frozen
 
-from qlens import Allowance, AuditEntry, StartupError, file_identity, open_sqlite, sqlite_transaction
+from qlens import Allowance, AuditEntry, sqlite_transaction
 from qlens_plugins.auth.key_store import sqlite_audit
 from qlens_plugins.auth.key_store.records import Key, Tenant
-from qlens_plugins.auth.key_store.schema import MIGRATIONS, OWNER
+from qlens_plugins.auth.key_store.sqlite_line import Database, Line
 from qlens_plugins.auth.key_store.store import AuditQuery, Changes, Listed, Page, StoreAway
 
 T = TypeVar("T")
-Database = sqlite3.Connection
 
 FORGET_SECONDS = 30 * 86_400
 """How long after its end a key is still told that it was revoked; later it is unknown."""
@@ -67,23 +64,24 @@ class SqliteStore:
     path: Path
     pepper: str
     """Tells the pepper that the keys are hashed with from others."""
-    _thread: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "qlens-key-store"), init=False)
-    _database: Database | None = field(default=None, init=False)
-    _file: tuple[int, int] | None = field(default=None, init=False)
-    _opened: bool = field(default=False, init=False)
-    """Whether the file was open once: from then on it is not made."""
+    # However many lists somebody asks for, keys can be revoked meanwhile, and gateways hear of it in time.
+    _following: Line = field(init=False)
+    _desk: Line = field(init=False)
+    _lists: Line = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._following = Line(self.path, self.pepper, "qlens-key-store", makes=True)
+        self._desk = Line(self.path, self.pepper, "qlens-key-desk", makes=False)
+        self._lists = Line(self.path, self.pepper, "qlens-key-lists", makes=False)
 
     async def open(self) -> None:
         """Make or open the file; raises StartupError for what an operator must mend."""
-        try:
-            await self._on_thread(self._connected)
-        except sqlite3.Error as error:
-            raise StoreAway(str(error)) from error
+        await self._following.open()
 
     async def close(self) -> None:
         """Let go of the file, after what was asked before."""
-        await self._on_thread(self._disconnect)
-        self._thread.shutdown(wait=False)
+        for line in (self._following, self._desk, self._lists):
+            await line.close()
 
     # --- what the gateways follow --------------------------------------------------------------
 
@@ -102,7 +100,7 @@ class SqliteStore:
                 after = "WHERE change > ?"
                 return Changes(upto, _keys(database, after, since), _tenants(database, after, since))
 
-        return await self._ask(work)
+        return await self._following.ask(work)
 
     # --- keys ----------------------------------------------------------------------------------
 
@@ -130,7 +128,7 @@ class SqliteStore:
             rows = _keys(database, where, start, *values, page.limit + 1)
             return Listed(rows[: page.limit], len(rows) > page.limit)
 
-        return await self._ask(work)
+        return await self._lists.ask(work)
 
     async def add_key(self, key: Key, entry: AuditEntry) -> None:
         """Implements `Store`."""
@@ -156,7 +154,7 @@ class SqliteStore:
     async def tenants(self, page: Page, tenant: str | None) -> Listed:
         """Implements `Store`."""
         where = "WHERE name > ? AND name = ifnull(?, name) AND deleted_at IS NULL ORDER BY name LIMIT ?"
-        rows = await self._ask(lambda d: _tenants(d, where, page.after or "", tenant, page.limit + 1))
+        rows = await self._lists.ask(lambda d: _tenants(d, where, page.after or "", tenant, page.limit + 1))
         return Listed(rows[: page.limit], len(rows) > page.limit)
 
     async def put_tenant(self, tenant: Tenant, entry: AuditEntry) -> bool:
@@ -184,16 +182,14 @@ class SqliteStore:
 
     async def entries(self, page: Page, query: AuditQuery) -> Listed | None:
         """Implements `Store`."""
-        return await self._ask(lambda database: sqlite_audit.entries(database, page, query))
+        return await self._lists.ask(lambda database: sqlite_audit.entries(database, page, query))
 
     async def chain(self) -> tuple[int, str | None, str]:
         """Implements `Store`."""
-        return await self._ask(sqlite_audit.chain)
+        return await self._lists.ask(sqlite_audit.chain)
 
-    # --- the thread ----------------------------------------------------------------------------
-
-    async def _on_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def _ask(self, work: Callable[[Database], T]) -> T:
+        return await self._desk.ask(work)
 
     async def _unless_raced(self, work: Callable[[Database], object]) -> bool:
         try:
@@ -201,44 +197,6 @@ class SqliteStore:
         except _Raced:
             return False
         return True
-
-    async def _ask(self, work: Callable[[Database], T]) -> T:
-        return await self._on_thread(lambda: self._asked(work))
-
-    def _asked(self, work: Callable[[Database], T]) -> T:
-        try:
-            answer = work(self._connected())
-            if file_identity(self.path) != self._file:
-                raise sqlite3.OperationalError("the file was moved or deleted")
-        except (sqlite3.Error, StartupError) as error:
-            self._disconnect()
-            raise StoreAway(str(error)) from error
-        return answer
-
-    def _connected(self) -> Database:
-        if self._database is None:
-            database = open_sqlite(self.path, OWNER, MIGRATIONS, create=not self._opened)
-            try:
-                _check_pepper(database, self.pepper)
-            except BaseException:
-                database.close()
-                raise
-            self._database, self._file, self._opened = database, file_identity(self.path), True
-        return self._database
-
-    def _disconnect(self) -> None:
-        database, self._database = self._database, None
-        if database is not None:
-            database.close()
-
-
-def _check_pepper(database: Database, pepper: str) -> None:
-    """Raise StartupError unless the keys in the file were hashed with this pepper; the first to come says which."""
-    if database.execute("SELECT pepper FROM key_state").fetchone()[0] is None:
-        with sqlite_transaction(database):
-            database.execute("UPDATE key_state SET pepper = ? WHERE pepper IS NULL", (pepper,))
-    if database.execute("SELECT pepper FROM key_state").fetchone()[0] != pepper:
-        raise StartupError("the keys in this database were hashed with another `pepper`: set that one again")
 
 
 # --- statements --------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import json
 import sqlite3
 
 from qlens import AuditEntry
+from qlens_plugins.auth.key_store.bodies import nanoseconds
 from qlens_plugins.auth.key_store.store import AuditQuery, Listed, Page
 
 _FIRST = b""
@@ -57,12 +58,21 @@ def entries(database: sqlite3.Connection, page: Page, query: AuditQuery) -> List
 def chain(database: sqlite3.Connection) -> tuple[int, str | None, str]:
     """How many entries there are, the id of the first that is not as it was written, and the last hash."""
     last, count = _FIRST, 0
-    for id_, text, seal in database.execute("SELECT id, entry, hash FROM audit ORDER BY n"):
+    for text, seal, *columns in database.execute(
+        "SELECT entry, hash, id, wall_ns, tenant, actor, action, object FROM audit ORDER BY n"
+    ):
         count += 1
         last = _sealed(last, text)
-        if last != seal:
-            return count, id_, last.hex()
+        if last != seal or not _told(text, *columns):
+            return count, columns[0], last.hex()
     return count, None, last.hex()
+
+
+def _told(text: str, id_: str, wall_ns: int, *columns: str | None) -> bool:
+    """Whether the columns that entries are found by say what the entry says, which alone is sealed."""
+    row = json.loads(text)
+    said = (row["id"], row["tenant"], row["actor"]["subject"], row["action"], row["object"])
+    return said == (id_, *columns) and nanoseconds(row["at"]) == wall_ns // 1000 * 1000
 
 
 def _sealed(before: bytes, text: str) -> bytes:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Literal
 
 from attrs import define, field, frozen
 
-from qlens import Cost, Usage
+from qlens import Cost, Target, Usage
+from qlens_plugins.cost.prices.catalogue import KINDS, Catalogue
 from qlens_plugins.cost.prices.rows import BUCKETS, PriceRow
+
+Asked = tuple[str, str | None, str | None, str]
+"""What of a target its price hangs on: provider, kind, region and model."""
 
 STANDARD_TIERS = (None, "", "auto", "default", "standard")
 """What providers call the tier that a row's own prices are for."""
@@ -20,6 +25,11 @@ REMEMBERED = 1024
 
 _INSTEAD = {"cached_input": "input", "cache_write_5m": "input", "cache_write_1h": "input", "reasoning": "output"}
 """The price that stands in for one a row does not give."""
+_COUNTED_IN = {
+    "input": ("cached_input", "cache_write_5m", "cache_write_1h", "audio_in"),
+    "output": ("reasoning", "audio_out"),
+}
+"""The buckets in which tokens may turn out to be that a bound has in one."""
 
 
 @frozen
@@ -39,24 +49,20 @@ class Rates:
 
     @classmethod
     def of(cls, row: PriceRow, tier: str | None = None) -> Rates:
-        """A row's prices at a service tier."""
-        if tier is None:
-            return cls._filled(row.id, row, dict(row.each()))
-        return cls._filled(f"{row.id}:{tier}", row, dict(row.each(row.tiers[tier])))
-
-    @classmethod
-    def dearest(cls, row: PriceRow) -> Rates:
-        """What a token costs at most, whichever bucket and tier it will be counted in."""
-        said = dict(row.each(max(Decimal(1), *row.tiers.values(), Decimal(0))))
-        for bucket in ("input", "output"):
-            if bucket in said:
-                said[bucket] = max(said[bucket], *(said.get(name, 0) for name in _INSTEAD if _INSTEAD[name] == bucket))
-        return cls._filled(row.id, row, said)
-
-    @classmethod
-    def _filled(cls, name: str, row: PriceRow, said: Mapping[str, int]) -> Rates:
+        """A row's prices, or those at one of the tiers that it has a factor for."""
+        name, factor = (row.id, Decimal(1)) if tier is None else (f"{row.id}:{tier}", row.tiers[tier])
+        said = dict(row.each(factor))
         buckets = {bucket: said.get(bucket, said.get(_INSTEAD.get(bucket, bucket), UNKNOWN)) for bucket in BUCKETS}
         return cls(name, {meter: said[meter] for meter in row.meters}, **buckets)
+
+    @classmethod
+    def dearest(cls, name: str, all_: Sequence[Rates]) -> Rates:
+        """What a token costs at most, whichever bucket and tier it will be counted in."""
+        most = {bucket: max(getattr(rates, bucket) for rates in all_) for bucket in BUCKETS}
+        for bucket, others in _COUNTED_IN.items():
+            most[bucket] = max(most[bucket], *(most[other] for other in others))
+        meters = {meter for rates in all_ for meter in rates.meters}
+        return cls(name, {meter: max(rates.meters.get(meter, UNKNOWN) for rates in all_) for meter in meters}, **most)
 
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
@@ -91,7 +97,7 @@ class Rates:
 
 @frozen
 class Entry:
-    """A row, worked out."""
+    """What calls of one prompt size cost, worked out."""
 
     above: int
     """It holds for prompts of more tokens than this."""
@@ -101,19 +107,35 @@ class Entry:
     dearest: Rates
 
     @classmethod
-    def of(cls, row: PriceRow) -> Entry:
-        """Work a row out."""
-        standard = Rates.of(row)
-        tiers: dict[str | None, Rates] = {tier: Rates.of(row, tier) for tier in row.tiers}
+    def of(cls, rows: Sequence[PriceRow]) -> Entry:
+        """Work out the rows for one prompt size: the standard tier's, and those of single tiers."""
+        plain = next((row for row in rows if row.tier is None), None)
+        standard = _nothing(rows[0]) if plain is None else Rates.of(plain)
+        tiers: dict[str | None, Rates] = {} if plain is None else {tier: Rates.of(plain, tier) for tier in plain.tiers}
+        tiers.update({row.tier: Rates.of(row) for row in rows if row.tier is not None})
+        dearest = Rates.dearest(standard.id, (standard, *tiers.values()))
         tiers.update(dict.fromkeys(STANDARD_TIERS, standard))
-        return cls(row.above_prompt_tokens, standard, tiers, Rates.dearest(row))
+        return cls(rows[0].above_prompt_tokens, standard, tiers, dearest)
+
+
+def _nothing(row: PriceRow) -> Rates:
+    """The prices of the standard tier where only others have some."""
+    return Rates(row.id, {}, **dict.fromkeys(BUCKETS, UNKNOWN))
 
 
 @frozen
 class Sheet:
-    """The rows for one provider and model pattern, those for the longest prompts first."""
+    """The prices in force for one provider and model pattern, those for the longest prompts first."""
 
     entries: tuple[Entry, ...]
+
+    @classmethod
+    def of(cls, rows: Iterable[PriceRow]) -> Sheet:
+        """Work out rows that hold at the same time."""
+        sizes: dict[int, list[PriceRow]] = {}
+        for row in rows:
+            sizes.setdefault(row.above_prompt_tokens, []).append(row)
+        return cls(tuple(Entry.of(sizes[size]) for size in sorted(sizes, reverse=True)))
 
     def cost(self, usage: Usage) -> Cost | None:
         """What a usage costs: exactly, if the provider counted it and its tier has a price.
@@ -142,55 +164,110 @@ class Sheet:
         return dearest
 
 
+NO_PRICE = Sheet(())
+"""What a target without a row has."""
+
+
+@frozen
+class Periods:
+    """How the prices of a target change with time, the newest first."""
+
+    sheets: tuple[tuple[int, Sheet], ...]
+    """(the first nanosecond of Unix time at which it holds, sheet)."""
+
+    def at(self, wall_ns: int) -> Sheet:
+        """The prices in force at a time."""
+        return next((sheet for since, sheet in self.sheets if wall_ns >= since), NO_PRICE)
+
+
 @define(eq=False)
 class Book:
-    """All rows of a price table, ready to be asked."""
+    """All rows of a price table, and behind them the catalogue, ready to be asked."""
 
     rows: tuple[PriceRow, ...]
-    _exact: dict[tuple[str, str], Sheet] = field(init=False)
-    _prefixes: list[tuple[str, str, Sheet]] = field(init=False)
-    """(model prefix, provider, sheet), the most specific first."""
-    _remembered: dict[tuple[str, str], Sheet | None] = field(factory=dict, init=False)
+    catalogue: Callable[[], Catalogue] | None = None
+    """Gives the catalogue, for targets without a row; None: there is none."""
+    known: dict[Asked, Sheet] = field(factory=dict, init=False)
+    """The prices of targets that were asked for, where they are the same at all times."""
+    _changing: dict[Asked, Periods] = field(factory=dict, init=False)
+    """Those of the others."""
+    _exact: dict[str, list[tuple[PriceRow, ...]]] = field(init=False)
+    """By model, the rows that differ in size, tier and date only."""
+    _prefixes: list[tuple[PriceRow, ...]] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        sheets = _sheets(self.rows)
-        self._exact = {key: sheet for key, sheet in sheets.items() if not key[1].endswith("*")}
-        prefixes = [(model[:-1], provider, sheet) for (provider, model), sheet in sheets.items() if model.endswith("*")]
-        self._prefixes = sorted(prefixes, key=lambda entry: (-len(entry[0]), entry[1] == "*"))
+        alike: dict[tuple[str, str, str | None], list[PriceRow]] = {}
+        for row in self.rows:
+            alike.setdefault((row.model, row.provider, row.region), []).append(row)
+        self._exact, self._prefixes = {}, []
+        for (model, _, _), rows in alike.items():
+            together = self._prefixes if model.endswith("*") else self._exact.setdefault(model, [])
+            together.append(tuple(rows))
 
     @classmethod
-    def of(cls, *tables: Iterable[PriceRow]) -> Book:
+    def of(cls, *tables: Iterable[PriceRow], catalogue: Callable[[], Catalogue] | None = None) -> Book:
         """A book of several tables; a row of a later one replaces the row it has in common with an earlier one."""
         rows = {row.key: row for table in tables for row in table}
-        return cls(tuple(rows.values()))
+        return cls(tuple(rows.values()), catalogue)
 
-    def find(self, provider: str, model: str) -> Sheet | None:
-        """The most specific rows for a model at a provider, or None: it has no price."""
-        key = provider, model
-        try:
-            return self._remembered[key]
-        except KeyError:
-            pass
-        if len(self._remembered) >= REMEMBERED:
-            self._remembered.clear()
-        sheet = self._remembered[key] = self._search(provider, model)
-        return sheet
+    def find(self, target: Target, wall_ns: int) -> Sheet:
+        """The prices of a target at a time: those of the most specific rows that are in force."""
+        asked = (target.provider, target.kind, target.region, target.base_model or target.model)
+        if (sheet := self.known.get(asked)) is not None:
+            return sheet
+        if (periods := self._changing.get(asked)) is None:
+            if len(self.known) + len(self._changing) >= REMEMBERED:
+                self.known.clear()
+                self._changing.clear()
+            periods = self._periods(*asked)
+            if len(periods.sheets) == 1:
+                self.known[asked] = periods.sheets[0][1]
+            else:
+                self._changing[asked] = periods
+        return periods.at(wall_ns)
 
-    def _search(self, provider: str, model: str) -> Sheet | None:
-        exact = self._exact.get((provider, model)) or self._exact.get(("*", model))
-        if exact is not None:
-            return exact
-        return next(
-            (sheet for prefix, at, sheet in self._prefixes if model.startswith(prefix) and at in ("*", provider)), None
-        )
+    def _periods(self, provider: str, kind: str | None, region: str | None, model: str) -> Periods:
+        """All prices of a target."""
+        found = self._matching((provider, kind, "*"), region, model)
+        if self.catalogue is not None and kind in KINDS:
+            found.append(self.catalogue().find(kind, model, region))
+        days = {row.valid_from or "" for rows in found for row in rows} | {""}
+        return Periods(tuple((_begins(day), _in_force(found, day)) for day in sorted(days, reverse=True)))
+
+    def _matching(
+        self, providers: tuple[str | None, ...], region: str | None, model: str
+    ) -> list[tuple[PriceRow, ...]]:
+        """The rows that name a model, most specific first: by name, then by provider, then by region."""
+        candidates = [*self._exact.get(model, ()), *self._prefixes]
+        fitting = [
+            rows
+            for rows in candidates
+            if rows[0].provider in providers
+            and rows[0].region in (None, region)
+            and (rows[0].model == model or model.startswith(rows[0].model.removesuffix("*")))
+        ]
+
+        def place(rows: tuple[PriceRow, ...]) -> tuple[bool, int, int, bool]:
+            row = rows[0]
+            return (
+                row.model.endswith("*"),
+                -len(row.model),
+                providers.index(row.provider),
+                row.region is None,
+            )
+
+        return sorted(fitting, key=place)
 
 
-def _sheets(rows: Iterable[PriceRow]) -> dict[tuple[str, str], Sheet]:
-    """The rows of each provider and model pattern together."""
-    together: dict[tuple[str, str], list[PriceRow]] = {}
-    for row in rows:
-        together.setdefault((row.provider, row.model), []).append(row)
-    return {
-        key: Sheet(tuple(Entry.of(row) for row in sorted(same, key=lambda row: -row.above_prompt_tokens)))
-        for key, same in together.items()
-    }
+def _in_force(found: Iterable[Sequence[PriceRow]], day: str) -> Sheet:
+    """The first rows of which some have begun; the newest of them count, all together."""
+    for rows in found:
+        begun = [row.valid_from or "" for row in rows if (row.valid_from or "") <= day]
+        if begun:
+            return Sheet.of(row for row in rows if (row.valid_from or "") == max(begun))
+    return NO_PRICE
+
+
+def _begins(day: str) -> int:
+    """The first nanosecond of a day in UTC; nothing is before all days."""
+    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp()) * 10**9 if day else 0

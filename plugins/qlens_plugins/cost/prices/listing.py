@@ -1,4 +1,4 @@
-"""The command `qlens prices`: the table, and which row prices each configured target."""
+"""The command `qlens prices`: the table, which row prices each configured target, and how a new catalogue is made."""
 
 from __future__ import annotations
 
@@ -6,43 +6,82 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from attrs import asdict
 
-from qlens import Model, Target
+from qlens import Model, StartupError, Target
 from qlens_plugins.cost.columns import aligned
 from qlens_plugins.cost.prices.book import Book
 from qlens_plugins.cost.prices.rows import BUCKETS, PriceRow
 
-HELP = "Show the price table, and the row or UNPRICED for each configured target."
+HELP = "Show the price table, and the row or UNPRICED for each configured target; or make a new catalogue."
 UNPRICED = "UNPRICED"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("--json", action="store_true", help="print JSON; prices as decimal text")
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("show", "update"),
+        default="show",
+        help="show (the default), or update: make a catalogue of the packages genai-prices and litellm",
+    )
+    parser.add_argument("--json", action="store_true", help="show: print JSON; prices as decimal text")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="update: where to write it; default: standard output")
+    parser.add_argument(
+        "--packages", metavar="DIR", type=Path, help="update: where the packages are; default: they are installed"
+    )
 
 
-def show(book: Book, models: Mapping[str, Model], *, as_json: bool) -> None:
-    """Print the table and the targets."""
-    targets = [_target(book, target) for model in models.values() for target in model.candidates]
+def update(args: argparse.Namespace, now: float) -> int:
+    """Write a new catalogue, and tell where its sources differ and what they say that is no exact price."""
+    from qlens_plugins.cost.prices.update import RULE, build  # only this command needs what it imports
+
+    built = build(f"{datetime.fromtimestamp(now, UTC):%Y-%m-%d}", args.packages)
+    if args.out is None:
+        sys.stdout.write(built.text)
+    else:
+        try:
+            args.out.write_text(built.text, encoding="utf-8")
+        except OSError as error:
+            raise StartupError(f"{args.out}: {error.strerror}") from error
+    for what, lines in (("the sources differ", built.conflicts), ("no exact price", built.refused)):
+        for line in lines:
+            sys.stderr.write(f"{what}: {line}\n")
+    sys.stderr.write(
+        f"{built.models} names, {len(built.conflicts)} differences, {len(built.refused)} left out. {RULE}\n"
+    )
+    return 0
+
+
+def show(book: Book, models: Mapping[str, Model], wall_ns: int, *, as_json: bool) -> None:
+    """Print the table and the targets, with the prices of a moment."""
+    targets = [_target(book, target, wall_ns) for model in models.values() for target in model.candidates]
+    listed = None if book.catalogue is None else book.catalogue()
     if as_json:
-        sys.stdout.write(json.dumps({"rows": [_row(row) for row in book.rows], "targets": targets}, indent=2) + "\n")
+        about = None if listed is None else {"date": listed.date, "models": listed.models, "sources": listed.sources}
+        found = {"rows": [_row(row) for row in book.rows], "catalogue": about, "targets": targets}
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
     sys.stdout.write("USD per million tokens\n")
     heads = ("PROVIDER", "MODEL", *(bucket.upper() for bucket in BUCKETS), "OTHER", "DATE")
     sys.stdout.write(aligned([heads, *(_cells(row) for row in book.rows)]))
+    if listed is not None:
+        named = " and ".join(listed.sources)
+        sys.stdout.write(f"\nCatalogue of {listed.date}: {listed.models} names, from {named}\n")
     sys.stdout.write("\nConfigured targets\n")
     lines = [(found["model"], _shown(found), _named(found["rows"])) for found in targets]
     sys.stdout.write(aligned([("MODEL", "TARGET", "ROW"), *lines]))
 
 
-def _target(book: Book, target: Target) -> dict[str, Any]:
+def _target(book: Book, target: Target, wall_ns: int) -> dict[str, Any]:
     """Which rows price a target; behind a wildcard that depends on the name a client asks for."""
     name = target.base_model or target.model
-    sheet = book.find(target.provider, name)
-    rows = None if sheet is None else [entry.standard.id for entry in sheet.entries]
+    rows = [entry.standard.id for entry in book.find(target, wall_ns).entries] or None
     if rows is None and name.endswith("*"):
         rows = ["by the name asked for"]
     return {
@@ -81,9 +120,12 @@ def _cells(row: PriceRow) -> tuple[str, ...]:
     prices = (getattr(row, bucket) for bucket in BUCKETS)
     other = [f"{meter} {price:f} each" for meter, price in row.meters.items()]
     other += [f"{tier} x{factor:f}" for tier, factor in row.tiers.items()]
-    above = f" (prompt > {row.above_prompt_tokens})" if row.above_prompt_tokens else ""
+    only = f" (prompt > {row.above_prompt_tokens})" if row.above_prompt_tokens else ""
+    only += f" (tier {row.tier})" if row.tier else ""
+    only += f" (region {row.region})" if row.region else ""
+    only += f" (from {row.valid_from})" if row.valid_from else ""
     return (
-        *(row.provider, row.model + above),
+        *(row.provider, row.model + only),
         *("-" if price is None else f"{price:f}" for price in prices),
         *(", ".join(other), row.date or ""),
     )

@@ -1,4 +1,4 @@
-"""Prices every call exactly from a table; what has no row is unpriced, never free."""
+"""Prices every call exactly, from a table and a catalogue; what has no row is unpriced, never free."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,8 @@ from qlens import (
     usd,
 )
 from qlens_plugins.cost.prices import listing
-from qlens_plugins.cost.prices.book import Book, Sheet
+from qlens_plugins.cost.prices.book import Book
+from qlens_plugins.cost.prices.catalogue import Catalogue
 from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
 
 if TYPE_CHECKING:
@@ -56,12 +57,16 @@ class PriceFile:
 
 @frozen
 class PricesConfig:
-    """Prices every call exactly from a table; what has no row is unpriced, never free."""
+    """Prices every call exactly, from a table and a catalogue; what has no row is unpriced, never free."""
 
     file: Path | None = None
     """YAML file with a key `table` like the one here; it is read again when it changes."""
     table: tuple[PriceRow, ...] = field(default=(), validator=_unique)
-    """Price rows; one replaces the row of `file` for the same provider, model and `above_prompt_tokens`."""
+    """Price rows; one replaces the row of `file` for the same provider, model, region, size, tier and date."""
+    catalogue: bool = True
+    """Price what has no row by the catalogue: Azure OpenAI, Bedrock, and OpenAI and Anthropic themselves."""
+    catalogue_file: Path | None = None
+    """A catalogue that `qlens prices update` made, instead of the one that is shipped; read at start-up and reload."""
     strict: bool = False
     """Refuse calls for a model when one of its targets or fallbacks has no row."""
     reload_seconds: float = field(default=5, validator=validators.gt(0))
@@ -75,6 +80,7 @@ class Prices:
     config: PricesConfig
     name: str
     _book: Book | None = field(default=None, init=False)
+    _catalogue: Catalogue | None = field(default=None, init=False)
     _seen: Seen = field(default=None, init=False)
     _problem: str | None = field(default=None, init=False)
     """Why the file's newest state is not in use."""
@@ -97,16 +103,34 @@ class Prices:
         if self.config.file is not None:
             self._seen = _state(self.config.file)
             rows = read_yaml(self.config.file, PriceFile).table
-        self._book = Book.of(rows, self.config.table)
+        if self.config.catalogue_file is not None and self.config.catalogue:
+            self._listed()
+        self._book = Book.of(rows, self.config.table, catalogue=self._listed if self.config.catalogue else None)
+
+    def _listed(self) -> Catalogue:
+        """The catalogue; read once, when a target needs it."""
+        if self._catalogue is None:
+            self._catalogue = Catalogue.read(self.config.catalogue_file)
+        return self._catalogue
+
+    def _prepare(self, models: Mapping[str, Model]) -> None:
+        """Read the table, and find the prices of all targets before calls need them."""
+        self._read()
+        for model in models.values():
+            for target in model.candidates:
+                self.book.find(target, 0)
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Read the table, then follow its file."""
         self._gateway = gateway
-        await asyncio.to_thread(self._read)
-        if not self.book.rows:
-            log.warning("%s: the price table is empty: all calls are unpriced; give `file` or `table`", self.name)
+        await asyncio.to_thread(self._prepare, gateway.models)
+        if not self.book.rows and not self.config.catalogue:
+            log.warning(
+                "%s: the price table is empty: all calls are unpriced; give `file` or `table`, or `catalogue: true`",
+                self.name,
+            )
         following = asyncio.create_task(self._follow(), name="follow prices")
         try:
             yield
@@ -136,9 +160,10 @@ class Prices:
     @hookimpl
     def price(self, call: Call, target: Target, usage: Usage) -> Cost | None:
         """What a usage costs by the most specific row; None when there is none, or it lacks a price that is needed."""
-        sheet = (self._book or self.book).find(target.provider, target.base_model or target.model)
+        book = self._book or self.book
+        sheet = book.known.get((target.provider, target.kind, target.region, target.base_model or target.model))
         if sheet is None:
-            return None
+            sheet = book.find(target, call.wall_ns)
         return sheet.bound(usage) if usage is call.bound else sheet.cost(usage)
 
     @hookimpl
@@ -146,7 +171,7 @@ class Prices:
         """Refuse what could not be priced, when the table is strict."""
         if not self.config.strict or call.model is None or call.bound_cost.picos is not None:
             return
-        if all(self._sheet(target) for target in self._targets(call.model)):
+        if all(self.book.find(target, call.wall_ns).entries for target in self._targets(call.model)):
             return
         raise InvalidRequest(
             f"The model `{call.model.name}` has no price, and this gateway refuses calls that it cannot price. "
@@ -154,9 +179,6 @@ class Prices:
             param="model",
             code="model_unpriced",
         )
-
-    def _sheet(self, target: Target) -> Sheet | None:
-        return self.book.find(target.provider, target.base_model or target.model)
 
     def _targets(self, model: Model) -> Iterable[Target]:
         """All that a call for a model may be sent to."""
@@ -183,14 +205,18 @@ class Prices:
         """Whether the file's newest state is in use."""
         if self._problem is not None:
             return Health(False, f"the price table is not the file's newest: {self._problem}")
-        return Health(True, f"{len(self.book.rows)} rows")
+        listed = f", and the catalogue of {self._catalogue.date}" if self._catalogue is not None else ""
+        return Health(True, f"{len(self.book.rows)} rows{listed}")
 
     @hookimpl
     def commands(self) -> Iterable[Command]:
         """`qlens prices`."""
 
         async def run(gateway: Gateway, args: Namespace) -> int:
-            listing.show(self.book, gateway.models, as_json=args.json)
+            now = gateway.clock.time()
+            if args.action == "update":
+                return await asyncio.to_thread(listing.update, args, now)
+            listing.show(self.book, gateway.models, int(now * 10**9), as_json=args.json)
             return 0
 
         yield Command("prices", listing.HELP, listing.add_arguments, run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from datetime import date
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,18 @@ def _multipliers(row: PriceRow, attribute: Attribute[Any], value: Mapping[str, D
             _times(each, factor, f"{name} at tier {tier}")
 
 
+def _iso_date(row: PriceRow, attribute: Attribute[Any], value: str | None) -> None:
+    if value is not None and not _is_date(value):
+        raise ValueError(f"{value} is no date; write it like 2027-01-31")
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _not_negative(value: Decimal) -> None:
     if value.is_finite() and value < 0:
         raise ValueError(f"{value} USD is negative; a price is 0 or more")
@@ -74,7 +87,13 @@ class PriceRow:
     model: str = field(validator=validators.min_len(1))
     """Model this row prices: a name, or `prefix*`. Compared with the target's `base_model`, else with its `model`."""
     provider: str = field(default="*", validator=validators.min_len(1))
-    """Provider instance this row is for, as named under `providers:`, or `*` for all."""
+    """Provider this row is for: a name under `providers:`, a kind (`azure_openai`, `bedrock`, ...), or `*` for all."""
+    region: str | None = None
+    """The row holds for targets with this `region` only."""
+    tier: str | None = field(default=None, validator=validators.optional(validators.min_len(1)))
+    """The row holds for calls at this service tier only, as the provider reports it: `priority`, `flex`, `batch`."""
+    valid_from: str | None = field(default=None, validator=_iso_date)
+    """First day (UTC) of these prices, `2027-01-31`. From then on they replace all older rows for the same model."""
     input: Decimal | None = field(default=None, validator=_per_million)
     """USD per million prompt tokens."""
     cached_input: Decimal | None = field(default=None, validator=_per_million)
@@ -107,15 +126,18 @@ class PriceRow:
             raise ValueError(f"the row for {self.model} has no price; give at least one, 0 if it is free")
 
     @property
-    def key(self) -> tuple[str, str, int]:
+    def key(self) -> tuple[str | int | None, ...]:
         """What no two rows of a table share."""
-        return self.provider, self.model, self.above_prompt_tokens
+        return self.provider, self.model, self.region, self.valid_from, self.above_prompt_tokens, self.tier
 
     @property
     def id(self) -> str:
-        """The name receipts know this row by: provider/model, the prompt size and the date if it has them."""
+        """The name receipts know this row by: provider/model, with the region, prompt size, date and tier it has."""
+        region = f"[{self.region}]" if self.region else ""
         above = f">{self.above_prompt_tokens}" if self.above_prompt_tokens else ""
-        return f"{self.provider}/{self.model}{above}" + (f"@{self.date}" if self.date else "")
+        since = self.valid_from or self.date
+        named = f"{self.provider}/{self.model}{region}{above}" + (f"@{since}" if since else "")
+        return f"{named}:{self.tier}" if self.tier else named
 
     def each(self, factor: Decimal = Decimal(1)) -> list[tuple[str, int]]:
         """What the row says itself: (meter, picodollars for one), times a factor."""
@@ -127,7 +149,9 @@ class PriceRow:
 
 def no_duplicates(rows: Iterable[PriceRow]) -> None:
     """Raise ValueError when a table says two things about one model."""
-    for (provider, model, above), count in Counter(row.key for row in rows).items():
+    for (provider, model, region, since, above, tier), count in Counter(row.key for row in rows).items():
         if count > 1:
             size = f" above {above} prompt tokens" if above else ""
-            raise ValueError(f"{count} rows for model {model} of provider {provider}{size}; leave one")
+            told = ((" in region", region), (" at tier", tier), (" from", since))
+            more = "".join(f"{word} {value}" for word, value in told if value)
+            raise ValueError(f"{count} rows for model {model} of provider {provider}{size}{more}; leave one")

@@ -358,9 +358,9 @@ class AzureOpenAI:
             call.tags["azure_spillover_from"] = spilled
         # Tokens that spilled over were answered, and are billed, by a standard deployment.
         tier = PROVISIONED if target.params.get("provisioned") and not spilled else None
-        if reply.chunks is not None and outgoing.dialect == "responses" and tier is not None:
-            reply.replace(chunks=Tiered(outgoing.dialect, tier).mend(reply.chunks))
         if reply.chunks is not None and outgoing.dialect not in _MENDED:
+            if tier is not None and not reply.raw:
+                reply.replace(chunks=Tiered(outgoing.dialect, tier).mend(reply.chunks))
             return reply
         if reply.chunks is not None:
             mender = Mender(outgoing.dialect, tier, lambda model: _answered_by(reply, target, model))

@@ -132,7 +132,7 @@ class Mender:
 
 @define(eq=False)
 class Tiered(Mender):
-    """Passes a response's stream on; the event with its usage says by which tier this is to be priced."""
+    """Passes a stream of typed events on; the one with the usage says by which tier this is to be priced."""
 
     def _block(self, block: bytes) -> bytes:
         if not _USAGE.search(block):
@@ -145,8 +145,9 @@ class Tiered(Mender):
             payload = orjson.loads(data)
         except orjson.JSONDecodeError:
             return event  # something for the core to judge
-        response = payload.get("response") if isinstance(payload, dict) else None
-        if not isinstance(response, dict):
+        # A response's usage stands in the response; that of an image or a transcript in the event itself.
+        told = payload.get("response", payload) if isinstance(payload, dict) else None
+        if not isinstance(told, dict):
             return event
-        response["service_tier"] = self.tier
+        told["service_tier"] = self.tier
         return name + b"data: " + orjson.dumps(payload)

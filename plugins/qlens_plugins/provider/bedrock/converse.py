@@ -10,13 +10,13 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import Answer, CallError, Reply, UpstreamInvalid, UpstreamTruncated
+from qlens import Answer, CallError, Reply, UpstreamTruncated
 from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.converse_reply import Head, choice_of
 from qlens_plugins.provider.bedrock.converse_request import Asked
 from qlens_plugins.provider.bedrock.converse_stream import DONE, ChunkWriter, event_name, usage_chunk
 from qlens_plugins.provider.bedrock.eventstream import MEDIA_TYPE, Frame, FrameReader
-from qlens_plugins.provider.bedrock.exchange import Wire, dumped, request_id_of
+from qlens_plugins.provider.bedrock.exchange import ToldBy, Wire, dumped, request_id_of
 from qlens_plugins.provider.bedrock.fan_out import gathered, merged
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
@@ -35,10 +35,8 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
     answers = await gathered([lambda: wire.ask(path, body)] * choices)
     request_id = answers[0].request_id
     head = Head.of(model.shown, request_id)
-    try:
+    with ToldBy(request_id):
         written = [choice_of(answer.body, asked, index) for index, answer in enumerate(answers)]
-    except (AttributeError, KeyError, TypeError, orjson.JSONEncodeError) as error:
-        raise UpstreamInvalid("The provider's answer is not as its API promises.") from error
     usage = usages.total(usages.read(answer.body.get("usage"), _tier(answer.body)) for answer in answers)
     content: Block = {
         "id": head.id,

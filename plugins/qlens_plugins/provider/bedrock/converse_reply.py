@@ -28,7 +28,7 @@ _FINISH = {
 _MALFORMED = {"malformed_model_output", "malformed_tool_use"}
 
 
-@frozen
+@frozen(slots=False)  # made for every call
 class Head:
     """What every part of one answer repeats."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Any
 
-from attrs import frozen
+from attrs import define, frozen
 
 from qlens import InvalidRequest
 from qlens_plugins.provider.bedrock import caching, tools
@@ -36,7 +37,7 @@ _LATENCIES = {"standard", "optimized"}
 _ADDITIONAL = "additional_model_request_fields"
 
 
-@frozen
+@frozen(slots=False)  # made for every call
 class Asked:
     """A body for Converse, and what is needed to read the answer as the client wants it."""
 
@@ -50,7 +51,7 @@ class Asked:
     """Whether the client speaks of functions, not of tools."""
 
 
-@frozen
+@frozen(slots=False)  # made for every call
 class Rules:
     """What the operator says about every call of a target."""
 
@@ -104,7 +105,7 @@ def _unsupported(param: str, message: str) -> InvalidRequest:
 # --- the body ----------------------------------------------------------------------------------
 
 
-@frozen
+@define(eq=False)
 class _Draft:
     """A call that was read, on its way to Converse's body."""
 
@@ -138,7 +139,7 @@ class _Draft:
             "serviceTier": _tier(body, self.params),
             "performanceConfig": {"latency": body["latency"]} if body.get("latency") in _LATENCIES else None,
         }
-        return {name: part for name, part in parts.items() if part}
+        return dict(filter(itemgetter(1), parts.items()))
 
     def _inference(self, limit: int | None) -> Block:
         body, config = self.body, dict[str, Any]()
@@ -208,6 +209,8 @@ def _tier(body: Block, params: Mapping[str, Any]) -> Block | None:
 def _metadata(body: Block) -> dict[str, str]:
     given = {name: body[name] for name in ("user", "safety_identifier") if body.get(name)}
     given.update(body.get("metadata") or {})
+    if not given:
+        return {}
     clean = {
         _METADATA.sub("_", str(name))[:256]: _METADATA.sub("_", str(value))[:256]
         for name, value in given.items()

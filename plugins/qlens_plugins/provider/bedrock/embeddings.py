@@ -11,8 +11,8 @@ from typing import Any
 import orjson
 from attrs import frozen
 
-from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage
-from qlens_plugins.provider.bedrock.exchange import Told, Wire
+from qlens import InvalidRequest, Reply, UpstreamInvalid, Usage
+from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.fan_out import gathered
 from qlens_plugins.provider.bedrock.invoke import invoked
@@ -133,11 +133,8 @@ def _wrong_dimensions(allowed: tuple[int, ...]) -> InvalidRequest:
 
 async def _asked(wire: Wire, model: ModelId, request: Block, count: int) -> _Part:
     answer = await invoked(wire, model, request)
-    try:
+    with ToldBy(answer.request_id):
         return _part(answer, count)
-    except CallError as error:
-        error.upstream_id = answer.request_id
-        raise
 
 
 def _part(told: Told, count: int) -> _Part:

@@ -24,7 +24,7 @@ class Credentials(Protocol):
         """Get a fresh credential, because that of a request with these headers has expired; False: there is none."""
 
 
-@frozen
+@frozen(slots=False)  # made for every call
 class Told:
     """A whole answer."""
 
@@ -86,6 +86,24 @@ class Wire:
         raise await _refusal(answer)
 
 
+@frozen
+class ToldBy:
+    """Around the reading of an answer: what is wrong with it is told with AWS's id of its request."""
+
+    request_id: str | None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, CallError):
+            error.upstream_id = error.upstream_id or self.request_id
+        elif isinstance(error, AttributeError | IndexError | KeyError | TypeError):
+            invalid = UpstreamInvalid("The provider's answer is not as its API promises.")
+            invalid.upstream_id = self.request_id
+            raise invalid from error
+
+
 def dumped(body: dict[str, Any]) -> bytes:
     """A body as it is sent, and signed."""
     try:
@@ -108,7 +126,9 @@ async def _refusal(answer: Answer) -> CallError:
     request_id = request_id_of(answer)
     if answer.status < 400:
         await answer.close()
-        return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
+        no_answer = UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
+        no_answer.upstream_id = request_id
+        return no_answer
     try:
         body = await answer.read(_ERROR_BODY_BYTES)
     except UpstreamError:

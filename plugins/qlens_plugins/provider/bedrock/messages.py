@@ -73,7 +73,9 @@ class Conversation:
             case "function":
                 made = self._called.pop(0) if self._called else call_id(str(message["name"]))
                 return [(self._result(made, message, param), None)]
-        return list(beside_documents(self._reader.entries(message.get("content"), f"{param}.content")))
+        content = message.get("content")
+        entries = self._reader.entries(content, f"{param}.content")
+        return entries if isinstance(content, str) else list(beside_documents(entries))
 
     def _said(self, message: Message, param: str) -> list[Entry]:
         entries = self._reader.entries(message.get("content"), f"{param}.content")

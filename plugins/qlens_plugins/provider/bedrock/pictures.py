@@ -10,7 +10,7 @@ from typing import Any, Literal
 import orjson
 
 from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage, error_from
-from qlens_plugins.provider.bedrock.exchange import Told, Wire
+from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire
 from qlens_plugins.provider.bedrock.fan_out import gathered
 from qlens_plugins.provider.bedrock.invoke import invoked
 from qlens_plugins.provider.bedrock.model_ids import ModelId
@@ -34,7 +34,10 @@ async def paint(wire: Wire, model: ModelId, painter: Painter, body: Block) -> Re
         )  # fmt: skip
     asked = _amazon(body) if painter == "amazon" else _stability(body)
     answers = await gathered([partial(invoked, wire, model, each) for each in asked])
-    images = [image for answer in answers for image in _images(answer)]
+    images: list[str] = []
+    for answer in answers:
+        with ToldBy(answer.request_id):
+            images += _images(answer)
     content = {"created": int(time.time()), "data": [{"b64_json": image} for image in images]}
     return Reply(
         body=orjson.dumps(content),
@@ -115,14 +118,12 @@ def _images(answer: Told) -> list[str]:
     reasons = answer.body.get("finish_reasons")
     filtered = next((reason for reason in reasons or () if reason), None) if isinstance(reasons, list) else None
     if filtered is not None or answer.body.get("error"):
-        raise _held_back(answer)
+        raise _held_back()
     if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
         raise UpstreamInvalid("The provider's answer has no images.")
     return images
 
 
-def _held_back(answer: Told) -> CallError:
+def _held_back() -> CallError:
     said = "The provider's content filter held the image back: change the prompt."
-    error = error_from({"error": {"message": said, "code": "content_filter", "param": "prompt"}}, 400)
-    error.upstream_id = answer.request_id
-    return error
+    return error_from({"error": {"message": said, "code": "content_filter", "param": "prompt"}}, 400)

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 
 from qlens import Reply, UpstreamInvalid, Usage
-from qlens_plugins.provider.bedrock.exchange import Wire
+from qlens_plugins.provider.bedrock.exchange import ToldBy, Wire
 from qlens_plugins.provider.bedrock.invoke import invoked
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
@@ -29,12 +29,10 @@ async def rerank(wire: Wire, model: ModelId, body: Block) -> Reply:
             asked["max_tokens_per_doc"] = body["max_tokens_per_doc"]
     answer = await invoked(wire, model, asked)
     ranked = answer.body.get("results")
-    try:
+    with ToldBy(answer.request_id):
         results = [_result(each, documents, bool(body.get("return_documents"))) for each in ranked or ()]
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise UpstreamInvalid("The provider's answer is not as its API promises.") from error
-    if not results:
-        raise UpstreamInvalid("The provider's answer has no results.")
+        if not results:
+            raise UpstreamInvalid("The provider's answer has no results.")
     queries = -(-len(documents) // _DOCUMENTS_PER_QUERY)
     content = {
         "id": answer.request_id or "rerank",

@@ -38,7 +38,7 @@ def _needs_role(config: BedrockConfig, attribute: Attribute[Any], value: Any) ->
 
 @frozen
 class GuardrailSettings:
-    """A guardrail of Bedrock that every call passes."""
+    """A guardrail of Bedrock that every chat passes."""
 
     id: str
     """The guardrail's id or ARN."""
@@ -83,7 +83,7 @@ class BedrockConfig:
     sts_endpoint: str | None = field(default=None, validator=_optional_url)
     """The address of STS, for a VPC endpoint; else it follows from the region."""
     guardrail: GuardrailSettings | None = None
-    """A guardrail for every call; clients can then choose none of their own."""
+    """A guardrail for every chat; clients can then choose none of their own. Embeddings, images, rerank pass none."""
     fetch_images: bool = False
     """Fetch images that clients name by an https URL, from public addresses only; else they are refused."""
     unsupported: Literal["drop", "reject"] = "drop"

@@ -35,6 +35,13 @@ def read(raw: object, tier: str | None = None) -> Usage | None:
     )
 
 
+_OLDER = {
+    name: f"{name.removesuffix('s')}Count"
+    for name in ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
+}
+"""The other spelling of each count."""
+
+
 def _written(details: object) -> tuple[int, int]:
     """What was written to a cache, for an hour and for less."""
     hour = short = 0
@@ -49,7 +56,7 @@ def _written(details: object) -> tuple[int, int]:
 def _count(raw: dict[str, Any], name: str) -> int | None:
     value = raw.get(name)
     if value is None:
-        value = raw.get(f"{name.removesuffix('s')}Count")
+        value = raw.get(_OLDER[name])
     return value if type(value) is int and 0 <= value < 2**31 else None
 
 
@@ -79,10 +86,11 @@ def as_openai(usage: Usage) -> dict[str, Any]:
         details["cache_write_tokens"] = written
     if usage.cache_write_1h:
         details["cache_write_1h_tokens"] = usage.cache_write_1h
+    prompt, completion = usage.prompt, usage.completion
     return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.total,
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
         "prompt_tokens_details": details,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": 0},
     }

@@ -14,9 +14,10 @@ from qlens_plugins.rate_limit.token_bucket import memory
 from qlens_plugins.rate_limit.token_bucket.memory import Levels
 from qlens_plugins.rate_limit.token_bucket.meters import Rules
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Plan, Plans
+from qlens_plugins.rate_limit.token_bucket.purses import Purses
 from qlens_plugins.rate_limit.token_bucket.refusals import owner, too_large, unbounded
 from qlens_plugins.rate_limit.token_bucket.settings import Redis, TokenBucketConfig
-from qlens_plugins.rate_limit.token_bucket.shared import Purses, Shared, lease
+from qlens_plugins.rate_limit.token_bucket.shared import Shared, lease
 
 
 @define(eq=False)

@@ -9,7 +9,7 @@ import pytest
 from azures import DEPLOYMENT, config
 
 from qlens.testing import running
-from qlens.testing.azure import azure
+from qlens.testing.azure import Deployment, azure
 from qlens.testing.other_answers import SPEECH, TRANSCRIPT
 
 CLASSIC = f"/openai/deployments/{DEPLOYMENT}/"
@@ -59,3 +59,22 @@ async def test_what_azure_does_not_have_is_refused_by_name(path: str, operation:
         assert "azure" in error["message"]
         assert operation in error["message"]
         assert not cloud.requests
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_provisioned_images_and_transcripts_are_free_unless_they_spilled_over(stream: bool, busy: bool) -> None:
+    row = {"model": "gpt-4o", "input": 2.5, "output": 10, "tiers": {"provisioned": 0}}
+    prices = {"cost": [{"plugin": "prices", "table": [{**row, "meters": {"seconds": 0.0001}}]}]}
+    params = {"provisioned": True, "spillover_deployment": "other"}
+    text = {"base_model": "gpt-4o", "params": params, "pipeline": prices}
+    deployments = {DEPLOYMENT: Deployment("gpt-4o", busy=busy), "other": Deployment("gpt-4o")}
+    async with azure(deployments) as cloud, running(config(cloud.root, **text)) as gateway:
+        painted = await gateway.post("/v1/images/generations", {"model": "ours", "prompt": "a cat", "stream": stream})
+        fields = {"model": "ours", "stream": str(stream).lower()}
+        heard = await gateway.post_form("/v1/audio/transcriptions", fields, {"file": b"a"})
+        assert (painted.status, heard.status) == (200, 200)
+        tier = None if busy else "provisioned"
+        for receipt in await gateway.settled(2):
+            assert (receipt.outcome, receipt.usage.tier, receipt.usage.source) == ("complete", tier, "provider")
+            assert bool(receipt.cost.picos) == busy

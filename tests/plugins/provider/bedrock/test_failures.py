@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bedrocks import CHAT, LLAMA, chat, config, events, text
+from bedrocks import CHAT, CLAUDE, LLAMA, chat, config, events, text
 
 from qlens.testing import Scripted, running
 from qlens.testing.bedrock import TEXT, answer, bedrock, failure, stream, streamed, whole
@@ -94,6 +94,35 @@ async def test_an_answer_that_is_no_json_object_fails_with_awss_id(body: bytes) 
         assert (reply.status, reply.json()["error"]["code"]) == (502, "upstream_invalid_response")
         (receipt,) = await gateway.settled(1)
         assert receipt.attempts[0].upstream_id
+
+
+NONSENSE: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    (CLAUDE, CHAT, chat(), {"output": {"message": 5}}),
+    (CLAUDE, CHAT, chat(), {**answer(), "stopReason": "malformed_tool_use"}),
+    ("cohere.rerank-v3-5:0", "/v1/rerank", {"model": "ours", "query": "a", "documents": ["b"]}, {"results": [{}]}),
+    ("cohere.rerank-v3-5:0", "/v1/rerank", {"model": "ours", "query": "a", "documents": ["b"]}, {}),
+    ("amazon.nova-canvas-v1:0", "/v1/images/generations", {"model": "ours", "prompt": "a"}, {}),
+    ("amazon.titan-embed-text-v2:0", "/v1/embeddings", {"model": "ours", "input": "a"}, {"embedding": 5}),
+]
+
+
+@pytest.mark.parametrize(("model", "path", "asked", "said"), NONSENSE)
+async def test_an_answer_that_makes_no_sense_fails_with_awss_id(
+    model: str, path: str, asked: dict[str, Any], said: dict[str, Any]
+) -> None:
+    async with bedrock() as aws, running(config(aws.root, model)) as gateway:
+        aws.script(Scripted(body=said, headers={"x-amzn-requestid": "aws-1"}))
+        assert (await gateway.post(path, asked)).status == 502
+        (receipt,) = await gateway.settled(1)
+        assert receipt.attempts[0].upstream_id == "aws-1"
+
+
+async def test_a_redirect_fails_with_awss_id() -> None:
+    async with bedrock() as aws, running(config(aws.root)) as gateway:
+        aws.script(Scripted(status=302, headers={"x-amzn-requestid": "aws-1", "location": "https://example.com"}))
+        assert (await gateway.post(CHAT, chat())).status == 502
+        (receipt,) = await gateway.settled(1)
+        assert receipt.attempts[0].upstream_id == "aws-1"
 
 
 INSIDE = [

@@ -13,13 +13,15 @@ import pytest
 from bedrocks import CHAT, config, events, plain
 
 from qlens.dialects import chat
-from qlens.testing import running
+from qlens.testing import Scripted, running
 from qlens.testing.bedrock import bedrock, stream, streamed, whole
 from qlens.testing.service_model import fault, service_model
 
 FILES = sorted(Path(__file__).with_name("golden").glob("*.json"))
-CONVERSATIONS = [path for path in FILES if "embed" not in path.name]
 EMBEDDINGS = [path for path in FILES if "embed" in path.name]
+PATHS = {"canvas": "/v1/images/generations", "stability": "/v1/images/generations", "rerank": "/v1/rerank"}
+OTHERS = [path for path in FILES if path.stem.partition("-")[0] in PATHS]
+CONVERSATIONS = [path for path in FILES if path not in EMBEDDINGS and path not in OTHERS]
 
 
 def _read(path: Path) -> tuple[str, dict[str, Any]]:
@@ -30,6 +32,7 @@ def _read(path: Path) -> tuple[str, dict[str, Any]]:
 def test_every_family_has_one() -> None:
     assert len(CONVERSATIONS) >= 20
     assert len(EMBEDDINGS) == 3
+    assert len(OTHERS) == 4
 
 
 @pytest.mark.parametrize("path", CONVERSATIONS, ids=lambda path: path.stem)
@@ -92,4 +95,20 @@ async def test_embeddings(path: Path) -> None:
                 entry["embedding"] = [*entry["embedding"][:3], len(entry["embedding"])]
             assert content == case["reply"]
             assert [request.body for request in aws.requests] == case["wire"]
+            assert {*aws.models} == {model}
+
+
+@pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
+async def test_images_and_rerank(path: Path) -> None:
+    model, cases = _read(path)
+    for name, case in cases.items():
+        async with bedrock() as aws, running(config(aws.root, model)) as gateway:
+            aws.script(*(Scripted(body=answer) for answer in case["answers"]))
+            answer = await gateway.post(PATHS[path.stem.partition("-")[0]], {"model": "ours", **case["client"]})
+            content = answer.json()
+            for changing in ("created", "id"):
+                content.pop(changing, None)
+            assert content == case["reply"], name
+            assert [request.body for request in aws.requests] == case["wire"], name
+            assert aws.requests[-1].path.endswith("/invoke")
             assert {*aws.models} == {model}

@@ -1,0 +1,228 @@
+"""What is spent and left of budgets, and how one is raised for a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from decimal import Decimal, InvalidOperation
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import orjson
+from attrs import define
+
+from qlens import Call, CallError, Endpoint, InvalidRequest, Reply, picos, usd
+from qlens_plugins.cost.budgets import refusals
+from qlens_plugins.cost.budgets.lines import ALLOWANCE, Line, allowed
+from qlens_plugins.cost.budgets.settings import MOST_USD
+from qlens_plugins.cost.budgets.store import Account, Increase, State, StoreAway
+from qlens_plugins.cost.budgets.windows import NEVER, window_of, written
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
+
+    from qlens_plugins.cost.budgets.plugin import Budgets
+
+MOST_BYTES = 64 * 1024
+MOST_REASON = 256
+_FIELDS = ("usd", "expires_at", "reason")
+
+
+class Missing(CallError):
+    """There is no such budget, or it is another tenant's: one answer. 404."""
+
+    status, type, code = 404, "invalid_request_error", "not_found"
+
+
+@define(eq=False)
+class BudgetApi:
+    """Handlers, each for one path and method."""
+
+    plugin: Budgets
+
+    def endpoints(self) -> Iterable[Endpoint]:
+        """Where they are served. Nobody who rules one tenant raises its budgets."""
+        yield Endpoint("GET", "/v1/budgets", "member", self.own, scoped=True)
+        yield Endpoint("POST", "/admin/budgets/{id}/increase", "operator", self.increase, "admin")
+        yield Endpoint("GET", "/admin/budgets", "viewer", self.all, "admin", scoped=True)
+        yield Endpoint("GET", "/admin/budgets/{id}", "viewer", self.one, "admin", scoped=True)
+
+    async def own(self, call: Call) -> Reply:
+        """The budgets that the caller's calls count in."""
+        caller, plugin = call.known, self.plugin
+        own = allowed(caller.allowance)
+        lines = [*plugin.lines, *([own] if own is not None else [])]
+        accounts = [
+            (line, account)
+            for line in lines
+            if line.per not in {"model", "tag"} and line.match.fits_caller(caller)
+            if (account := line.account(caller, None)) is not None
+        ]
+        known = {state.account.id: state for state in await self._states()}
+        rows = []
+        for line, account in accounts:
+            state = known.get(account.id) or State(account, 0, line.limit, 0, 0)
+            rows.append(row(state, line, self._now, plugin.zone))
+        return _json({"object": "list", "data": rows})
+
+    async def all(self, call: Call) -> Reply:
+        """Every budget that was used; those of one tenant for who rules that alone."""
+        rows = [self._row(state) for state in await self._states() if self._is_open(call, state)]
+        return _json({"object": "list", "data": rows})
+
+    async def one(self, call: Call) -> Reply:
+        """One budget."""
+        return _json(self._row(await self._state(call)))
+
+    async def increase(self, call: Call) -> Reply:
+        """Raise a budget until a moment."""
+        state, now, gateway = await self._state(call), self._now, self.plugin.gateway
+        amount, expires_at, reason = await _asked(call, now)
+        raised = Increase(
+            *(f"increase-{uuid4().hex}", state.account.id, amount, expires_at, reason),
+            *(call.known.subject, now),
+        )
+        after = {"usd": usd(amount), "expires_at": written(expires_at), "reason": reason}
+        before = self._row(state)
+        await gateway.audit.record(
+            *(call, "budgets.increase", state.account.id), before=before, after=after, tenant=state.account.tenant
+        )
+        try:
+            await self.plugin.tills.store.increase(raised)
+        except StoreAway as away:
+            raise refusals.away() from away
+        return _json(self._row(await self._state(call)))
+
+    @property
+    def _now(self) -> int:
+        return int(self.plugin.gateway.clock.time())
+
+    async def _states(self, id_: str | None = None) -> list[State]:
+        tills = self.plugin.tills
+        try:
+            # What this process holds in advance is no reservation of anybody's.
+            for till in list(tills.dirty):
+                till.want = 0
+            await tills.flush()
+            return await tills.store.states(self._now, id_)
+        except StoreAway as away:
+            raise refusals.away() from away
+
+    async def _state(self, call: Call) -> State:
+        for state in await self._states(call.path_params["id"]):
+            if self._is_open(call, state):
+                return state
+        raise Missing("No such budget.")
+
+    def _is_open(self, call: Call, state: State) -> bool:
+        if call.scope is not None and state.account.tenant != call.scope:
+            return False
+        return state.account.rule.startswith(ALLOWANCE) or self._line(state) is not None
+
+    def _line(self, state: State) -> Line | None:
+        return next((line for line in self.plugin.lines if line.name == state.account.rule), None)
+
+    def _row(self, state: State) -> dict[str, Any]:
+        return row(state, self._line(state), self._now, self.plugin.zone)
+
+
+def row(state: State, line: Line | None, now: int, zone: ZoneInfo) -> dict[str, Any]:
+    """A budget as answers have it: money as decimal text."""
+    account: Account = state.account
+    window = window_of(account.period, now, zone)
+    is_over = state.window < window.start
+    spent, held = (0, 0) if is_over else (state.spent, state.held)
+    raised = sum(each.picos for each in state.increases)
+    limit = (line.limit if line is not None else state.limit) + raised
+    has_end = window.end < NEVER
+    elapsed, whole = max(1, now - window.start), window.end - window.start
+    return {
+        "id": account.id,
+        "object": "budget",
+        "per": account.per,
+        "owner": account.owner,
+        "tenant": account.tenant,
+        "budget": account.rule,
+        "hard": line.hard if line is not None else True,
+        "window": account.period,
+        "limit_usd": usd(limit),
+        "spent_usd": usd(spent),
+        "reserved_usd": usd(held),
+        "remaining_usd": usd(max(0, limit - spent - held)),
+        "projected_usd": usd(spent * whole // elapsed) if has_end else None,
+        "starts_at": written(window.start) if has_end else None,
+        "resets_at": written(window.end) if has_end else None,
+        "resets_at_unix": window.end if has_end else None,
+        "increases": [
+            {
+                "id": each.id,
+                "usd": usd(each.picos),
+                "expires_at": written(each.expires_at),
+                "reason": each.reason,
+                "by": each.by,
+                "created_at": written(each.created_at),
+            }
+            for each in state.increases
+        ],
+    }
+
+
+async def _asked(call: Call, now: int) -> tuple[int, int, str]:
+    """Amount, end and reason; raises InvalidRequest with the field's name."""
+    raw = await call.read()
+    try:
+        given = orjson.loads(raw) if len(raw) <= MOST_BYTES else None
+    except orjson.JSONDecodeError:
+        given = None
+    if not isinstance(given, dict):
+        raise InvalidRequest("The request body must be a JSON object with usd, expires_at and reason.")
+    for name in given:
+        if name not in _FIELDS:
+            known = ", ".join(_FIELDS)
+            raise InvalidRequest(f"Unknown field; known: {known}.", param=name[:64], code="unknown_parameter")
+    for name in _FIELDS:
+        if name not in given:
+            raise InvalidRequest(f"The field `{name}` is missing.", param=name, code="missing_required_parameter")
+    return _amount(given["usd"]), _end(given["expires_at"], now), _reason(given["reason"])
+
+
+def _wrong(name: str, must: str) -> InvalidRequest:
+    return InvalidRequest(f"`{name}` must be {must}.", param=name, code="invalid_value")
+
+
+def _amount(value: object) -> int:
+    must = f'an amount of USD as text, like "25.00", above 0 and up to {MOST_USD}'
+    if type(value) is not str and type(value) is not int:
+        raise _wrong("usd", must)  # a JSON number with a point is a float, and no exact money
+    try:
+        amount = Decimal(value)
+        if not amount.is_finite() or not 0 < amount <= MOST_USD:
+            raise _wrong("usd", must)
+        return picos(amount)
+    except (InvalidOperation, ValueError):
+        raise _wrong("usd", must) from None
+
+
+def _end(value: object, now: int) -> int:
+    must = "a time to come with its zone, like 2027-01-31T00:00:00Z, or Unix seconds"
+    if isinstance(value, str):
+        try:
+            at = datetime.fromisoformat(value)
+        except ValueError:
+            raise _wrong("expires_at", must) from None
+        if at.tzinfo is None:
+            raise _wrong("expires_at", must)
+        value = int(at.astimezone(UTC).timestamp())
+    if type(value) is not int or not now < value < 32503680000:
+        raise _wrong("expires_at", must)
+    return value
+
+
+def _reason(value: object) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > MOST_REASON:
+        raise _wrong("reason", f"a text of up to {MOST_REASON} characters")
+    return value
+
+
+def _json(answer: object) -> Reply:
+    return Reply(headers={"content-type": "application/json", "cache-control": "no-store"}, body=orjson.dumps(answer))

@@ -1,0 +1,97 @@
+"""What rules and allowances count, and for whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from attrs import field, frozen
+
+from qlens import Allowance, Call, Caller, picos
+from qlens_plugins.cost.budgets.settings import Match, Rule, tolerated
+from qlens_plugins.cost.budgets.store import Account
+from qlens_plugins.cost.budgets.windows import Period
+
+ALLOWANCE = "key's allowance"
+
+
+@frozen
+class Line:
+    """One rule, with its amounts in picodollars."""
+
+    name: str
+    """What it counts, not how much: a reload that changes numbers keeps it."""
+    per: str
+    period: Period
+    limit: int
+    tolerance: int = 0
+    hard: bool = True
+    warn_at: tuple[int, ...] = (80, 100)
+    tag: str | None = None
+    match: Match = field(factory=Match)
+
+    def account(self, caller: Caller, model: str | None) -> Account | None:
+        """Whose budget a call of this caller counts in; None: nobody's."""
+        whose = self._whose(caller, model)
+        if whose is None:
+            return None
+        digest = hashlib.blake2b("\0".join((self.name, *whose)).encode(errors="surrogatepass"), digest_size=10)
+        tenant = None if self.per == "model" else caller.tenant if self.per != "tag" else None
+        kind = whose[0]
+        return Account(f"budget-{digest.hexdigest()}", self.name, kind, whose[1], tenant, self.period)
+
+    def _whose(self, caller: Caller, model: str | None) -> tuple[str, ...] | None:
+        """The first two words name the owner; the others tell namesakes apart."""
+        if self.per == "model":
+            # The name in the configuration, for a wildcard the pattern: a client's spelling makes no budget of its own.
+            return None if model is None else ("model", model)
+        if self.per == "tag":
+            value = caller.tags.get(self.tag or "")
+            return None if value is None else (f"tag {self.tag}", value)
+        if self.per == "key":
+            return (
+                ("key", caller.key_id, caller.by)
+                if caller.key_id is not None
+                else ("subject", caller.subject, caller.by, caller.tenant)
+            )
+        if self.per == "project" and caller.project is not None:
+            return ("project", caller.project, caller.tenant)
+        return ("tenant", caller.tenant)
+
+
+def lines_of(rules: Iterable[Rule], tolerance: str) -> tuple[Line, ...]:
+    """The lines of a configuration."""
+    return tuple(
+        Line(
+            *(name, rule.per, rule.window, picos(rule.usd), tolerated(tolerance, picos(rule.usd)), rule.hard),
+            *(tuple(sorted(rule.warn_at)), rule.tag, rule.match),
+        )
+        for name, rule in _named(rules)
+    )
+
+
+def _named(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
+    seen: Counter[str] = Counter()
+    for rule in rules:
+        per = rule.per if rule.tag is None else f"tag {rule.tag}"
+        name = f"{per} {rule.window} {rule.match.named()}".rstrip()
+        seen[name] += 1
+        yield (name if seen[name] == 1 else f"{name} #{seen[name]}"), rule
+
+
+def allowed(allowance: Allowance | None) -> Line | None:
+    """What a credential may spend beside the rules."""
+    if allowance is None or allowance.budget_picos is None:
+        return None
+    return Line(f"{ALLOWANCE} {allowance.budget_window}", "key", allowance.budget_window, allowance.budget_picos)
+
+
+def lines_for(lines: Iterable[Line], call: Call) -> Iterator[tuple[Line, Account]]:
+    """The lines that count a call, each with the budget it counts in."""
+    caller, model = call.known, call.model.name if call.model else None
+    own = allowed(caller.allowance)
+    for line in (*lines, *([own] if own is not None else ())):
+        account = line.account(caller, model) if line.match.fits(call) else None
+        if account is not None:
+            yield line, account

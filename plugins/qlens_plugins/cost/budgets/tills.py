@@ -1,0 +1,367 @@
+"""What this process holds and spends of budgets: from a part that the store has given it, or by asking for more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from datetime import tzinfo
+from uuid import uuid4
+from weakref import WeakValueDictionary
+
+from attrs import define, field
+
+from qlens import usd
+from qlens_plugins.cost.budgets.lines import Line
+from qlens_plugins.cost.budgets.store import Account, Ask, Need, Store, StoreAway, Told
+from qlens_plugins.cost.budgets.windows import Window, window_of
+
+log = logging.getLogger("qlens.budgets")
+
+TICK_SECONDS = 0.25
+_TOGETHER = 256
+"""How many calls of one budget are decided in one step."""
+
+
+@define(eq=False)
+class Waiter:
+    """A call that waits for the store's word: True, False, or None when it is to ask anew."""
+
+    need: Need
+    verdict: asyncio.Future[bool | None]
+
+
+@define(eq=False)
+class Till:
+    """This process' part of one budget in one window.
+
+    The store holds for it what running calls hold, plus `room`, less what was spent since the store was told: so
+    whatever becomes of this process, all that it can have spent is held.
+    """
+
+    purse: Purse
+    window: Window
+    number: int
+    room: int = 0
+    """What may be reserved without asking; below 0: what calls cost more than was reserved for them."""
+    held: int = 0
+    excess: int = 0
+    spent: int = 0
+    """By this process, ever."""
+    said: int = 0
+    """What of that the store knows."""
+    told: Told = field(factory=Told)
+    until: int = 0
+    """From when on the store is asked whatever there is: the window, or an increase, is over."""
+    known: bool = False
+    given_up: bool = False
+    """The store has charged all that it held: only what calls cost beyond that is still to be counted."""
+    busy: bool = False
+    waiting: list[Waiter] = field(factory=list)
+    want: int = 0
+    warned: int = 0
+    """The highest percentage that was warned of."""
+    warn_from: int = 0
+    """The sum from which the next warning is due."""
+
+    @property
+    def all_spent(self) -> int:
+        """By everybody, as far as this process knows."""
+        return self.told.spent + self.spent - self.said
+
+
+@define(eq=False)
+class Purse:
+    """One budget."""
+
+    account: Account
+    line: Line
+    till: Till = field(init=False)
+
+
+@define(eq=False)
+class Tills:
+    """All budgets of this process; shared by the instances before and after a reload."""
+
+    store: Store
+    now: Callable[[], float]
+    zone: tzinfo
+    lease_seconds: float
+    crash_seconds: float
+    share: int
+    """The most that is held in advance is the limit divided by this."""
+    warn: Callable[[Till, int], None] = lambda till, percent: None
+    process: str = field(factory=lambda: uuid4().hex)
+    users: int = 0
+    trouble: str = ""
+    purses: WeakValueDictionary[str, Purse] = field(factory=WeakValueDictionary)
+    dirty: dict[Till, None] = field(factory=dict)
+    """Those of which the store does not know the latest, or that hold something in advance."""
+    _renewed: float = 0
+    _opened: int = 0
+    _tending: asyncio.Task[None] | None = None
+    _tasks: set[asyncio.Task[None]] = field(factory=set)
+
+    def purse(self, account: Account, line: Line, *, is_newest: bool = True) -> Purse:
+        """The budget of an account; a changed limit holds from the next call on."""
+        purse = self.purses.get(account.id)
+        if purse is None:
+            purse = self.purses[account.id] = Purse(account, line)
+            purse.till = self._open(purse)
+        elif is_newest and purse.line != line:
+            purse.line, purse.till.until = line, 0
+        return purse
+
+    def _open(self, purse: Purse) -> Till:
+        self._opened += 1
+        return Till(purse, window_of(purse.account.period, self.now(), self.zone), self._opened)
+
+    def current(self, purse: Purse) -> Till:
+        """The part of the window that is now; a clock that goes back opens none that is over."""
+        till = purse.till
+        if till.given_up or self.now() >= till.window.end:
+            if till.held or till.room or till.spent != till.said:
+                self.dirty[till] = None
+            purse.till = self._open(purse)
+            if till.given_up:
+                # What calls cost beyond what was held, and so beyond what was charged for it.
+                purse.till.spent = max(0, -till.room)
+                self.dirty[purse.till] = None
+        return purse.till
+
+    # --- reserving -----------------------------------------------------------------------------
+
+    async def take(self, purse: Purse, need: Need) -> Till | None:
+        """Reserve for a call; None when there is not enough. Raises StoreAway; whoever is cancelled has nothing."""
+        while True:
+            till = self.current(purse)
+            if not need.excess and need.likely <= till.room and self.now() < till.until:
+                till.room -= need.likely
+                till.held += need.likely
+                return till
+            waiter = Waiter(need, asyncio.get_running_loop().create_future())
+            till.waiting.append(waiter)
+            if not till.busy:
+                self._start(till)
+            try:
+                verdict = await waiter.verdict
+            except asyncio.CancelledError:
+                if waiter.verdict.done() and not waiter.verdict.cancelled() and waiter.verdict.result():
+                    self.give_back(till, need)
+                raise
+            if verdict is not None:
+                return till if verdict else None
+
+    def give_back(self, till: Till, need: Need) -> None:
+        """Undo a reservation of a call that does not run."""
+        till.held -= need.likely
+        till.excess -= need.excess
+        till.room += need.likely
+        self.dirty[till] = None
+
+    def settle(self, till: Till, need: Need, cost: int) -> None:
+        """Turn what a call had reserved into what it cost. Every call comes this way: it waits for nothing."""
+        if till.given_up:
+            if cost > need.likely + need.excess:
+                till.purse.till.spent += cost - need.likely - need.excess
+                self.dirty[till.purse.till] = None
+            return
+        till.held -= need.likely
+        till.excess -= need.excess
+        till.spent += cost
+        till.room += need.likely - cost
+        self.dirty[till] = None
+        if till.all_spent >= till.warn_from:
+            self._warn(till)
+
+    def _warn(self, till: Till) -> None:
+        """Say what thresholds are reached, once."""
+        limit = till.told.limit or till.purse.line.limit
+        for percent in till.purse.line.warn_at:
+            if percent > till.warned and till.all_spent * 100 >= limit * percent:
+                till.warned = percent
+                self.warn(till, percent)
+        rest = [percent for percent in till.purse.line.warn_at if percent > till.warned]
+        till.warn_from = -(-limit * rest[0] // 100) if rest else 2**63
+
+    # --- the store -----------------------------------------------------------------------------
+
+    def _start(self, till: Till) -> None:
+        till.busy = True
+        task = asyncio.get_running_loop().create_task(self._decide(till))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _decide(self, till: Till) -> None:
+        try:
+            while till.waiting:
+                together, till.waiting = till.waiting[:_TOGETHER], till.waiting[_TOGETHER:]
+                needs = [waiter.need for waiter in together]
+                # Twice as much as last time where calls come often; what was not used is back within a moment.
+                till.want = min(
+                    till.purse.line.limit // self.share, max(2 * till.want, 4 * sum(n.likely for n in needs))
+                )
+                try:
+                    (told,) = await self._sync([till], needs)
+                except Exception as away:
+                    if not isinstance(away, StoreAway):
+                        log.exception("budgets: deciding failed")
+                    for waiter in together:
+                        if not waiter.verdict.done():
+                            waiter.verdict.set_exception(StoreAway(str(away)))
+                    continue
+                self._tell(till, together, told)
+        finally:
+            till.busy = False
+
+    def _tell(self, till: Till, together: Sequence[Waiter], told: Told) -> None:
+        for number, waiter in enumerate(together):
+            passes = None if told.given_up else told.granted[number]
+            if passes:
+                till.held += waiter.need.likely
+                till.excess += waiter.need.excess
+            if not waiter.verdict.done():
+                waiter.verdict.set_result(passes)
+            elif passes:
+                self.give_back(till, waiter.need)
+
+    async def _sync(self, tills: Sequence[Till], needs: Sequence[Need] = ()) -> list[Told]:
+        """Tell the store all about some parts, and give all room back: it decides about what there is."""
+        process = self.process
+        asks = [self._ask(till, needs) for till in tills]
+        rooms = [till.room for till in tills]
+        for till in tills:
+            till.room = 0
+            self.dirty[till] = None  # until it is known to have come through
+        self._renewed = self.now()
+        try:
+            answers = await self.store.sync(process, asks, self._renewed, self.crash_seconds)
+        except StoreAway as away:
+            self._failed(away)
+            raise
+        self.trouble = ""
+        if any(told.given_up for told in answers):
+            for till, room in zip(tills, rooms, strict=True):
+                till.room += room
+            self._given_up(process)
+            return answers
+        for till, ask, told in zip(tills, asks, answers, strict=True):
+            till.known, till.told, till.said = True, told, ask.spent
+            till.room += told.spare
+            till.until = min(till.window.end, told.until)
+            till.warn_from = 0
+            if not (till.held or till.room or till.excess or till.spent != till.said):
+                self.dirty.pop(till, None)
+        return answers
+
+    def _ask(self, till: Till, needs: Sequence[Need]) -> Ask:
+        line = till.purse.line
+        is_used = bool(needs) or till.spent != till.said
+        spare = till.want if line.hard and is_used and self.lease_seconds and till is till.purse.till else 0
+        account, window = till.purse.account, till.window.start
+        return Ask(
+            account,
+            window,
+            line.limit,
+            line.tolerance,
+            till.spent,
+            till.held,
+            till.excess,
+            needs,
+            spare,
+            till.number,
+            till.known,
+        )
+
+    def _failed(self, away: StoreAway) -> None:
+        if not self.trouble:
+            log.error("budgets: the store does not answer: %s", away)
+        self.trouble = str(away)
+
+    def _given_up(self, process: str) -> None:
+        """Begin anew: this process showed no sign of life for so long that all it held was charged."""
+        if process != self.process:
+            return
+        log.error("budgets: this process was taken for dead: what its running calls had reserved was charged")
+        self.process = uuid4().hex
+        for till in [*self.dirty, *(purse.till for purse in self.purses.values())]:
+            till.given_up = True
+        self.dirty.clear()
+        for purse in list(self.purses.values()):
+            self.current(purse)
+
+    # --- tending -------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Begin, or join those who use it already."""
+        self.users += 1
+        if self.users == 1:
+            self._tending = asyncio.create_task(self._tend(), name="tend budgets")
+
+    async def close(self) -> None:
+        """Leave; the last to leave gives back all that is held."""
+        self.users -= 1
+        if self.users:
+            return
+        assert self._tending is not None
+        self._tending.cancel()
+        await asyncio.gather(self._tending, *self._tasks, return_exceptions=True)
+        try:
+            await self._flush(list(self.dirty), final=True)
+            await self.store.leave(self.process)
+        except StoreAway as away:
+            log.error("budgets: what was spent last could not be written: %s", away)
+        await self.store.close()
+
+    async def _tend(self) -> None:
+        ticks = 0
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            ticks += 1
+            try:
+                if ticks % max(1, round(self.lease_seconds / 2 / TICK_SECONDS)) == 0:
+                    await self.flush()
+                # Others that died are looked for as often, too.
+                if self.now() - self._renewed >= self.crash_seconds / 4 or ticks % 8 == 0:
+                    await self._renew()
+            except StoreAway:
+                continue
+            except Exception:
+                log.exception("budgets: tending failed")
+
+    async def _renew(self) -> None:
+        process, self._renewed = self.process, self.now()
+        try:
+            is_alive = await self.store.renew(process, self._renewed, self.crash_seconds)
+        except StoreAway as away:
+            self._failed(away)
+            raise
+        if not is_alive and any(till.known for till in (*self.dirty, *(p.till for p in self.purses.values()))):
+            self._given_up(process)
+
+    async def flush(self, tills: Iterable[Till] | None = None) -> None:
+        """Tell the store what was spent, and give back what no call needed."""
+        wanted = list(self.dirty) if tills is None else list(tills)
+        await self._flush([till for till in wanted if till.spent != till.said or till.room or not till.held])
+
+    async def _flush(self, tills: Sequence[Till], *, final: bool = False) -> None:
+        idle = [till for till in tills if not till.busy and not till.given_up]
+        if not idle:
+            return
+        for till in idle:
+            till.busy = True
+            if final:
+                till.want = 0
+        try:
+            await self._sync(idle)
+        finally:
+            for till in idle:
+                till.busy = False
+                if till.waiting:
+                    self._start(till)
+
+
+def describe(till: Till) -> str:
+    """A budget in words, for logs."""
+    account, line = till.purse.account, till.purse.line
+    return f"{line.period} budget of {account.per} {account.owner!r}, {usd(till.told.limit or line.limit)} USD"
