@@ -520,7 +520,7 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
     database = sqlite3.connect(path)
     database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(StartupError, match=r"x\.db has version 99, this QLens knows up to version 2"):
+    with pytest.raises(StartupError, match=r"x\.db has version 99, this QLens knows up to version 3"):
         await start(config(url=f"sqlite:///{path}"))
 
 
@@ -538,7 +538,7 @@ async def test_a_file_of_an_older_version_is_upgraded_and_keeps_its_rows(tmp_pat
         await written(path, 2)
     assert read(path, "PRAGMA user_version") == [{"user_version": len(schema.MIGRATIONS)}]
     indexes = read(path, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
-    assert [row["name"] for row in indexes] == ["receipts_by_day"]
+    assert [row["name"] for row in indexes] == ["receipts_by_time"]
 
 
 async def test_another_program_s_database_is_refused_and_left_alone(tmp_path: Path) -> None:

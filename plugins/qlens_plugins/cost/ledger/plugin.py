@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import define, field, frozen, validators
 
-from qlens import Call, Command, Health, Receipt, Unavailable, Url, hookimpl
-from qlens_plugins.cost.ledger import usage
+from qlens import Call, Command, Endpoint, Health, Receipt, Unavailable, Url, hookimpl
+from qlens_plugins.cost.ledger import analytics, usage
+from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.writer import Writer
 
 if TYPE_CHECKING:
@@ -59,6 +60,8 @@ class Ledger:
     config: LedgerConfig
     name: str
     _writer: Writer | None = field(default=None, init=False)
+    _reader: Reader | None = field(default=None, init=False)
+    _gateway: Gateway | None = field(default=None, init=False)
 
     Config = LedgerConfig
     shares = "store"
@@ -66,7 +69,7 @@ class Ledger:
     @hookimpl
     def adopt(self, old: Ledger) -> None:
         """Go on with the old instance's writer: a second one could not know what waits in the first one's queue."""
-        self._writer = old._writer
+        self._writer, self._reader = old._writer, old._reader
 
     @hookimpl
     @asynccontextmanager
@@ -77,6 +80,9 @@ class Ledger:
             self._writer = _new_writer(path, gateway)
         writer = self._writer
         writer.batch_size, writer.flush_seconds = self.config.batch_size, self.config.flush_seconds
+        self._gateway = gateway
+        if self._reader is None or self._reader.path != path:
+            self._reader = Reader(path)
         await writer.open()
         try:
             yield
@@ -93,6 +99,18 @@ class Ledger:
         """The writer, from the time the lifespan has opened."""
         assert self._writer is not None, "the ledger is not open"
         return self._writer
+
+    @property
+    def reader(self) -> Reader:
+        """The reader, from the time the lifespan has opened."""
+        assert self._reader is not None, "the ledger is not open"
+        return self._reader
+
+    @property
+    def gateway(self) -> Gateway:
+        """The gateway, from the time the lifespan has opened."""
+        assert self._gateway is not None, "the ledger is not open"
+        return self._gateway
 
     @hookimpl
     async def admit(self, call: Call) -> Literal[True] | None:
@@ -135,6 +153,11 @@ class Ledger:
         return Health(
             False, f"cannot write {self.writer.path.name} since {seconds:.0f} s: {self.writer.problem}; {waiting}"
         )
+
+    @hookimpl
+    def endpoints(self) -> Iterable[Endpoint]:
+        """Questions about usage: OpenAI's `/v1/organization/...`, and `/v1/usage/...`."""
+        return analytics.endpoints(self)
 
     @hookimpl
     def commands(self) -> Iterable[Command]:

@@ -8,12 +8,52 @@ from pathlib import Path
 from urllib.parse import quote
 
 from qlens import StartupError
+from qlens_plugins.cost.ledger import rollups
 
 APPLICATION = 0x514C6E73
 """Marks a database as a QLens ledger, so that no other program's tables are ever touched."""
 BUSY_SECONDS = 1.0
 """How long SQLite itself waits for another writer, before the ledger's own retries."""
 
+# A sum that may not fit into 64 bits is two columns; `start` is in Unix seconds.
+_SUMS_3 = """
+    start INTEGER NOT NULL,
+    group_id INTEGER NOT NULL,
+    calls INTEGER NOT NULL,
+    failed INTEGER NOT NULL,
+    abandoned INTEGER NOT NULL,
+    blocked INTEGER NOT NULL,
+    cached INTEGER NOT NULL,
+    estimated INTEGER NOT NULL,
+    unpriced INTEGER NOT NULL,
+    input_high INTEGER NOT NULL,
+    input_low INTEGER NOT NULL,
+    cached_input_high INTEGER NOT NULL,
+    cached_input_low INTEGER NOT NULL,
+    cache_write_5m_high INTEGER NOT NULL,
+    cache_write_5m_low INTEGER NOT NULL,
+    cache_write_1h_high INTEGER NOT NULL,
+    cache_write_1h_low INTEGER NOT NULL,
+    output_high INTEGER NOT NULL,
+    output_low INTEGER NOT NULL,
+    reasoning_high INTEGER NOT NULL,
+    reasoning_low INTEGER NOT NULL,
+    audio_in_high INTEGER NOT NULL,
+    audio_in_low INTEGER NOT NULL,
+    audio_out_high INTEGER NOT NULL,
+    audio_out_low INTEGER NOT NULL,
+    images_high INTEGER NOT NULL,
+    images_low INTEGER NOT NULL,
+    seconds_high INTEGER NOT NULL,
+    seconds_low INTEGER NOT NULL,
+    characters_high INTEGER NOT NULL,
+    characters_low INTEGER NOT NULL,
+    cost_high INTEGER NOT NULL,
+    cost_low INTEGER NOT NULL,
+    saved_high INTEGER NOT NULL,
+    saved_low INTEGER NOT NULL,
+    PRIMARY KEY (start, group_id)
+"""
 MIGRATIONS = (
     """
     CREATE TABLE receipts (
@@ -80,6 +120,32 @@ MIGRATIONS = (
     DROP INDEX receipts_by_tenant;
     CREATE INDEX receipts_by_day ON receipts (day);
     """,
+    # By time, which also grows at its end and serves days as well.
+    f"""
+    DROP INDEX receipts_by_day;
+    CREATE INDEX receipts_by_time ON receipts (wall_ns);
+    CREATE TABLE usage_groups (
+        id INTEGER PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        project TEXT NOT NULL,
+        key_id TEXT NOT NULL,
+        operation TEXT NOT NULL,
+        model TEXT NOT NULL,
+        provider TEXT NOT NULL,
+        UNIQUE (tenant, project, key_id, operation, model, provider)
+    );
+    CREATE TABLE usage_hours ({_SUMS_3}) WITHOUT ROWID;
+    CREATE TABLE usage_days ({_SUMS_3}) WITHOUT ROWID;
+    CREATE TABLE usage_latencies (
+        start INTEGER NOT NULL,
+        group_id INTEGER NOT NULL,
+        latency INTEGER NOT NULL,
+        calls INTEGER NOT NULL,
+        PRIMARY KEY (start, group_id, latency)
+    ) WITHOUT ROWID;
+    CREATE TABLE usage_rolled (receipt INTEGER NOT NULL);
+    INSERT INTO usage_rolled (receipt) VALUES (0)
+    """,  # noqa: S608 - only the columns from above
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
 
@@ -138,6 +204,8 @@ def _prepare(database: sqlite3.Connection, path: Path) -> None:
         for statement in MIGRATIONS[version].split(";"):
             database.execute(statement)
         database.execute(f"PRAGMA user_version = {version + 1}")
+    # What an older version wrote is in no roll-up yet: all in one go, a minute for ten million receipts.
+    rollups.add(database, rollups.last_row(database))
     database.execute(f"PRAGMA application_id = {APPLICATION}")
     database.execute("COMMIT")
 

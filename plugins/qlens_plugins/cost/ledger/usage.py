@@ -16,6 +16,8 @@ from attrs import define, frozen
 from qlens import usd
 from qlens_plugins.cost.columns import aligned
 from qlens_plugins.cost.ledger import schema
+from qlens_plugins.cost.ledger.rollups import HALF
+from qlens_plugins.cost.ledger.rows import DAY_NS, LARGEST
 
 HELP = "Show calls, tokens and cost from the ledger, by tenant, model, day and more."
 COLUMNS = {
@@ -34,7 +36,6 @@ REJECTION_COLUMNS = {"tenant": "tenant", "operation": "operation", "model": "mod
 
 _PROMPT = "input + cached_input + cache_write_5m + cache_write_1h + audio_in"
 _COMPLETION = "output + reasoning + audio_out"
-_HALF = 10**9
 
 
 @frozen
@@ -47,7 +48,7 @@ class Question:
     tenant: str | None = None
     model: str | None = None
 
-    def where(self) -> tuple[str, list[str]]:
+    def where(self) -> tuple[str, list[str | int]]:
         """The condition in SQL and its values; the columns it names are in both tables."""
         asked: dict[str, str | None] = {
             "day >= ?": self.since.isoformat() if self.since else None,
@@ -158,6 +159,9 @@ def _receipts(database: sqlite3.Connection, question: Question) -> Iterable[tupl
     columns = [COLUMNS[name] for name in question.by]
     summed = (_PROMPT, "cached_input", _COMPLETION, "ifnull(cost_picos, 0)", "saved_picos")
     where, values = question.where()
+    if question.since is not None:
+        # Receipts are indexed by time, not by day.
+        where, values = f"{where} AND wall_ns >= ?", [*values, _nanoseconds(question.since)]
     found = database.execute(
         f"SELECT {', '.join(columns)}, {', '.join(map(_sum, summed))}, "  # noqa: S608 - only names from above
         "count(*), sum(cost_picos IS NOT NULL AND cost_state = 'estimated'), sum(cost_picos IS NULL) "
@@ -168,15 +172,20 @@ def _receipts(database: sqlite3.Connection, question: Question) -> Iterable[tupl
     for row in found:
         halves = row[width : width + 2 * len(summed)]
         prompt, cached, completion, cost, saved = (
-            high * _HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)
+            high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)
         )
         calls, estimated, unpriced = row[width + 2 * len(summed) :]
         yield row[:width], Sums(calls, 0, prompt, cached, completion, cost, saved, estimated, unpriced)
 
 
+def _nanoseconds(day: date) -> int:
+    # Beyond what 64 bits can hold there are no calls.
+    return min((day - date(1970, 1, 1)).days * DAY_NS, LARGEST)
+
+
 def _sum(term: str) -> str:
     # SQLite's sum() fails beyond 64 bits, which money in picodollars reaches at 9.2 million USD: sum in two halves.
-    return f"sum(({term}) / {_HALF}), sum(({term}) % {_HALF})"
+    return f"sum(({term}) / {HALF}), sum(({term}) % {HALF})"
 
 
 def _rejections(database: sqlite3.Connection, question: Question) -> Iterable[tuple[Group, Sums]]:

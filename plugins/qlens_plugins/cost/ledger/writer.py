@@ -17,7 +17,7 @@ from uuid import uuid4
 from attrs import define, field, frozen
 
 from qlens import Receipt
-from qlens_plugins.cost.ledger import rows, schema
+from qlens_plugins.cost.ledger import rollups, rows, schema
 
 log = logging.getLogger("qlens.ledger")
 
@@ -239,7 +239,9 @@ class Writer:
         # A commit may report a failure and yet have happened. The number, written in the same transaction, tells.
         done = database.execute("SELECT batch FROM writers WHERE id = ?", (self._id,)).fetchone()
         if done is None or done[0] < batch.number:
+            last = rollups.last_row(database)
             rows.insert(database, batch.receipts, batch.rejections)
+            rollups.add(database, last)
             database.execute(
                 "INSERT INTO writers (id, batch) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET batch = excluded.batch",
                 (self._id, batch.number),

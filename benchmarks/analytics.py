@@ -1,0 +1,112 @@
+"""How long the usage API takes over a large ledger: makes receipts, and asks for a month by day and model."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import resource
+import sqlite3
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import orjson
+
+from qlens.testing import running
+from qlens_plugins.cost.ledger import rollups, rows, schema
+
+START = 1_790_812_800
+"""2026-10-01 in UTC, in Unix seconds."""
+DAYS = 31
+TENANTS, KEYS, MODELS, PROVIDERS = 50, 4, 12, 3
+"""Of each tenant so many keys; every key uses every model, each model at one provider."""
+BATCH = 100_000
+AGAIN = 7
+AUTH = {"plugin": "anonymous", "roles": ["member", "viewer"]}
+MONTH = f"start_time={START}&end_time={START + DAYS * 86_400}&limit=31"
+QUESTIONS = {
+    "a month by day and model": f"/v1/organization/usage/completions?{MONTH}&group_by=model",
+    "costs of a month by day and project": f"/v1/organization/costs?{MONTH}&group_by=project_id",
+    "a month by day, one key": f"/v1/organization/usage/completions?{MONTH}&api_key_ids=key-7-1",
+    "a day by hour and model": f"/v1/organization/usage/completions?start_time={START}"
+    f"&end_time={START + 86_400}&bucket_width=1h&group_by=model",
+    "summary of a month by model, with latencies": f"/v1/usage/summary?start_time={START}"
+    f"&end_time={START + DAYS * 86_400}&group_by=model",
+    "the newest 100 calls": "/v1/usage/calls?limit=100",
+}
+
+# Made in SQLite: a hundred thousand rows at once, spread over the month, none like the other.
+_MAKE = f"""
+WITH RECURSIVE n (i) AS (SELECT ? UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?),
+     r AS (SELECT i, (i * 2654435761) % 4294967296 AS a, (i * 40503 + 12345) % 65536 AS b FROM n)
+INSERT INTO receipts ({", ".join(rows.COLUMNS)})
+SELECT
+    printf('%016x-%08x', i, a), wall, strftime('%Y-%m-%d', wall / 1000000000, 'unixepoch'), 'tenant-' || (a % {TENANTS}),
+    CASE WHEN a % 5 THEN 'project-' || (a % 5) END, 'key-' || (a % {TENANTS}) || '-' || (b % {KEYS}), 'user-' || (b % 997),
+    'chat', 'model-' || (i % {MODELS}), 'provider-' || (i % {PROVIDERS}), 'model-' || (i % {MODELS}),
+    CASE WHEN b % 50 = 0 THEN 'failed' ELSE 'complete' END, CASE WHEN b % 50 = 0 THEN 502 ELSE 200 END, NULL, b % 2, 'off',
+    100 + a % 4000, 0, 0, 0, 50 + b % 900, 0, 0, 0, '{{}}', 'provider', NULL,
+    (100 + a % 4000) * 150000 + (50 + b % 900) * 600000, 'exact', '*/model', 0,
+    1000 + b, 20000 + a % 3000000, 200, 2000, 'v1', '{{}}', '[]'
+FROM (SELECT *, {START}000000000 + i * {DAYS * 86_400}000 / ? * 1000000 AS wall FROM r)
+"""  # noqa: E501
+# Milliseconds: a number times nanoseconds would not fit 64 bits.
+
+
+def generate(path: Path, receipts: int) -> None:
+    """Write a ledger of so many receipts over a month, in the order of their times, with its roll-ups."""
+    database = schema.connect(path)
+    database.execute("PRAGMA synchronous = OFF")
+    for first in range(0, receipts, BATCH):
+        database.execute("BEGIN IMMEDIATE")
+        last = rollups.last_row(database)
+        database.execute(_MAKE, (first, min(first + BATCH, receipts), receipts))
+        rollups.add(database, last)
+        database.execute("COMMIT")
+    database.close()
+
+
+async def asked(path: Path) -> dict[str, list[float]]:
+    """The milliseconds of each answer, as a client sees them."""
+    config = {
+        "pipeline": {"auth": [AUTH], "cost": [{"plugin": "ledger", "url": f"sqlite:///{path}"}]},
+        "providers": {"echo": {"plugin": "echo"}},
+        "models": {"echo": {"targets": [{"provider": "echo", "model": "echo"}]}},
+    }
+    took: dict[str, list[float]] = {}
+    async with running(orjson.dumps(config).decode()) as gateway:
+        for name, question in QUESTIONS.items():
+            for _ in range(AGAIN):
+                begun = time.perf_counter()
+                answer = await gateway.get(question)
+                took.setdefault(name, []).append((time.perf_counter() - begun) * 1000)
+                assert answer.status == 200, answer.text
+    return took
+
+
+def main() -> None:
+    """Measure, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("receipts", type=int, nargs="?", default=200_000)
+    parser.add_argument("--folder", type=Path, help="where the ledger is made, and left")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (args.folder or Path(temporary)) / "analytics.db"
+        begun = time.perf_counter()
+        generate(path, args.receipts)
+        seconds = time.perf_counter() - begun
+        database = sqlite3.connect(path)
+        days = database.execute("SELECT count(*) FROM usage_days").fetchone()[0]
+        database.close()
+        print(
+            f"{args.receipts:,} receipts in {seconds:.1f} s, {path.stat().st_size / 1e9:.2f} GB, {days:,} rows by day\n"
+        )
+        print("| question | median ms | slowest ms |\n|---|---|---|")
+        for name, took in asyncio.run(asked(path)).items():
+            print(f"| {name} | {statistics.median(took):.1f} | {max(took):.1f} |")
+        print(f"\nlargest memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Usage at a glance: by model, tenant, tag and more, with cache savings, latencies and rates of errors."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from qlens import Call, Reply, usd
+from qlens_plugins.cost.ledger import parameters, sums
+from qlens_plugins.cost.ledger.answers import json
+from qlens_plugins.cost.ledger.calls import FILTERS, LISTS, TIMES, asked_of
+from qlens_plugins.cost.ledger.reader import Reader
+from qlens_plugins.cost.ledger.rollups import DAY, middle
+from qlens_plugins.cost.ledger.rows import BUCKETS
+from qlens_plugins.cost.ledger.sums import Group, Question, Sums
+from qlens_plugins.cost.ledger.view import Where
+
+DAYS = 30
+ROWS, MOST_ROWS = 100, 1000
+_BY = {FILTERS[name]: name.removesuffix("s") for name in FILTERS if name != "outcomes"}
+_DIMENSIONS = {shown: name for name, shown in _BY.items()}
+PERCENTILES = (50, 95, 99)
+Latencies = Mapping[int, int]
+Found = tuple[dict[Group, Sums], dict[Group, dict[int, int]]]
+
+
+async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
+    """The groups with most calls first, and the sum of all."""
+    ones = {**TIMES, "limit": parameters.number(1, MOST_ROWS)}
+    by = parameters.some_of(_DIMENSIONS, tags=True)
+    asked = parameters.asked(call, ones, {**LISTS, "group_by": by})
+    question = _question(asked, own)
+    groups, latencies = await reader.ask(partial(_read, question))
+    names, limit = asked.get("group_by", ()), asked.get("limit", ROWS)
+    first = sorted(groups, key=lambda group: (-groups[group]["calls"], group))
+    data = [
+        {**{name: value or None for name, value in zip(names, group, strict=True)}}
+        | _row(groups[group], latencies.get(group, {}))
+        for group in first[:limit]
+    ]
+    total, all_latencies = Sums.none(), dict[int, int]()
+    for group, found in groups.items():
+        total.add(found)
+        for number, calls in latencies.get(group, {}).items():
+            all_latencies[number] = all_latencies.get(number, 0) + calls
+    return json(
+        {
+            "object": "usage.summary",
+            "start_time": question.start,
+            "end_time": question.end,
+            "data": data,
+            "has_more": len(first) > limit,
+            "total": _row(total, all_latencies),
+        }
+    )
+
+
+def _question(asked: Mapping[str, Any], own: Where) -> Question:
+    """Whole days: those that the times are in; without times, the last thirty."""
+    now = int(time.time())
+    end = asked.get("end_time", now + 1)
+    start = asked.get("start_time", max(0, end - 1 - (DAYS - 1) * DAY))
+    if end <= start:
+        raise parameters.wrong("end_time", "must be after `start_time`")
+    by = tuple(_DIMENSIONS.get(name, name) for name in asked.get("group_by", ()))
+    return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, asked_of(asked, own).where)
+
+
+def _read(question: Question, database: sqlite3.Connection) -> Found:
+    found = sums.read(database, question)
+    return {group: added for (_, group), added in found.items()}, sums.latencies(database, question)
+
+
+def _row(found: Sums, latencies: Latencies) -> dict[str, Any]:
+    calls = found["calls"]
+    prompt = sum(found[name] for name in (*BUCKETS[:4], "audio_in"))
+    completion = sum(found[name] for name in ("output", "reasoning", "audio_out"))
+    cost = found.cost_picos
+    return {
+        "calls": calls,
+        "failed_calls": found["failed"],
+        "abandoned_calls": found["abandoned"],
+        "blocked_calls": found["blocked"],
+        "cached_calls": found["cached"],
+        "estimated_calls": found["estimated"],
+        "unpriced_calls": found["unpriced"],
+        "error_rate": _share(found["failed"], calls),
+        "cache_hit_rate": _share(found["cached"], calls),
+        "input_tokens": prompt,
+        "input_cached_tokens": found["cached_input"],
+        "output_tokens": completion,
+        "total_tokens": prompt + completion,
+        "cost_usd": None if cost is None else usd(cost),
+        "saved_usd": usd(found["saved"]),
+        "latency_ms": {f"p{percent}": percentile(latencies, percent) for percent in PERCENTILES},
+    }
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def percentile(latencies: Latencies, percent: int) -> float | None:
+    """The milliseconds within which so many of a hundred calls ended, to 1/16; None without calls."""
+    rank = -(-sum(latencies.values()) * percent // 100)
+    for number in sorted(latencies):
+        rank -= latencies[number]
+        if rank <= 0:
+            return middle(number) / 1000
+    return None

@@ -1,0 +1,194 @@
+"""Adds up what calls used and cost over a time: from roll-ups where they know, from receipts where they do not."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+
+from attrs import define, field, frozen
+
+from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HALF, HOUR, LATENCY, SUMS, TABLES
+
+SECOND_NS = 10**9
+LAST_SECOND = 2**33
+"""A time beyond all calls, in Unix seconds (the year 2242): nanoseconds up to it fit 64 bits."""
+
+# An id of OpenAI's kind: `acme/search`, or `acme` where the key says no project. Escaped, so that it has one meaning.
+_PROJECT_ID = (
+    "replace(replace({tenant}, '%', '%25'), '/', '%2F') || CASE {project} WHEN '' THEN '' ELSE '/' || {project} END"
+)
+_IN_RECEIPTS = {
+    **{name: f"ifnull({name}, '')" for name in GROUPS},
+    **{name: f"ifnull({name}, '')" for name in ("subject", "tier", "outcome")},
+}
+_IN_ROLLUPS = {name: name for name in GROUPS}
+for _columns in (_IN_RECEIPTS, _IN_ROLLUPS):
+    _columns["project_id"] = _PROJECT_ID.format_map(_columns)
+TAG = "tag:"
+"""Before the name of a tag, where a dimension is named."""
+
+
+@frozen
+class Question:
+    """What is to be added up: `[start, end)` in Unix seconds, by buckets of a width and by dimensions."""
+
+    start: int
+    end: int
+    width: int | None = None
+    """Seconds of a bucket; None: all of the time is one."""
+    by: tuple[str, ...] = ()
+    where: Mapping[str, tuple[str, ...]] = field(factory=dict, hash=False)
+    """By dimension, the values that count."""
+
+
+@define
+class Sums:
+    """What a group of calls used and cost, by the names of COUNTS and SUMS; exact, of any size."""
+
+    counts: dict[str, int]
+    amounts: dict[str, int]
+
+    @classmethod
+    def none(cls) -> Sums:
+        """No calls."""
+        return cls(dict.fromkeys(COUNTS, 0), dict.fromkeys(SUMS, 0))
+
+    def add(self, other: Sums) -> None:
+        """Put another group into this one."""
+        for mine, theirs in ((self.counts, other.counts), (self.amounts, other.amounts)):
+            for name, value in theirs.items():
+                mine[name] += value
+
+    def __getitem__(self, name: str) -> int:
+        return self.counts[name] if name in self.counts else self.amounts[name]
+
+    @property
+    def cost_picos(self) -> int | None:
+        """What the priced calls cost; None when there are only others: that is not 0."""
+        return None if self["calls"] and self["calls"] == self["unpriced"] else self["cost"]
+
+
+Group = tuple[str, ...]
+Found = dict[tuple[int, Group], Sums]
+"""By the start of the bucket, aligned to the width, and the values of the dimensions; an empty text is none."""
+
+
+def read(database: sqlite3.Connection, question: Question) -> Found:
+    """Add up. Within one transaction all parts are of the same moment."""
+    found: Found = {}
+    for table, start, end in parts(question):
+        for key, sums in _part(database, question, table, start, end):
+            known = found.setdefault(key, sums)
+            if known is not sums:
+                known.add(sums)
+    return found
+
+
+def parts(question: Question) -> Iterator[tuple[int | None, int, int]]:
+    """Cut a time into parts: each with the seconds of the roll-ups that know it, None: only the receipts do."""
+    start, end, width = question.start, question.end, question.width
+    if start >= end:
+        return
+    dimensions = {*question.by, *question.where}
+    if (width is not None and width < HOUR) or not dimensions <= _IN_ROLLUPS.keys():
+        yield None, start, end
+        return
+    yield from _cut(start, end, (HOUR,) if width == HOUR else (DAY, HOUR))
+
+
+def _cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int | None, int, int]]:
+    """The largest whole pieces in the middle, smaller ones at both ends."""
+    if start >= end:
+        return
+    if not sizes:
+        yield None, start, end
+        return
+    size, *smaller = sizes
+    first, last = -(-start // size) * size, end // size * size
+    if first >= last:
+        yield from _cut(start, end, smaller)
+        return
+    yield from _cut(start, first, smaller)
+    yield size, first, last
+    yield from _cut(last, end, smaller)
+
+
+def _part(
+    database: sqlite3.Connection, question: Question, table: int | None, start: int, end: int
+) -> Iterator[tuple[tuple[int, Group], Sums]]:
+    conditions, values = where(question.where, receipts=table is None)
+    dimensions, tags = _dimensions(question.by, receipts=table is None)
+    unit, time, source = (
+        (SECOND_NS, "wall_ns", "receipts")
+        if table is None
+        else (1, "start", f"{TABLES[table]} CROSS JOIN usage_groups ON usage_groups.id = group_id")
+    )
+    bucket = "0" if question.width is None else f"{time} / {question.width * unit} * {question.width}"
+    columns = [bucket, *dimensions, *_counts(receipts=table is None), *_halves(receipts=table is None)]
+    rows = database.execute(
+        f"SELECT {', '.join(columns)} FROM {source} WHERE {time} >= ? AND {time} < ?{conditions} "  # noqa: S608 - names
+        f"GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
+        [*tags, start * unit, end * unit, *values],
+    )
+    width = 1 + len(dimensions)
+    for row in rows:
+        counts, halves = row[width : width + len(COUNTS)], row[width + len(COUNTS) :]
+        amounts = [high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)]
+        sums = Sums(dict(zip(COUNTS, counts, strict=True)), dict(zip(SUMS, amounts, strict=True)))
+        yield (row[0], row[1:width]), sums
+
+
+def _counts(*, receipts: bool) -> list[str]:
+    return [f"sum({condition if receipts else name})" for name, condition in COUNTS.items()]
+
+
+def _halves(*, receipts: bool) -> Iterator[str]:
+    for name, term in SUMS.items():
+        yield f"sum(({term}) / {HALF})" if receipts else f"sum({name}_high)"
+        yield f"sum(({term}) % {HALF})" if receipts else f"sum({name}_low)"
+
+
+def _dimensions(names: Sequence[str], *, receipts: bool) -> tuple[list[str], list[str]]:
+    """Expressions of SQL, and the values in them."""
+    known = _IN_RECEIPTS if receipts else _IN_ROLLUPS
+    tags = [name.removeprefix(TAG) for name in names if name.startswith(TAG)]
+    # The name has no quotes in it; where it is read, that is checked.
+    return (
+        [known.get(name, "ifnull(CAST(json_extract(tags, ?) AS TEXT), '')") for name in names],
+        [f'$."{tag}"' for tag in tags],
+    )
+
+
+def where(conditions: Mapping[str, tuple[str, ...]], *, receipts: bool) -> tuple[str, list[str]]:
+    """More conditions of SQL, each with AND before it, and the values in them."""
+    text, found = "", []
+    for name, values in conditions.items():
+        (expression,), tags = _dimensions((name,), receipts=receipts)
+        text += f" AND {expression} IN ({', '.join('?' * len(values))})"
+        found += [*tags, *values]
+    return text, found
+
+
+# --- latencies ---------------------------------------------------------------------------------
+
+
+def latencies(database: sqlite3.Connection, question: Question) -> dict[Group, dict[int, int]]:
+    """How many calls took how long, by the dimensions: calls by the number of the latency's range. For whole days."""
+    receipts = not {*question.by, *question.where} <= _IN_ROLLUPS.keys()
+    conditions, values = where(question.where, receipts=receipts)
+    dimensions, tags = _dimensions(question.by, receipts=receipts)
+    latency, calls, time, unit, source = (
+        (LATENCY, "count(*)", "wall_ns", SECOND_NS, "receipts")
+        if receipts
+        else (*("latency", "sum(calls)", "start", 1), "usage_latencies CROSS JOIN usage_groups ON id = group_id")
+    )
+    rows = database.execute(
+        f"SELECT {', '.join([*dimensions, latency, calls])} FROM {source} "  # noqa: S608 - only names from above
+        f"WHERE {time} >= ? AND {time} < ?{conditions} "
+        f"GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
+        [*tags, question.start * unit, question.end * unit, *values],
+    )
+    found: dict[Group, dict[int, int]] = {}
+    for *group, number, count in rows:
+        found.setdefault(tuple(group), {})[number] = count
+    return found

@@ -1,0 +1,283 @@
+"""The arithmetic of roll-ups: whatever the receipts are and in whatever batches they come, sums are exact."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlens import Caller, Cost, InvalidRequest, Receipt, Target, Unavailable, Usage
+from qlens_plugins.cost.ledger import reader as reading
+from qlens_plugins.cost.ledger import rollups, rows, schema, sums
+from qlens_plugins.cost.ledger.reader import Reader
+from qlens_plugins.cost.ledger.rows import LARGEST
+from qlens_plugins.cost.ledger.summary import percentile
+from qlens_plugins.cost.ledger.sums import Question
+
+DAY_NS = 86_400 * 10**9
+NOON = 20_000 * 86_400
+"""Midnight of some day, in Unix seconds."""
+
+_COUNT = st.integers(0, 5000) | st.integers(0, LARGEST)
+_USAGE = st.builds(
+    Usage,
+    *([_COUNT] * 8),
+    meters=st.dictionaries(st.sampled_from(["images", "seconds", "characters", 'o"dd']), st.integers(0, 2**40)),
+)
+_RECEIPT = st.builds(
+    Receipt,
+    id=st.integers(0, 30).map("call-{}".format),
+    caller=st.builds(
+        Caller,
+        st.sampled_from(["acme", "globex", "a/b", "100%", ""]),
+        st.sampled_from(["ann", "bob"]),
+        st.just("keys"),
+        st.sampled_from([None, "web", "b"]),
+        st.sampled_from([None, "key-1", "key-2"]),
+    ),
+    operation=st.sampled_from(["chat", "embeddings", "images"]),
+    model=st.sampled_from([None, "one", "two"]),
+    target=st.sampled_from([None, Target("echo", "one", "one"), Target("other", "two", "two")]),
+    outcome=st.sampled_from(["complete", "cached", "failed", "abandoned", "blocked", "cut"]),
+    status=st.just(200),
+    error=st.none(),
+    usage=_USAGE,
+    cost=st.builds(Cost, st.none() | st.integers(0, 10**9) | st.integers(0, LARGEST), st.sampled_from(["exact", "estimated"])),
+    saved_picos=st.integers(0, LARGEST),
+    cache=st.sampled_from(["hit", "miss", "semantic", "off"]),
+    streamed=st.booleans(),
+    attempts=st.just(()),
+    tags=st.dictionaries(st.sampled_from(["team", "a.b"]), st.sampled_from(["x", "y"])),
+    wall_ns=st.integers(NOON * 10**9 - DAY_NS, NOON * 10**9 + 2 * DAY_NS),
+    ttft_us=st.none(),
+    total_us=st.integers(0, 10**7) | st.integers(0, LARGEST),
+    overhead_us=st.just(0),
+    bytes_out=st.just(0),
+    config_version=st.just("v"),
+)  # fmt: skip
+
+
+def made() -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:", isolation_level=None)
+    for migration in schema.MIGRATIONS:
+        database.executescript(migration)
+    return database
+
+
+def write(database: sqlite3.Connection, receipts: list[Receipt]) -> None:
+    """As the writer does."""
+    last = rollups.last_row(database)
+    rows.insert(database, list(map(rows.row, receipts)), {})
+    rollups.add(database, last)
+
+
+def expected(receipts: list[Receipt], question: Question, key: Callable[[Receipt], Any]) -> dict[Any, tuple[int, ...]]:
+    found: dict[Any, list[int]] = {}
+    for one in receipts:
+        second = one.wall_ns // 10**9
+        if not question.start <= second < question.end:
+            continue
+        bucket = 0 if question.width is None else second // question.width * question.width
+        values = (
+            *(1, one.outcome in {"failed", "cut"}, one.cache in {"hit", "semantic"}, one.cost.picos is None),
+            *(one.usage.input, one.usage.audio_out, one.usage.meters.get("images", 0), one.cost.picos or 0),
+            one.saved_picos,
+        )
+        added = found.setdefault((bucket, key(one)), [0] * len(values))
+        for place, value in enumerate(values):
+            added[place] += value
+    return {group: tuple(values) for group, values in found.items()}
+
+
+NAMES = ("calls", "failed", "cached", "unpriced", "input", "audio_out", "images", "cost", "saved")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.lists(_RECEIPT, max_size=12), max_size=5),
+    st.integers(NOON - 90_000, NOON + 90_000),
+    st.integers(1, 200_000),
+    st.sampled_from([None, 60, 3600, 86_400]),
+)
+def test_sums_are_those_of_the_receipts_that_were_inserted(
+    batches: list[list[Receipt]], start: int, length: int, width: int | None
+) -> None:
+    database = made()
+    for batch in batches:
+        write(database, batch)
+    first: dict[str, Receipt] = {}
+    for one in (one for batch in batches for one in batch):
+        first.setdefault(one.id, one)
+    inserted = list(first.values())
+    for by, key in (
+        (("model", "tenant"), lambda one: (one.model or "", one.caller.tenant)),
+        (("subject",), lambda one: (one.caller.subject,)),
+        (("tag:a.b", "provider"), lambda one: (one.tags.get("a.b", ""), one.target.provider if one.target else "")),
+    ):
+        question = Question(start, start + length, width, by)
+        found = sums.read(database, question)
+        assert {group: tuple(added[name] for name in NAMES) for group, added in found.items()} == expected(
+            inserted, question, key
+        )
+        whole = sums.latencies(database, Question(NOON - 5 * 86_400, NOON + 5 * 86_400, None, by))
+        assert sum(sum(counts.values()) for counts in whole.values()) == len(inserted)
+    projects = sums.read(database, Question(0, NOON * 2, None, ("project_id",)))
+    owners = {(one.caller.tenant, one.caller.project) for one in inserted}
+    assert len(projects) == len(owners)
+    # Without the roll-ups, from the receipts alone: as a file of an older version is upgraded.
+    before = {table: contents(database, table) for table in ("usage_hours", "usage_days", "usage_latencies")}
+    for table in ("usage_groups", *before):
+        database.execute(f"DELETE FROM {table}")
+    database.execute("UPDATE usage_rolled SET receipt = 0")
+    rollups.add(database, rollups.last_row(database))
+    assert {table: contents(database, table) for table in before} == before
+    database.close()
+
+
+def contents(database: sqlite3.Connection, table: str) -> list[Any]:
+    names = [row[1] for row in database.execute(f"PRAGMA table_info({table})") if row[1] != "group_id"]
+    groups = ", ".join(rollups.GROUPS)
+    sql = f"SELECT {', '.join(names)}, {groups} FROM {table} JOIN usage_groups ON id = group_id"
+    return sorted(database.execute(sql))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 10**6), st.sampled_from([None, 60, 3600, 86_400]), st.booleans())
+def test_the_parts_of_a_time_follow_each_other_and_each_is_whole(
+    start: int, length: int, width: int | None, by_user: bool
+) -> None:
+    question = Question(start, start + length, width, ("subject",) if by_user else ())
+    place = start
+    for size, first, last in sums.parts(question):
+        assert first == place < last
+        assert size is None or first % size == last % size == 0
+        assert size is None or not by_user
+        assert size is None or width is None or width % size == 0
+        place = last
+    assert place == start + length
+
+
+@given(st.lists(st.integers(0, 2**36 - 1), min_size=1), st.sampled_from([50, 95, 99, 100]))
+def test_a_percentile_is_a_sixteenth_off_at_most(latencies: list[int], percent: int) -> None:
+    database = sqlite3.connect(":memory:")
+    counts: dict[int, int] = {}
+    for latency in latencies:
+        (number,) = database.execute(f"SELECT {rollups.LATENCY} FROM (SELECT ? AS total_us)", (latency,)).fetchone()
+        counts[number] = counts.get(number, 0) + 1
+    database.close()
+    exact = sorted(latencies)[-(-len(latencies) * percent // 100) - 1]
+    found = percentile(counts, percent)
+    assert found is not None
+    assert abs(found * 1000 - exact) <= exact / 16 + 1e-3
+    assert percentile({}, percent) is None
+
+
+@pytest.mark.parametrize("latency", [-1, 0, 2**36, LARGEST])
+def test_a_latency_beyond_all_reason_is_in_the_last_range(latency: int) -> None:
+    database = sqlite3.connect(":memory:")
+    (number,) = database.execute(f"SELECT {rollups.LATENCY} FROM (SELECT ? AS total_us)", (latency,)).fetchone()
+    assert number == (0 if latency <= 0 else 272)
+    database.close()
+
+
+def receipt(n: int, **changes: Any) -> Receipt:
+    one = Receipt(
+        id=f"call-{n}", caller=Caller("acme", "bob", "keys"), operation="chat", model="one", target=None,
+        outcome="complete", status=200, error=None, usage=Usage(input=1), cost=Cost(7), saved_picos=0, cache="off",
+        streamed=False, attempts=(), tags={}, wall_ns=NOON * 10**9, ttft_us=1, total_us=2, overhead_us=3, bytes_out=4,
+        config_version="v",
+    )  # fmt: skip
+    return evolve(one, **changes)
+
+
+def calls(database: sqlite3.Connection) -> int:
+    return sum(found["calls"] for found in sums.read(database, Question(0, NOON * 2)).values())
+
+
+def test_what_a_gateway_of_an_older_version_writes_meanwhile_is_added_with_the_next_batch() -> None:
+    database = made()
+    write(database, [receipt(1)])
+    rows.insert(database, [rows.row(receipt(2))], {})
+    write(database, [receipt(3), receipt(2)])
+    assert calls(database) == 3
+    database.close()
+
+
+def test_receipts_that_are_deleted_stay_in_the_roll_ups_and_new_ones_are_added() -> None:
+    database = made()
+    write(database, [receipt(n) for n in range(5)])
+    database.execute("DELETE FROM receipts WHERE id >= 'call-3'")
+    write(database, [receipt(n) for n in range(10, 13)])
+    assert calls(database) == 8
+    database.execute("DELETE FROM receipts")
+    write(database, [receipt(20)])
+    assert calls(database) == 9
+    database.close()
+
+
+def test_an_older_file_is_upgraded_with_its_roll_ups(tmp_path: Path) -> None:
+    database = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
+    for migration in schema.MIGRATIONS[:2]:
+        database.executescript(migration)
+    odd = receipt(2, tags={"\ud800": "x"}, usage=Usage(input=2**64, meters={"images": 2**70, "\ud800": 1}))
+    rows.insert(database, [rows.row(receipt(1)), rows.row(odd)], {})
+    database.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+    database = schema.connect(tmp_path / "x.db")
+    assert calls(database) == 2
+    (found,) = sums.read(database, Question(0, NOON * 2)).values()
+    assert found["input"] == 1 + LARGEST
+    assert json.loads(database.execute("SELECT meters FROM receipts WHERE id = 'call-2'").fetchone()[0])
+    database.close()
+
+
+# --- reading -----------------------------------------------------------------------------------
+
+_ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> Reader:
+    schema.connect(tmp_path / "x.db").close()
+    return Reader(tmp_path / "x.db")
+
+
+async def test_a_question_that_nobody_waits_for_any_longer_ends_and_its_place_is_free(reader: Reader) -> None:
+    endless = [asyncio.create_task(reader.ask(lambda database: database.execute(_ENDLESS))) for _ in range(5)]
+    await asyncio.sleep(0.1)
+    for task in endless:
+        task.cancel()
+    found = await asyncio.gather(*endless, return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in found)
+    assert await reader.ask(calls) == 0
+
+
+async def test_a_question_that_takes_too_long_is_refused(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "LONGEST_SECONDS", 0.05)
+    with pytest.raises(InvalidRequest, match="too much to read"):
+        await reader.ask(lambda database: database.execute(_ENDLESS).fetchone())
+
+
+async def test_few_read_at_once_and_none_can_write(reader: Reader) -> None:
+    now, most = 0, 0
+
+    def question(_: sqlite3.Connection) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.02)
+        now -= 1
+
+    await asyncio.gather(*(reader.ask(question) for _ in range(8)))
+    assert most == reading.AT_ONCE
+    with pytest.raises(Unavailable):
+        await reader.ask(lambda database: database.execute("DELETE FROM receipts"))
