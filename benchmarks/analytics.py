@@ -39,12 +39,14 @@ QUESTIONS = {
 # Made in SQLite: a hundred thousand rows at once, spread over the month, none like the other.
 _MAKE = f"""
 WITH RECURSIVE n (i) AS (SELECT ? UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?),
-     r AS (SELECT i, (i * 2654435761) % 4294967296 AS a, (i * 40503 + 12345) % 65536 AS b FROM n)
+     h AS (SELECT i, (i * 2654435761) % 4294967296 AS a FROM n),
+     r AS (SELECT i, a, (a >> 7) % 65536 AS b, (a >> 24) % {TENANTS} AS t, (a >> 16) % {KEYS} AS k,
+           (a >> 9) % {MODELS} AS m FROM h)
 INSERT INTO receipts ({", ".join(rows.COLUMNS)})
 SELECT
-    printf('%016x-%08x', i, a), wall, strftime('%Y-%m-%d', wall / 1000000000, 'unixepoch'), 'tenant-' || (a % {TENANTS}),
-    CASE WHEN a % 5 THEN 'project-' || (a % 5) END, 'key-' || (a % {TENANTS}) || '-' || (b % {KEYS}), 'user-' || (b % 997),
-    'chat', 'model-' || (i % {MODELS}), 'provider-' || (i % {PROVIDERS}), 'model-' || (i % {MODELS}),
+    printf('%016x-%08x', i, a), wall, strftime('%Y-%m-%d', wall / 1000000000, 'unixepoch'), 'tenant-' || t,
+    'project-' || (k % 2), 'key-' || t || '-' || k, 'user-' || (b % 997),
+    'chat', 'model-' || m, 'provider-' || (m % {PROVIDERS}), 'model-' || m,
     CASE WHEN b % 50 = 0 THEN 'failed' ELSE 'complete' END, CASE WHEN b % 50 = 0 THEN 502 ELSE 200 END, NULL, b % 2, 'off',
     100 + a % 4000, 0, 0, 0, 50 + b % 900, 0, 0, 0, '{{}}', 'provider', NULL,
     (100 + a % 4000) * 150000 + (50 + b % 900) * 600000, 'exact', '*/model', 0,

@@ -124,14 +124,13 @@ async def one_call(gateway: Running, n: int) -> None:
         case 3 | 4:
             await gateway.post("/v1/chat/completions", chat(n % 3, temperature=0), key=key)
         case 5:
-            payload = {"model": "text-embedding-3-small", "input": f"text {n}"}
-            await gateway.post("/v1/embeddings", payload, key=key)
+            await gateway.post("/v1/embeddings", {"model": "text-embedding-3-small", "input": f"text {n}"}, key=key)
         case 6:
-            payload = {"model": "gpt-image-1", "prompt": "a cat", "n": 1 + n % 3}
-            await gateway.post("/v1/images/generations", payload, key=key)
+            image = {"model": "gpt-image-1", "prompt": "a cat", "n": 1 + n % 3}
+            await gateway.post("/v1/images/generations", image, key=key)
         case 7:
-            payload = {"model": "tts-1", "input": "spoken " * (1 + n % 5), "voice": "alloy"}
-            await gateway.post("/v1/audio/speech", payload, key=key)
+            speech = {"model": "tts-1", "input": "spoken " * (1 + n % 5), "voice": "alloy"}
+            await gateway.post("/v1/audio/speech", speech, key=key)
         case 8:
             await gateway.post("/v1/responses", {"model": "gpt-4o-mini", "input": f"hello {n}"}, key=key)
         case 9:
@@ -415,10 +414,10 @@ async def test_buckets_follow_each_other_without_a_gap_over_all_pages(tmp_path: 
         now = int(time.time())
         for width, seconds, limit in (("1m", 60, 7), ("1h", 3600, 5), ("1d", 86400, 2)):
             for start, end in ((now - 20 * seconds - 17, None), (now - 9 * seconds - 1, now + seconds + 5)):
-                query = {"start_time": start, "bucket_width": width, "limit": limit}
-                buckets = await walked(
-                    gateway, "/v1/organization/usage/completions", **query, **({"end_time": end} if end else {})
-                )
+                query: dict[str, Any] = {"start_time": start, "bucket_width": width, "limit": limit}
+                if end:
+                    query["end_time"] = end
+                buckets = await walked(gateway, "/v1/organization/usage/completions", **query)
                 assert buckets[0]["start_time"] == start
                 assert all(a["end_time"] == b["start_time"] for a, b in pairwise(buckets))
                 assert all(bucket["end_time"] % seconds == 0 for bucket in buckets[:-1])

@@ -51,7 +51,7 @@ _RECEIPT = st.builds(
     status=st.just(200),
     error=st.none(),
     usage=_USAGE,
-    cost=st.builds(Cost, st.none() | st.integers(0, 10**9) | st.integers(0, LARGEST), st.sampled_from(["exact", "estimated"])),
+    cost=st.builds(Cost, st.none() | _COUNT, st.sampled_from(["exact", "estimated"])),
     saved_picos=st.integers(0, LARGEST),
     cache=st.sampled_from(["hit", "miss", "semantic", "off"]),
     streamed=st.booleans(),
@@ -166,7 +166,7 @@ def test_the_parts_of_a_time_follow_each_other_and_each_is_whole(
 
 
 @given(st.lists(st.integers(0, 2**36 - 1), min_size=1), st.sampled_from([50, 95, 99, 100]))
-def test_a_percentile_is_a_sixteenth_off_at_most(latencies: list[int], percent: int) -> None:
+def test_a_percentile_is_an_eighth_off_at_most(latencies: list[int], percent: int) -> None:
     database = sqlite3.connect(":memory:")
     counts: dict[int, int] = {}
     for latency in latencies:
@@ -176,7 +176,7 @@ def test_a_percentile_is_a_sixteenth_off_at_most(latencies: list[int], percent: 
     exact = sorted(latencies)[-(-len(latencies) * percent // 100) - 1]
     found = percentile(counts, percent)
     assert found is not None
-    assert abs(found * 1000 - exact) <= exact / 16 + 1e-3
+    assert abs(found * 1000 - exact) <= exact / 8 + 1e-3
     assert percentile({}, percent) is None
 
 
@@ -184,7 +184,7 @@ def test_a_percentile_is_a_sixteenth_off_at_most(latencies: list[int], percent: 
 def test_a_latency_beyond_all_reason_is_in_the_last_range(latency: int) -> None:
     database = sqlite3.connect(":memory:")
     (number,) = database.execute(f"SELECT {rollups.LATENCY} FROM (SELECT ? AS total_us)", (latency,)).fetchone()
-    assert number == (0 if latency <= 0 else 272)
+    assert number == (0 if latency <= 0 else 140)
     database.close()
 
 

@@ -11,13 +11,14 @@ from functools import partial
 from typing import Any
 
 import orjson
-from attrs import frozen
+from attrs import evolve, frozen
 
 from qlens import Call, InvalidRequest, Reply, usd
 from qlens_plugins.cost.ledger import parameters, sums
 from qlens_plugins.cost.ledger.answers import json
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, HOUR
+from qlens_plugins.cost.ledger.rows import BUCKETS
 from qlens_plugins.cost.ledger.sums import LAST_SECOND, Group, Question, Sums
 from qlens_plugins.cost.ledger.view import Where, narrowed
 
@@ -61,10 +62,6 @@ def _inputs(found: Sums) -> Result:
     return {"input_tokens": _completions(found)["input_tokens"], "num_model_requests": found["calls"]}
 
 
-def _metered(name: str, found: Sums) -> Result:
-    return {name: found[name], "num_model_requests": found["calls"]}
-
-
 @frozen
 class Kind:
     """One of OpenAI's paths."""
@@ -74,6 +71,8 @@ class Kind:
     operations: tuple[str, ...] | None
     """The operations it is about; None: all."""
     fields: Callable[[Sums], Result]
+    """A result's numbers, of the sums in `names`."""
+    names: tuple[str, ...]
     by: tuple[str, ...]
     """What results can be grouped by."""
     widths: Mapping[str, tuple[int, int, int]] = _WIDTHS
@@ -88,12 +87,22 @@ def _costs(found: Sums) -> Result:
 
 
 _WHO = ("project_id", "user_id", "api_key_id", "model")
+_TOKENS = ("calls", *BUCKETS)
 _CHAT = ("chat", "completions", "responses", "messages", "realtime")
+
+
+def _metered(path: str, operations: tuple[str, ...], name: str) -> Kind:
+    """A path about what is not counted in tokens."""
+
+    def fields(found: Sums) -> Result:
+        return {name: found[name], "num_model_requests": found["calls"]}
+
+    return Kind(f"usage.{path}", operations, fields, ("calls", name), _WHO)
 
 
 def _empty(result: str) -> Kind:
     """A path about what no call of a gateway does: it is there for tools that ask for all."""
-    return Kind(result, (), _inputs, ("project_id",), filters=("project_ids",))
+    return Kind(result, (), _inputs, (), ("project_id",), filters=("project_ids",))
 
 
 KINDS = {
@@ -101,28 +110,26 @@ KINDS = {
         "usage.completions",
         _CHAT,
         _completions,
+        _TOKENS,
         (*_WHO, "batch", "service_tier", "api_source"),
         filters=("project_ids", "user_ids", "api_key_ids", "models", "batch"),
     ),
-    "usage/embeddings": Kind("usage.embeddings", ("embeddings",), _inputs, _WHO),
-    "usage/moderations": Kind("usage.moderations", ("moderations",), _inputs, _WHO),
-    "usage/images": Kind(
-        "usage.images",
-        tuple(_SOURCES),
-        partial(_metered, "images"),
-        (*_WHO, "source"),
+    "usage/embeddings": Kind("usage.embeddings", ("embeddings",), _inputs, _TOKENS, _WHO),
+    "usage/moderations": Kind("usage.moderations", ("moderations",), _inputs, _TOKENS, _WHO),
+    "usage/images": evolve(
+        _metered("images", tuple(_SOURCES), "images"),
+        by=(*_WHO, "source"),
         filters=("project_ids", "user_ids", "api_key_ids", "models", "sources"),
     ),
-    "usage/audio_speeches": Kind("usage.audio_speeches", ("speech",), partial(_metered, "characters"), _WHO),
-    "usage/audio_transcriptions": Kind(
-        "usage.audio_transcriptions", ("transcriptions", "translations"), partial(_metered, "seconds"), _WHO
-    ),
+    "usage/audio_speeches": _metered("audio_speeches", ("speech",), "characters"),
+    "usage/audio_transcriptions": _metered("audio_transcriptions", ("transcriptions", "translations"), "seconds"),
     "usage/vector_stores": _empty("usage.vector_stores"),
     "usage/code_interpreter_sessions": _empty("usage.code_interpreter_sessions"),
     "costs": Kind(
         "costs",
         None,
         _costs,
+        ("calls", "unpriced", "cost"),
         ("project_id", "user_id", "line_item", "api_key_id", "api_source"),
         _COSTS_WIDTHS,
         ("project_ids", "user_ids", "api_key_ids", "line_items"),
@@ -244,7 +251,7 @@ def _question(kind: Kind, asked: Mapping[str, Any], page: Page, own: Where) -> Q
     if operations is not None:
         where["operation"] = operations
     by = tuple(dict.fromkeys(_FIELDS[name] for name in asked.get("group_by", ()) if name not in _SAME))
-    return Question(page.start, page.end, page.width, by, narrowed(own, where))
+    return Question(page.start, page.end, page.width, by, narrowed(own, where), kind.names)
 
 
 def _result(kind: Kind, by: tuple[str, ...], group: Group, found: Sums) -> Result:

@@ -39,8 +39,8 @@ SUMS = {
 }
 """How much in all: the name, and what of a receipt is added; money in picodollars."""
 
-STEPS = 8
-"""Latencies are counted in ranges of a fixed scale: this many to each doubling, so that a range is 1/8 wide at most."""
+STEPS = 4
+"""Latencies are counted in ranges of a fixed scale: this many to each doubling, so that a range is 1/4 wide at most."""
 _TOP = 36
 """Latencies of 2**36 microseconds (19 hours) and more are in the last range."""
 
@@ -48,12 +48,12 @@ _TOP = 36
 def _range_of(microseconds: str) -> str:
     """The number of a latency's range in SQL, where no logarithm can be relied on."""
     doublings = (
-        f"WHEN {microseconds} < {2 ** (e + 1)} THEN {(e - 2) * STEPS} + (({microseconds} >> {e - 3}) & {STEPS - 1})"
-        for e in range(4, _TOP)
+        f"WHEN {microseconds} < {2 ** (e + 1)} THEN {(e - 1) * STEPS} + (({microseconds} >> {e - 2}) & {STEPS - 1})"
+        for e in range(3, _TOP)
     )
     return (
         f"CASE WHEN {microseconds} < 0 THEN 0 WHEN {microseconds} < {2 * STEPS} THEN {microseconds} "
-        f"{' '.join(doublings)} ELSE {(_TOP - 2) * STEPS} END"
+        f"{' '.join(doublings)} ELSE {(_TOP - 1) * STEPS} END"
     )
 
 
@@ -61,7 +61,7 @@ LATENCY = _range_of("total_us")
 
 
 def middle(number: int) -> int:
-    """The middle of a latency's range, in microseconds: off by 1/16 at most."""
+    """The middle of a latency's range, in microseconds: off by 1/8 at most."""
     if number < 2 * STEPS:
         return number
     doubling, step = divmod(number, STEPS)

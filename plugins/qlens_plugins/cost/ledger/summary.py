@@ -104,7 +104,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def percentile(latencies: Latencies, percent: int) -> float | None:
-    """The milliseconds within which so many of a hundred calls ended, to 1/16; None without calls."""
+    """The milliseconds within which so many of a hundred calls ended, to 1/8; None without calls."""
     rank = -(-sum(latencies.values()) * percent // 100)
     for number in sorted(latencies):
         rank -= latencies[number]
