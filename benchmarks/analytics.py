@@ -19,7 +19,7 @@ from qlens_plugins.cost.ledger import rollups, rows, schema
 START = 1_790_812_800
 """2026-10-01 in UTC, in Unix seconds."""
 DAYS = 31
-TENANTS, KEYS, MODELS, PROVIDERS = 50, 4, 12, 3
+TENANTS, KEYS, MODELS, PROVIDERS = 50, 4, 12, 3  # 2,400 groups
 """Of each tenant so many keys; every key uses every model, each model at one provider."""
 BATCH = 100_000
 AGAIN = 7
@@ -36,7 +36,8 @@ QUESTIONS = {
     "the newest 100 calls": "/v1/usage/calls?limit=100",
 }
 
-# Made in SQLite: a hundred thousand rows at once, spread over the month, none like the other.
+# Made in SQLite: a hundred thousand rows at once, spread over the month by the millisecond (a row's number times
+# nanoseconds would not fit 64 bits).
 _MAKE = f"""
 WITH RECURSIVE n (i) AS (SELECT ? UNION ALL SELECT i + 1 FROM n WHERE i + 1 < ?),
      h AS (SELECT i, (i * 2654435761) % 4294967296 AS a FROM n),
@@ -53,7 +54,6 @@ SELECT
     1000 + b, 20000 + a % 3000000, 200, 2000, 'v1', '{{}}', '[]'
 FROM (SELECT *, {START}000000000 + i * {DAYS * 86_400}000 / ? * 1000000 AS wall FROM r)
 """  # noqa: E501
-# Milliseconds: a number times nanoseconds would not fit 64 bits.
 
 
 def generate(path: Path, receipts: int) -> None:

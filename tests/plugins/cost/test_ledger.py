@@ -676,6 +676,8 @@ async def test_usage_can_be_grouped_and_narrowed(tmp_path: Path, capsys: pytest.
     assert (model["model"], model["calls"]) == ("unpriced", 1)
     assert await asyncio.to_thread(rows_of, "--tenant", "nobody") == []
     assert await asyncio.to_thread(rows_of, "--until", "2001-01-01") == []
+    assert await asyncio.to_thread(rows_of, "--since", "9999-12-31") == []
+    assert len(await asyncio.to_thread(rows_of, "--since", "0001-01-01")) == 3
     assert len(await asyncio.to_thread(rows_of, "--since", today, "--until", today)) == 3
 
 

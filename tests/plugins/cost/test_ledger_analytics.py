@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
+import aiohttp
 import openai
 import orjson
 import pytest
@@ -30,6 +31,8 @@ KEYS = {
     "other": ("globex", "shop/eu", "member"),
     "slash": ("acme/web", None, "tenant_admin"),
     "root": ("ops", None, "viewer"),
+    "auditor": ("ops", None, "auditor"),
+    "accountant": ("ops", None, "accountant"),
 }
 """By id: tenant, project, role."""
 CHAT = ("chat", "completions", "responses", "messages", "realtime")
@@ -64,6 +67,12 @@ def config(path: Path) -> str:
         return {"max_output_tokens": 1000, "targets": [{"provider": "echo", "model": name, "params": params}]}
 
     content = {
+        "server": {
+            "roles": {
+                "auditor": {"like": "viewer", "paths": ["/admin/audit"]},
+                "accountant": {"like": "viewer", "paths": ["/v1/organization"]},
+            }
+        },
         "pipeline": {
             "auth": [{"plugin": "api_keys", "file": "keys.yaml"}],
             "cache": [{"plugin": "exact", "ttl_seconds": 600}],
@@ -382,6 +391,18 @@ async def test_members_see_their_own_key_rulers_their_tenant_and_viewers_all(tmp
         assert (await gateway.get("/v1/usage/summary")).status == 401
 
 
+async def test_a_role_that_is_narrowed_to_other_paths_sees_no_more_than_a_member(tmp_path: Path) -> None:
+    async with serving(tmp_path / "x.db") as gateway:
+        for name in ("search", "other"):
+            await gateway.post("/v1/chat/completions", chat(1), key=key_of(name))
+        await written(gateway)
+        for name, organization in (("auditor", 0), ("accountant", 2)):
+            assert (await ask(gateway, "/v1/usage/summary", name))["total"]["calls"] == 0
+            assert (await ask(gateway, "/v1/usage/calls", name))["data"] == []
+            buckets = await walked(gateway, USAGE, name, start_time=int(time.time()) - 60)
+            assert total(buckets, "num_model_requests") == organization
+
+
 # --- pages -------------------------------------------------------------------------------------
 
 
@@ -492,6 +513,49 @@ async def test_a_ledger_that_cannot_be_read_is_said_to_be_and_harms_no_call(tmp_
             assert (answer.status, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
             database.execute("ALTER TABLE hidden RENAME TO usage_days")
         assert (await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))).status == 200
+
+
+async def test_a_client_that_leaves_an_export_leaves_nothing_behind_and_one_cut_short_is_seen_to_be(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "x.db"
+    async with serving(path) as gateway:
+        await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
+        await written(gateway)
+        with opened(path) as database:
+            columns = [row["name"] for row in database.execute("PRAGMA table_info(receipts)") if row["name"] != "id"]
+            names = ", ".join(columns)
+            database.execute(
+                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
+                f"INSERT INTO receipts (id, {names}) SELECT 'copy-' || i, {names} FROM receipts, n"
+            )
+        headers = {"authorization": f"Bearer {key_of('root')}"}
+        async with gateway.session.get(f"{gateway.url}/v1/usage/export", headers=headers) as answer:
+            assert answer.headers["content-type"].startswith("text/csv")
+            await answer.content.readany()
+            answer.close()
+        async with asyncio.timeout(10):
+            while gateway.gateway.current.running:
+                await asyncio.sleep(0.02)
+        async with gateway.session.get(f"{gateway.url}/v1/usage/export", headers=headers) as answer:
+            await answer.content.readany()
+            with opened(path) as database:
+                database.execute("ALTER TABLE receipts RENAME TO hidden")
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.content.read()
+            with opened(path) as database:
+                database.execute("ALTER TABLE hidden RENAME TO receipts")
+        assert (await ask(gateway, "/v1/usage/calls", limit=3))["has_more"]
+
+
+async def test_after_a_reload_questions_are_about_the_new_file(tmp_path: Path) -> None:
+    async with serving(tmp_path / "x.db") as gateway:
+        await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
+        await written(gateway)
+        await gateway.reload(config(tmp_path / "y.db"))
+        assert (await ask(gateway, "/v1/usage/summary"))["total"]["calls"] == 0
+        await gateway.reload(config(tmp_path / "x.db"))
+        assert (await ask(gateway, "/v1/usage/summary"))["total"]["calls"] == 1
 
 
 async def test_a_cell_that_a_spreadsheet_would_run_is_text(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _receipts(database: sqlite3.Connection, question: Question) -> Iterable[tupl
 
 def _nanoseconds(day: date) -> int:
     # Beyond what 64 bits can hold there are no calls.
-    return min((day - date(1970, 1, 1)).days * DAY_NS, LARGEST)
+    return max(0, min((day - date(1970, 1, 1)).days * DAY_NS, LARGEST))
 
 
 def _sum(term: str) -> str:

@@ -15,17 +15,15 @@ def view(call: Call, gateway: Gateway, rulers: Endpoint) -> Where:
 
     A tenant is shared by people who need not know of each other's calls.
     """
-    if call.scope is None:
-        return {}
     caller = call.known
-    own: Where = {"tenant": (call.scope,)}
     try:
-        gateway.roles.scope(caller, rulers)
+        # Not call.scope, which at a path that is open to members minds no paths that a role is narrowed to.
+        tenant = gateway.roles.scope(caller, rulers)
     except Forbidden:
         # Somebody who came without a key is known by the subject.
         mine: Where = {"subject": (caller.subject,)} if caller.key_id is None else {"key_id": (caller.key_id,)}
-        return {**own, **mine}
-    return own
+        return {"tenant": (caller.tenant,), **mine}
+    return {} if tenant is None else {"tenant": (tenant,)}
 
 
 def narrowed(own: Where, asked: Mapping[str, tuple[str, ...]]) -> Where:
