@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 
 import orjson
 
@@ -51,8 +52,14 @@ async def identified(answer: Answer, reading: Awaitable[Reply], ids: Collection[
     return reply
 
 
+@lru_cache(maxsize=256)
+def _lowered(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.lower() for name in names)
+
+
 def shown(answer: Answer, names: Collection[str]) -> dict[str, str]:
-    """The headers of these lower-cased names that may be shown: short and plain."""
+    """The headers of these names, lower-cased, that may be shown: short and plain."""
+    names = _lowered(tuple(names))
     if answer.headers.lacks(names):
         return {}
     found = {}

@@ -297,7 +297,11 @@ def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) ->
     fields.setdefault("host", authority)
     for name, value in _DEFAULTS:
         fields.setdefault(name, value)
-    text = "\r\n".join(map(": ".join, fields.items())) + "\r\n"
+    try:
+        text = "\r\n".join(map(": ".join, fields.items())) + "\r\n"
+    except TypeError:
+        name, value = next((name, value) for name, value in fields.items() if not isinstance(value, str))
+        raise TypeError(f"the value of header {name!r} is of type {type(value).__name__}: give it as text") from None
     if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
         raise _broken_header(fields)
     return f"{method} {path} HTTP/1.1\r\n{text}".encode("utf-8", "surrogateescape")

@@ -146,6 +146,12 @@ async def test_only_listed_headers_of_the_provider_are_kept(http: Upstream, up: 
     assert reply.upstream_id == "azure-1"
 
 
+async def test_headers_to_keep_may_be_named_in_any_case(http: Upstream, up: FakeUpstream) -> None:
+    up.script(Scripted(body={"choices": []}, headers={"x-region": "eu"}))
+    reply = await ask(http, up, forward=["X-Region"])
+    assert reply.headers == {"x-region": "eu"}
+
+
 async def test_embeddings_stay_packed(http: Upstream, up: FakeUpstream) -> None:
     reply = await ask(http, up, outgoing(dialect="embeddings", encoding_format="base64"))
     assert reply.body is not None

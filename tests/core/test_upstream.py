@@ -497,6 +497,12 @@ async def test_header_with_a_line_break_is_refused_without_showing_it(
     assert not up.requests
 
 
+async def test_header_value_that_is_no_text_is_refused_by_its_name(http: Upstream, up: FakeUpstream) -> None:
+    with pytest.raises(TypeError, match="'x-count' is of type int"):
+        await http.open("GET", up.url, headers={"x-count": 5}, body=None, deadlines=PATIENT)  # type: ignore[dict-item]
+    assert not up.requests
+
+
 @pytest.mark.parametrize("name", ["Content-Length", "transfer-encoding", "Connection", "Expect"])
 async def test_header_that_would_frame_the_request_twice_is_refused(
     http: Upstream, up: FakeUpstream, name: str
