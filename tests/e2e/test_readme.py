@@ -89,10 +89,24 @@ def test_links_lead_to_files() -> None:
     assert not missing
 
 
-def test_commands_of_the_readme_exist(served: Served) -> None:
+EVERY_COMMAND = """
+pipeline:
+  auth: [{plugin: key_store, url: "sqlite:///qlens.db"}]
+  cost:
+    - {plugin: prices}
+    - {plugin: budgets, limits: [{per: tenant, usd: 1, window: day}]}
+    - {plugin: ledger, url: "sqlite:///qlens.db"}
+providers: {echo: {plugin: echo}}
+models: {gpt-4o-mini: {max_output_tokens: 100, targets: [{provider: echo, model: gpt-4o-mini}]}}
+"""
+
+
+def test_commands_of_the_readme_exist(tmp_path: Path) -> None:
+    config = tmp_path / "qlens.yaml"
+    config.write_text(EVERY_COMMAND)
     listed = set(re.findall(r"^qlens (\w+)", block_with("text", "qlens serve"), re.MULTILINE))
     for command in listed:
-        result = served.qlens(command, "--help")
+        result = run_qlens(command, "--help", env={"QLENS_CONFIG": str(config)})
         assert result.returncode == 0, f"{command}: {result.stderr}"
 
 
