@@ -37,7 +37,7 @@ from qlens.errors import (
 )
 from qlens.forms import meters_of, read_form
 from qlens.metering import Meter, as_openai, estimated, exploded
-from qlens.metering_raw import RawMeter
+from qlens.metering_raw import raw_meter
 from qlens.metering_typed import TypedMeter
 from qlens.metering_typed import exploded as typed_events
 from qlens.metrics import CallMetrics
@@ -529,7 +529,7 @@ class Pipeline:
 
         meter: Watcher
         if reply.raw:
-            meter = RawMeter(call, reply, failed=failed)
+            meter = raw_meter(call, reply, failed)
         elif reply.dialect in typed.NAMES:
             meter = TypedMeter(call, reply, failed=failed, ended=keep)
         else:

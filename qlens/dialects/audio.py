@@ -51,7 +51,7 @@ SPEECH = Plain(
     asked_texts=_spoken,
     meters=lambda body: {"characters": len(body["input"])},
 )
-"""A text spoken; what was used is not said, and is told by the text."""
+"""A text spoken; what was used is told by the text, unless speech comes in events, whose last one says it."""
 
 
 # --- written down ------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ USAGE = {"inputTokens": 9, "outputTokens": 4, "totalTokens": 13}
 _PATH = re.compile(r"/model/(?P<model>[^/]+)/(?P<operation>converse|converse-stream|invoke)")
 _OPERATIONS = {"converse": "Converse", "converse-stream": "ConverseStream", "invoke": "InvokeModel"}
 _MOST_BYTES = 25_000_000
+_GUARDRAIL = {f"guardrail{part}": f"x-amzn-bedrock-guardrail{part.lower()}" for part in ("Identifier", "Version")}
 
 
 @define(eq=False)
@@ -72,7 +73,7 @@ class FakeBedrock(FakeUpstream):
             return Refusal(400, "ValidationException", "The content type is invalid.")
         if len(request.content) > _MOST_BYTES:
             return Refusal(400, "ValidationException", "Request body is too large.")
-        message = invalid(_OPERATIONS[found["operation"]], model, request.content)
+        message = invalid(_OPERATIONS[found["operation"]], model, request.content, request.headers)
         return Refusal(400, "ValidationException", message) if message else None
 
 
@@ -89,7 +90,7 @@ async def bedrock(region: str = "us-east-1", identities: Identities | None = Non
 # --- judging requests --------------------------------------------------------------------------
 
 
-def invalid(operation: str, model: str, content: bytes) -> str | None:
+def invalid(operation: str, model: str, content: bytes, headers: Mapping[str, str] | None = None) -> str | None:
     """Why Bedrock would refuse a body: by its service model, and by what else it is known to check."""
     known: OperationModel = service_model("bedrock-runtime").operation_model(operation)
     try:
@@ -97,7 +98,10 @@ def invalid(operation: str, model: str, content: bytes) -> str | None:
     except orjson.JSONDecodeError:
         return "The request body is not valid JSON."
     if operation == "InvokeModel":
-        found = fault(known.input_shape, {"modelId": model})
+        guardrail = {name: headers[header] for name, header in _GUARDRAIL.items() if headers and header in headers}
+        if len(guardrail) == 1:
+            return "A guardrail needs both its identifier and its version."
+        found = fault(known.input_shape, {"modelId": model, **guardrail})
         return found or _invalid_body(model, body)
     found = fault(known.input_shape, {"modelId": model, **body} if isinstance(body, dict) else body)
     return found or converse_rules.refusal(model, body)

@@ -83,3 +83,43 @@ async def test_it_is_not_cached() -> None:
         for _ in range(2):
             answer = await gateway.post(PATH, BODY)
             assert (answer.status, answer.headers["x-qlens-cache"]) == (200, "miss")
+
+
+# --- speech in events --------------------------------------------------------------------------
+
+SSE = {"content-type": "text/event-stream; charset=utf-8"}
+SOUND = b'data: {"type":"speech.audio.delta","audio":"SUQz"}\n\n'
+DONE = b'data: {"type":"speech.audio.done","usage":{"input_tokens":14,"output_tokens":101,"total_tokens":115}}\n\n'
+
+
+@pytest.mark.parametrize("split", [None, 1, 7])
+@pytest.mark.parametrize("wire", [SOUND + DONE, (SOUND + DONE).rstrip()], ids=["whole", "no blank line"])
+async def test_speech_in_events_says_what_it_used(wire: bytes, split: int | None) -> None:
+    async with upstream() as up, running(_yaml(up)) as gateway:
+        up.script(Scripted(body=wire, headers=SSE, split=split))
+        answer = await gateway.post(PATH, {**BODY, "stream_format": "sse"})
+        assert (answer.body, answer.headers["content-type"]) == (wire, SSE["content-type"])
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.outcome, receipt.usage.source) == ("complete", "provider")
+        assert (receipt.usage.prompt, receipt.usage.completion) == (14, 101)
+
+
+@pytest.mark.parametrize("wire", [SOUND, SOUND + DONE[:40], SOUND + DONE.replace(b"done", b"delta")])
+async def test_speech_in_events_that_never_says_done_is_no_success(wire: bytes) -> None:
+    async with upstream() as up, running(_yaml(up)) as gateway:
+        up.script(Scripted(body=wire, headers=SSE))
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await gateway.post(PATH, {**BODY, "stream_format": "sse"})
+        (receipt,) = await gateway.settled(1)
+        assert receipt.outcome == "failed"
+        assert (receipt.usage.meters, receipt.usage.source) == ({"characters": 12}, "partial")
+
+
+@pytest.mark.parametrize("usage", [b"", b',"usage":null', b',"usage":{"input_tokens":-1,"output_tokens":"x"}'])
+async def test_speech_in_events_without_usage_is_told_by_the_text(usage: bytes) -> None:
+    async with upstream() as up, running(_yaml(up)) as gateway:
+        up.script(Scripted(body=SOUND + b'data: {"type":"speech.audio.done"%b}\n\n' % usage, headers=SSE))
+        await gateway.post(PATH, {**BODY, "stream_format": "sse"})
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.outcome, receipt.usage.source) == ("complete", "estimated")
+        assert receipt.usage.meters == {"characters": 12}

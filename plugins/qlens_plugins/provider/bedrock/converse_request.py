@@ -76,7 +76,7 @@ def written(body: Block, params: Mapping[str, Any], family: Family, rules: Rules
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
     mind = thinking(body, family, limit, talk.turns)
     draft = _Draft(body, params, family, talk=talk, form=form, mind=mind)
-    guardrail = _guardrail(body, params, rules.guardrail, stream)
+    guardrail = guardrail_of(body, params, rules.guardrail, stream)
     one_tool = body.get("parallel_tool_calls") is False
     older = "functions" in body and "tools" not in body
     return Asked(draft.written(specs, limit, guardrail), names, form.helper, one_tool, older)
@@ -219,7 +219,7 @@ def _metadata(body: Block) -> dict[str, str]:
     return dict(list(clean.items())[:_MOST_METADATA])
 
 
-def _guardrail(
+def guardrail_of(
     body: Block, params: Mapping[str, Any], configured: GuardrailSettings | None, stream: bool
 ) -> Block | None:
     """The operator's guardrail, or else the client's: nobody can choose a weaker one than is configured."""

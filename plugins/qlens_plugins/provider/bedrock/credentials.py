@@ -21,9 +21,9 @@ class Bearer:
 
     _key: str = field(repr=False)
 
-    def headers(self, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
+    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
         """The headers of a request."""
-        return bearer_headers(self._key, host, accept)
+        return bearer_headers(self._key, host, accept, own)
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
         """There is no other key."""
@@ -59,12 +59,12 @@ class Signed:
     signer: Signer
     source: Source
 
-    def headers(self, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
+    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
         """The headers of a request; raises UpstreamAuth while no access key was found."""
         keys = self.source.keys
         if keys is None:
             raise UpstreamAuth("The gateway has no credentials for AWS.")
-        return self.signer.headers(keys, host, path, body, accept)
+        return self.signer.headers(keys, host, path, body, accept, own=own)
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
         """Get a fresh access key, unless there is another one than that of the refused request already."""

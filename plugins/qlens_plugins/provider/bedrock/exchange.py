@@ -10,6 +10,7 @@ from attrs import define, field, frozen
 
 from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected
 from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
+from qlens_plugins.provider.bedrock.signing import NOTHING
 
 _ERROR_BODY_BYTES = 64 * 1024
 
@@ -17,8 +18,8 @@ _ERROR_BODY_BYTES = 64 * 1024
 class Credentials(Protocol):
     """What proves to Bedrock who asks."""
 
-    def headers(self, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
-        """The headers of a request; raises UpstreamAuth when there is no credential."""
+    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
+        """The headers of a request, Bedrock's own among them; raises UpstreamAuth when there is no credential."""
 
     async def renew(self, refused: Mapping[str, str]) -> bool:
         """Get a fresh credential, because that of a request with these headers has expired; False: there is none."""
@@ -51,9 +52,9 @@ class Wire:
         self._host, slash, rest = self.base.partition("://")[2].partition("/")
         self._prefix = slash + rest
 
-    async def ask(self, path: str, body: bytes) -> Told:
+    async def ask(self, path: str, body: bytes, own: Mapping[str, str] = NOTHING) -> Told:
         """Post JSON and return the whole answer; raises UpstreamInvalid for one that is no JSON object."""
-        answer = await self.post(path, body, "application/json")
+        answer = await self.post(path, body, "application/json", own)
         request_id = request_id_of(answer)
         try:
             return Told(_parsed(await answer.read()), answer.headers, request_id)
@@ -63,21 +64,21 @@ class Wire:
         finally:
             await answer.close()
 
-    async def post(self, path: str, body: bytes, accept: str) -> Answer:
+    async def post(self, path: str, body: bytes, accept: str, own: Mapping[str, str] = NOTHING) -> Answer:
         """Post JSON and return the answer once its status says that it is one; raises the error it is otherwise.
 
         Credentials that were refused as expired are renewed, and the request is sent once more.
         """
-        headers = self._headers(path, body, accept)
+        headers = self._headers(path, body, accept, own)
         try:
             return await self._post(path, body, headers)
         except CredentialsExpired:
             if not await self.credentials.renew(headers):
                 raise
-        return await self._post(path, body, self._headers(path, body, accept))
+        return await self._post(path, body, self._headers(path, body, accept, own))
 
-    def _headers(self, path: str, body: bytes, accept: str) -> dict[str, str]:
-        return self.credentials.headers(self._host, self._prefix + path, body, accept)
+    def _headers(self, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
+        return self.credentials.headers(self._host, self._prefix + path, body, accept, own)
 
     async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
         answer = await self.http.open("POST", self.base + path, headers=headers, body=body, deadlines=self.deadlines)

@@ -12,7 +12,7 @@ import orjson
 from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage, error_from
 from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire
 from qlens_plugins.provider.bedrock.fan_out import gathered
-from qlens_plugins.provider.bedrock.invoke import invoked
+from qlens_plugins.provider.bedrock.invoke import guarded, invoked
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
 Block = dict[str, Any]
@@ -23,9 +23,10 @@ _SIZE = re.compile(r"(\d{2,4})x(\d{2,4})")
 _RATIOS = ("16:9", "1:1", "21:9", "2:3", "3:2", "4:5", "5:4", "9:16", "9:21")
 _PREMIUM = ("hd", "high")
 _NO_MATTER = (None, "auto")
+_GUARDED = "amazon-bedrock-guardrailAction"
 
 
-async def paint(wire: Wire, model: ModelId, painter: Painter, body: Block) -> Reply:
+async def paint(wire: Wire, model: ModelId, painter: Painter, body: Block, guardrail: Block | None) -> Reply:
     """Answer an images call, in as many requests as the model needs for its images."""
     if body.get("response_format") == "url":
         raise InvalidRequest(
@@ -33,7 +34,8 @@ async def paint(wire: Wire, model: ModelId, painter: Painter, body: Block) -> Re
             code="unsupported_value",
         )  # fmt: skip
     asked = _amazon(body) if painter == "amazon" else _stability(body)
-    answers = await gathered([partial(invoked, wire, model, each) for each in asked])
+    own = guarded(guardrail)
+    answers = await gathered([partial(invoked, wire, model, each, own) for each in asked])
     images: list[str] = []
     for answer in answers:
         with ToldBy(answer.request_id):
@@ -117,7 +119,7 @@ def _images(answer: Told) -> list[str]:
     images = answer.body.get("images")
     reasons = answer.body.get("finish_reasons")
     filtered = next((reason for reason in reasons or () if reason), None) if isinstance(reasons, list) else None
-    if filtered is not None or answer.body.get("error"):
+    if filtered is not None or answer.body.get("error") or answer.body.get(_GUARDED) == "INTERVENED":
         raise _held_back()
     if not isinstance(images, list) or not images or not all(isinstance(image, str) and image for image in images):
         raise UpstreamInvalid("The provider's answer has no images.")

@@ -11,11 +11,23 @@ from functools import partial
 
 from attrs import define, field
 
-from qlens import Call, Deadlines, Gateway, Health, Outgoing, Reply, StartupError, Target, UpstreamRejected, hookimpl
+from qlens import (
+    Call,
+    Deadlines,
+    Gateway,
+    Health,
+    Outgoing,
+    Reply,
+    StartupError,
+    Target,
+    UpstreamModelMissing,
+    UpstreamRejected,
+    hookimpl,
+)
 from qlens_plugins.provider.bedrock import credentials, model_ids, sdk
 from qlens_plugins.provider.bedrock.chain import Chain, apart
 from qlens_plugins.provider.bedrock.converse import converse, converse_stream
-from qlens_plugins.provider.bedrock.converse_request import Rules, written
+from qlens_plugins.provider.bedrock.converse_request import Rules, guardrail_of, written
 from qlens_plugins.provider.bedrock.credentials import Bearer, Fixed, Signed
 from qlens_plugins.provider.bedrock.embeddings import embed
 from qlens_plugins.provider.bedrock.exchange import Credentials, Wire
@@ -97,6 +109,9 @@ class Bedrock:
     async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
         """Write the call for the target's model, send it, and write the answer back."""
         assert self._wire is not None, "the lifespan is not open"
+        if target.model in {".", ".."}:
+            # Behind a wildcard, clients choose the name; these two would lead to another path.
+            raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
         model = _model(target)
         family = family_of(model.base)
         if outgoing.dialect == "embeddings":
@@ -104,7 +119,8 @@ class Bedrock:
         if family.ranks:
             return await rerank(self._wire, model, outgoing.body)
         if family.paints:
-            return await paint(self._wire, model, family.paints, outgoing.body)
+            guardrail = guardrail_of(outgoing.body, target.params, self.config.guardrail, stream=False)
+            return await paint(self._wire, model, family.paints, outgoing.body, guardrail)
         if self._images is not None:
             await self._images.put_in(outgoing.body["messages"])
         way = target.params.get("structured_output") or family.schema

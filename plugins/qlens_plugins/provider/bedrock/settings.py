@@ -38,11 +38,11 @@ def _needs_role(config: BedrockConfig, attribute: Attribute[Any], value: Any) ->
 
 @frozen
 class GuardrailSettings:
-    """A guardrail of Bedrock that every chat passes."""
+    """A guardrail of Bedrock that every chat and every image to be made passes."""
 
-    id: str
+    id: str = field(validator=header_value)
     """The guardrail's id or ARN."""
-    version: str = "DRAFT"
+    version: str = field(default="DRAFT", validator=header_value)
     """Its version: a number, or DRAFT."""
     stream: Literal["sync", "async"] = "sync"
     """Whether a stream waits for the guardrail (sync), or may show text before it is checked (async)."""
@@ -83,7 +83,7 @@ class BedrockConfig:
     sts_endpoint: str | None = field(default=None, validator=_optional_url)
     """The address of STS, for a VPC endpoint; else it follows from the region."""
     guardrail: GuardrailSettings | None = None
-    """A guardrail for every chat; clients can then choose none of their own. Embeddings, images, rerank pass none."""
+    """A guardrail for chats and images; clients can then choose none of their own. Embeddings and rerank pass none."""
     fetch_images: bool = False
     """Fetch images that clients name by an https URL, from public addresses only; else they are refused."""
     unsupported: Literal["drop", "reject"] = "drop"

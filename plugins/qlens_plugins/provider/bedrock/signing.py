@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from hashlib import sha256
 from urllib.parse import quote
@@ -12,6 +12,7 @@ from urllib.parse import quote
 from attrs import define, field, frozen
 
 SERVICE = "bedrock"
+NOTHING: Mapping[str, str] = {}
 _JSON = "application/json"
 
 
@@ -29,7 +30,7 @@ class Keys:
 class Signer:
     """Signs for one region; what stays the same from request to request is computed once.
 
-    The signature covers content-type, host, x-amz-date and the session token:
+    The signature covers content-type, host, x-amz-date, the session token and the headers of Bedrock's own:
     https://docs.aws.amazon.com/IAM/latest/UserGuide/reference_sigv-create-signed-request.html
     """
 
@@ -41,13 +42,20 @@ class Signer:
     _key_of: tuple[str, Keys] | None = field(init=False, default=None, repr=False)
     _key: bytes = field(init=False, default=b"", repr=False)
 
-    def headers(self, keys: Keys, host: str, path: str, body: bytes, accept: str) -> dict[str, str]:
-        """The headers of a POST of JSON; `path` is as it stands in the request line, without a query."""
+    def headers(
+        self, keys: Keys, host: str, path: str, body: bytes, accept: str, *, own: Mapping[str, str] = NOTHING
+    ) -> dict[str, str]:
+        """The headers of a POST of JSON; `path` is as it stands in the request line, without a query.
+
+        The names of Bedrock's `own` headers are lowercase, in order, and come after `x-amz-`; no value has spaces.
+        """
         self._tick()
         stamp, token = self._stamp, keys.token
         security, names = "", "content-type;host;x-amz-date"
         if token is not None:
             security, names = f"x-amz-security-token:{token}\n", f"{names};x-amz-security-token"
+        for name, value in own.items():
+            security, names = f"{security}{name}:{value}\n", f"{names};{name}"
         request = (
             f"POST\n{_canonical(path)}\n\ncontent-type:{_JSON}\nhost:{host}\nx-amz-date:{stamp}\n{security}\n"
             f"{names}\n{sha256(body).hexdigest()}"
@@ -61,6 +69,7 @@ class Signer:
             "x-amz-date": stamp,
             "authorization": f"AWS4-HMAC-SHA256 Credential={keys.access_key}/{self._scope}, SignedHeaders={names}, "
             f"Signature={signature}",
+            **own,
         }
         if token is not None:
             headers["x-amz-security-token"] = token
@@ -90,6 +99,6 @@ def _canonical(path: str) -> str:
     return quote(path, safe="/~")
 
 
-def bearer_headers(api_key: str, host: str, accept: str) -> dict[str, str]:
+def bearer_headers(api_key: str, host: str, accept: str, own: Mapping[str, str] = NOTHING) -> dict[str, str]:
     """The headers of a request with a Bedrock API key."""
-    return {"content-type": _JSON, "accept": accept, "host": host, "authorization": f"Bearer {api_key}"}
+    return {"content-type": _JSON, "accept": accept, "host": host, "authorization": f"Bearer {api_key}", **own}

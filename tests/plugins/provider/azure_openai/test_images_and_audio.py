@@ -64,10 +64,10 @@ async def test_what_azure_does_not_have_is_refused_by_name(path: str, operation:
 @pytest.mark.parametrize("busy", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
 async def test_provisioned_images_and_transcripts_are_free_unless_they_spilled_over(stream: bool, busy: bool) -> None:
-    row = {"model": "gpt-4o", "input": 2.5, "output": 10, "tiers": {"provisioned": 0}}
+    row = {"model": "gpt-4o", "input": 2.5, "output": 10, "audio_in": 6, "tiers": {"provisioned": 0}}
     prices = {"cost": [{"plugin": "prices", "table": [{**row, "meters": {"seconds": 0.0001}}]}]}
     params = {"provisioned": True, "spillover_deployment": "other"}
-    text = {"base_model": "gpt-4o", "params": params, "pipeline": prices}
+    text: dict[str, Any] = {"base_model": "gpt-4o", "params": params, "pipeline": prices}
     deployments = {DEPLOYMENT: Deployment("gpt-4o", busy=busy), "other": Deployment("gpt-4o")}
     async with azure(deployments) as cloud, running(config(cloud.root, **text)) as gateway:
         painted = await gateway.post("/v1/images/generations", {"model": "ours", "prompt": "a cat", "stream": stream})

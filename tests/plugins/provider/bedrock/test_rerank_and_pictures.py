@@ -8,7 +8,7 @@ import pytest
 from bedrocks import config
 
 from qlens.testing import Scripted, running
-from qlens.testing.bedrock import PICTURE, bedrock
+from qlens.testing.bedrock import API_KEY, PICTURE, bedrock
 
 COHERE = "cohere.rerank-v3-5:0"
 AMAZON = "amazon.rerank-v1:0"
@@ -116,3 +116,63 @@ async def test_what_a_model_does_not_do_names_provider_and_operation() -> None:
         assert (answer.status, error["code"]) == (400, "unsupported_operation")
         assert "aws" in error["message"]
         assert "moderations" in error["message"]
+
+
+# --- guardrails --------------------------------------------------------------------------------
+
+IDENTIFIER, VERSION = "x-amzn-bedrock-guardrailidentifier", "x-amzn-bedrock-guardrailversion"
+ARN = "arn:aws:bedrock:us-east-1:123456789012:guardrail/gr1example"
+
+
+@pytest.mark.parametrize("model", [CANVAS, STABLE])
+@pytest.mark.parametrize("identifier", ["gr1example", ARN])
+async def test_a_configured_guardrail_stands_around_every_image_and_is_signed(model: str, identifier: str) -> None:
+    async with (
+        bedrock() as aws,
+        running(config(aws.root, model, guardrail={"id": identifier, "version": "2"})) as gateway,
+    ):
+        answer = await gateway.post("/v1/images/generations", {**PAINT, "n": 6})
+        assert answer.status == 200, answer.text
+        assert len(aws.requests) > 1
+        for request in aws.requests:
+            assert (request.headers[IDENTIFIER], request.headers[VERSION]) == (identifier, "2")
+            assert f";{IDENTIFIER};{VERSION}," in request.headers["authorization"]
+        refused = await gateway.post("/v1/images/generations", {**PAINT, "guardrail": {"id": "gr9other"}})
+        assert (refused.status, refused.json()["error"]["param"]) == (400, "guardrail")
+
+
+async def test_a_guardrail_is_sent_with_an_api_key_too() -> None:
+    key = {"api_key": API_KEY}
+    async with (
+        bedrock() as aws,
+        running(config(aws.root, CANVAS, credentials=key, guardrail={"id": "gr1example"})) as gateway,
+    ):
+        assert (await gateway.post("/v1/images/generations", PAINT)).status == 200
+        sent = aws.requests[0].headers
+        assert (sent[IDENTIFIER], sent[VERSION]) == ("gr1example", "DRAFT")
+
+
+@pytest.mark.parametrize("wrong", ["gr1", {}, {"id": "a\r\nx-evil: 1"}, {"id": "gr1", "version": "1 2"}, {"id": ""}])
+async def test_a_client_puts_nothing_but_a_name_into_a_header(wrong: Any) -> None:
+    async with bedrock() as aws, running(config(aws.root, CANVAS)) as gateway:
+        assert (await gateway.post("/v1/images/generations", {**PAINT, "guardrail": {"id": "gr1"}})).status == 200
+        assert aws.requests[0].headers[IDENTIFIER] == "gr1"
+        answer = await gateway.post("/v1/images/generations", {**PAINT, "guardrail": wrong})
+        assert (answer.status, answer.json()["error"]["param"]) == (400, "guardrail")
+        assert len(aws.requests) == 1
+
+
+async def test_an_image_that_a_guardrail_stopped_is_a_content_filter_error() -> None:
+    async with bedrock() as aws, running(config(aws.root, CANVAS, guardrail={"id": "gr1example"})) as gateway:
+        aws.script(Scripted(body={"images": [PICTURE], "amazon-bedrock-guardrailAction": "INTERVENED"}))
+        answer = await gateway.post("/v1/images/generations", PAINT)
+        assert (answer.status, answer.json()["error"]["code"]) == (400, "content_filter")
+
+
+@pytest.mark.parametrize("model", [".", ".."])
+async def test_a_name_that_is_a_step_in_a_path_is_no_model(model: str) -> None:
+    async with bedrock() as aws, running(config(aws.root, model)) as gateway:
+        body = {"model": "ours", "messages": [{"role": "user", "content": "Hello"}]}
+        answer = await gateway.post("/v1/chat/completions", body)
+        assert answer.json()["error"]["message"].startswith("The provider does not know the model")
+        assert not aws.requests
