@@ -1,0 +1,77 @@
+"""The provider's own bill, the receipts and the budget agree, whatever retries and clients that leave do to calls."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from decimal import Decimal
+from typing import Any
+
+import aiohttp
+
+from qlens.testing import Running, Scripted, running, upstream
+
+PATH = "/v1/chat/completions"
+ASKED = {"model": "out", "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}]}
+CONFIG = """
+server: {{port: 0}}
+pipeline:
+  auth: [{{plugin: anonymous}}]
+  route: [{{plugin: retry, backoff_seconds: 0.001}}]
+  cost:
+    - {{plugin: prices, table: [{{model: out, input: 3, output: 7}}]}}
+    - {{plugin: budgets, limits: [{{per: tenant, usd: 10}}], store: {{kind: sqlite, url: "sqlite:///budgets.db"}}}}
+providers: {{up: {{plugin: openai, base_url: "{url}", api_key: sk-example-up}}}}
+models: {{out: {{max_output_tokens: 1000, targets: [{{provider: up, model: out}}]}}}}
+"""
+
+
+def usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def whole(said: dict[str, int]) -> Scripted:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
+    return Scripted(body={"id": "x", "object": "chat.completion", "model": "out", "usage": said, "choices": [choice]})
+
+
+def stream(said: dict[str, int], *, ends: bool) -> Scripted:
+    """A stream whose last event before its end says what was used; without an end it stands still after it."""
+    head = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "out"}
+    texts: list[Any] = [
+        {**head, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in "ab"
+    ]
+    told = {**texts[-1], "usage": said, "choices": [{"index": 0, "delta": {"content": "told"}, "finish_reason": None}]}
+    end = {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    return Scripted(events=[*texts, told, *([end, "[DONE]"] if ends else [])], hang=not ends)
+
+
+async def leave_once_told(gateway: Running) -> None:
+    async with (
+        aiohttp.ClientSession() as client,
+        client.post(gateway.url + PATH, json={**ASKED, "stream": True}) as answer,
+    ):
+        async for line in answer.content:
+            if b"told" in line:
+                return
+
+
+async def test_the_providers_bill_is_the_sum_of_the_receipts_and_what_the_budget_has_spent() -> None:
+    chance = random.Random(7)
+    bills = [usage(chance.randint(1, 15), chance.randint(1, 50)) for _ in range(240)]
+    async with upstream() as provider, running(CONFIG.format(url=provider.url)) as gateway:
+        for number, said in enumerate(bills[:100]):
+            provider.script(*([Scripted(status=500)] if number % 5 == 0 else []), whole(said))
+        for _ in range(10):
+            await asyncio.gather(*(gateway.post(PATH, ASKED) for _ in range(10)))
+        provider.script(*(stream(said, ends=True) for said in bills[100:200]))
+        await asyncio.gather(*(gateway.post(PATH, {**ASKED, "stream": True}) for _ in range(100)))
+        provider.script(*(stream(said, ends=False) for said in bills[200:]))
+        await asyncio.gather(*(leave_once_told(gateway) for _ in range(40)))
+        receipts = await gateway.settled(240)
+        bill = sum(3 * said["prompt_tokens"] + 7 * said["completion_tokens"] for said in bills) * 10**6
+        assert sum(receipt.cost.picos or 0 for receipt in receipts) == bill
+        assert [receipt.outcome for receipt in receipts].count("abandoned") == 40
+        assert len(provider.requests) == 260
+        (row,) = (await gateway.get("/v1/budgets")).json()["data"]
+        assert (Decimal(row["spent_usd"]), row["reserved_usd"]) == (Decimal(bill) / 10**12, "0")
