@@ -43,7 +43,8 @@ def stream(said: dict[str, int], *, ends: bool) -> Scripted:
     ]
     told = {**texts[-1], "usage": said, "choices": [{"index": 0, "delta": {"content": "told"}, "finish_reason": None}]}
     end = {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    return Scripted(events=[*texts, told, *([end, "[DONE]"] if ends else [])], hang=not ends)
+    last: list[Any] = [end, "[DONE]"] if ends else []
+    return Scripted(events=[*texts, told, *last], hang=not ends)
 
 
 async def leave_once_told(gateway: Running) -> None:
