@@ -15,7 +15,7 @@ from qlens.testing.azure import KEY, SAFE, Deployment, azure, throttled
 from qlens.testing.upstreams import TEXT, USAGE, chat_events
 
 ASKED = {"stream": True, "stream_options": {"include_usage": True}}
-PRICES = {"plugin": "prices", "table": [{"model": "gpt-4.1-2025-04-14", "input": 2, "output": 8}]}
+PRICES = {"plugin": "prices", "catalogue": False, "table": [{"model": "gpt-4.1-2025-04-14", "input": 2, "output": 8}]}
 HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "gpt-4o-2024-11-20"}
 
 
