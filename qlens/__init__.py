@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from qlens.hookspecs import hookimpl
     from qlens.money import picos, usd
     from qlens.passthrough import path_patterns
+    from qlens.patterns import fits
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
     from qlens.session import Frame, Session, SessionClosed
@@ -86,6 +87,7 @@ _HOMES = {
     "qlens.hookspecs": "hookimpl",
     "qlens.money": "picos usd",
     "qlens.passthrough": "path_patterns",
+    "qlens.patterns": "fits",
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
     "qlens.session": "Frame Session SessionClosed",
@@ -159,6 +161,7 @@ __all__ = [
     "error_from",
     "extra_headers",
     "file_identity",
+    "fits",
     "header_value",
     "hookimpl",
     "http_url",

@@ -11,6 +11,7 @@ from attrs import Factory, asdict, define, field, frozen
 from qlens import dialects, sse
 from qlens.dialects.rewrite import rewrite_body, rewrite_plain, rewrite_stream
 from qlens.money import usd
+from qlens.patterns import fits
 from qlens.usage import NO_USAGE, Usage
 
 if TYPE_CHECKING:
@@ -65,9 +66,7 @@ class Caller:
 
     def may_use(self, model: str) -> bool:
         """Tell whether this caller may ask for a model by this public name."""
-        return self.models is None or any(
-            model.startswith(allowed[:-1]) if allowed.endswith("*") else model == allowed for allowed in self.models
-        )
+        return fits(model, self.models)
 
 
 @frozen

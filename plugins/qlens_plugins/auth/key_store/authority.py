@@ -6,12 +6,11 @@ from collections.abc import Callable
 
 from attrs import evolve, frozen
 
-from qlens import Allowance, Call, Caller, Forbidden, Gateway
+from qlens import Allowance, Call, Caller, Forbidden, Gateway, fits
 from qlens_plugins.auth.key_store.records import (
     Key,
     Models,
     Tenant,
-    covered,
     limits_or_none,
     limits_together,
     models_within,
@@ -91,7 +90,7 @@ class Authority:
 
     @staticmethod
     def _check_models(models: Models, own: Models) -> None:
-        if own is not None and (models is None or not all(covered(model, own) for model in models)):
+        if own is not None and (models is None or not all(fits(model, own) for model in models)):
             raise Forbidden("You may not allow models that you may not use yourself.", param="models")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from attrs import evolve, field, frozen
 
-from qlens import Allowance
+from qlens import Allowance, fits
 from qlens_plugins.auth.credentials import STORED, written
 
 Models = tuple[str, ...] | None
@@ -127,13 +127,8 @@ def models_within(models: Models, most: Models) -> Models:
     """What of some models lies within others."""
     if models is None or most is None:
         return most if models is None else models
-    narrowed = [model for model in models if covered(model, most)]
-    return tuple(dict.fromkeys([*narrowed, *(model for model in most if covered(model, models))]))
-
-
-def covered(model: str, by: Iterable[str]) -> bool:
-    """Whether all that a name or pattern stands for is in one of these patterns."""
-    return any(model.startswith(pattern[:-1]) if pattern.endswith("*") else model == pattern for pattern in by)
+    narrowed = [model for model in models if fits(model, most)]
+    return tuple(dict.fromkeys([*narrowed, *(model for model in most if fits(model, models))]))
 
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "budget_picos")

@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from attrs import asdict, field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, le, min_len
 
-from qlens import Call, Caller, Url, picos, sqlite_path
+from qlens import Call, Caller, Url, fits, picos, sqlite_path
 from qlens_plugins.cost.budgets.windows import Period
 
 if TYPE_CHECKING:
@@ -97,28 +97,16 @@ class Match:
 
     def fits(self, call: Call) -> bool:
         """Whether it is for this call."""
-        return self.fits_caller(call.known) and _one_of(self.model, call.model.name if call.model else None)
+        return self.fits_caller(call.known) and fits(call.model.name if call.model else None, self.model)
 
     def fits_caller(self, caller: Caller) -> bool:
         """Whether it is for some call of this caller."""
-        return (
-            _one_of(self.tenant, caller.tenant)
-            and _one_of(self.project, caller.project)
-            and _one_of(self.key, caller.key_id)
-        )
+        return fits(caller.tenant, self.tenant) and fits(caller.project, self.project) and fits(caller.key_id, self.key)
 
     def named(self) -> str:
         """What it says, in one text."""
         said: Mapping[str, tuple[str, ...]] = asdict(self, filter=lambda _, value: value is not None)
         return " ".join(f"{name}={','.join(patterns)}" for name, patterns in said.items())
-
-
-def _one_of(patterns: tuple[str, ...] | None, name: str | None) -> bool:
-    if patterns is None:
-        return True
-    return name is not None and any(
-        name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in patterns
-    )
 
 
 @frozen

@@ -8,7 +8,7 @@ from typing import Literal
 from attrs import asdict, field, frozen
 from attrs.validators import ge, gt, le, min_len, optional
 
-from qlens import Call, RedisSettings
+from qlens import Call, RedisSettings, fits
 
 
 @frozen
@@ -54,26 +54,17 @@ class Match:
         """Whether the rule is for this call, and for the provider it is about to be sent to."""
         caller = call.known
         return (
-            _one_of(self.tenant, caller.tenant)
-            and _one_of(self.project, caller.project)
-            and _one_of(self.key, caller.key_id)
-            and _one_of(self.model, call.model.name if call.model else None)
-            and (provider is None or _one_of(self.provider, provider))
+            fits(caller.tenant, self.tenant)
+            and fits(caller.project, self.project)
+            and fits(caller.key_id, self.key)
+            and fits(call.model.name if call.model else None, self.model)
+            and (provider is None or fits(provider, self.provider))
         )
 
     def named(self) -> str:
         """What it says, in one text."""
         said: Mapping[str, tuple[str, ...]] = asdict(self, filter=lambda _, value: value is not None)
         return " ".join(f"{name}={','.join(patterns)}" for name, patterns in said.items())
-
-
-def _one_of(patterns: tuple[str, ...] | None, name: str | None) -> bool:
-    """Whether a name fits one of the patterns; without patterns every name does, and none at all."""
-    if patterns is None:
-        return True
-    return name is not None and any(
-        name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern for pattern in patterns
-    )
 
 
 @frozen
