@@ -69,6 +69,25 @@ _MESSAGES = fields.tagged(
     },
 )
 
+_ANY_MESSAGES = fields.array(_MESSAGES, of="objects", least=1)
+_PLAIN = frozenset({"role", "content"})
+"""The fields of a message that is a text."""
+_SPEAKERS = frozenset({"system", "developer", "user", "assistant"})
+
+
+def _messages(value: Any, path: fields.Path) -> None:
+    """An array of messages. Plain texts, as most are, break no rule; any other message has all of them looked at."""
+    if type(value) is list and value:
+        for message in value:
+            if type(message) is not dict or message.keys() != _PLAIN or type(message["content"]) is not str:
+                break
+            if type(role := message["role"]) is not str or role not in _SPEAKERS:
+                break
+        else:
+            return
+    _ANY_MESSAGES(value, path)
+
+
 _FUNCTION = fields.record(
     {"name": fields.text, "description": fields.text, "parameters": fields.free_form, "strict": fields.flag},
     required=("name",),
@@ -100,7 +119,7 @@ _REQUEST = fields.record(
         "functions": fields.array(_FUNCTION, of="objects"),
         "logprobs": fields.flag,
         "max_completion_tokens": fields.TOKEN_LIMIT,
-        "messages": fields.array(_MESSAGES, of="objects", least=1),
+        "messages": _messages,
         "metadata": fields.table(fields.text),
         "modalities": fields.array(fields.text, of="strings"),
         "parallel_tool_calls": fields.flag,
@@ -119,9 +138,6 @@ _REQUEST = fields.record(
     },
     required=("model", "messages"),
 )
-
-_PLAIN = frozenset({"role", "content"})
-"""The fields of a message that is a text."""
 
 
 def validate(body: Body) -> None:
