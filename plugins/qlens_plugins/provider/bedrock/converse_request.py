@@ -159,8 +159,11 @@ class _Draft:
 
     def _tool_config(self, specs: list[Block]) -> Block | None:
         body, form = self.body, self.form
+        searches = body.get("web_search_options") is not None and self.family.reasoning == "nova"
+        if not (specs or self.talk.has_tools or form.tool is not None or searches):
+            return None
         silent = body.get("tool_choice", body.get("function_call")) == "none"
-        if tools.has_tools(self.talk.turns):
+        if self.talk.has_tools:
             specs = specs or tools.from_history(self.talk.turns)
         elif silent:
             specs = []
@@ -169,7 +172,7 @@ class _Draft:
             specs = [*specs, form.tool]
             if forced is None or "auto" in forced:
                 forced = {"any": {}} if len(specs) > 1 else {"tool": {"name": form.helper}}
-        if body.get("web_search_options") is not None and self.family.reasoning == "nova":
+        if searches:
             specs = [*specs, tools.grounding()]
         if not specs:
             return None
@@ -201,16 +204,18 @@ class _Draft:
 
 def _tier(body: Block, params: Mapping[str, Any]) -> Block | None:
     # Reserved is bought capacity: the operator's to spend.
-    reserved = params.get("service_tier") == "reserved"
-    tier = "reserved" if reserved else _TIERS.get(str(body.get("service_tier")))
+    asked = body.get("service_tier")
+    if asked is None:
+        return None
+    tier = "reserved" if params.get("service_tier") == "reserved" else _TIERS.get(str(asked))
     return {"type": tier} if tier is not None else None
 
 
 def _metadata(body: Block) -> dict[str, str]:
-    given = {name: body[name] for name in ("user", "safety_identifier") if body.get(name)}
-    given.update(body.get("metadata") or {})
-    if not given:
+    own = body.get("metadata") or {}
+    if not (own or body.get("user") or body.get("safety_identifier")):
         return {}
+    given = {name: body[name] for name in ("user", "safety_identifier") if body.get(name)} | own
     clean = {
         _METADATA.sub("_", str(name))[:256]: _METADATA.sub("_", str(value))[:256]
         for name, value in given.items()

@@ -15,6 +15,10 @@ from qlens_plugins.provider.bedrock.tools import Names, call_id
 
 Message = dict[str, Any]
 
+_OPENING = frozenset({"system", "developer"})
+_PROMPTS = _OPENING | {"user"}
+"""Who speaks in texts and parts alone."""
+
 
 @define(eq=False)
 class Conversation:
@@ -27,6 +31,8 @@ class Conversation:
     """Of the roles user and assistant in turn, each with content."""
     marked: bool = field(init=False, default=False)
     """Whether something asked for a cache point."""
+    has_tools: bool = field(init=False, default=False)
+    """Whether a tool was called in an earlier turn."""
     _reader: Reader = field(init=False)
     _system: list[Entry] = field(factory=list, init=False)
     _turns: list[tuple[str, list[Entry]]] = field(factory=list, init=False)
@@ -39,26 +45,29 @@ class Conversation:
     def read(self, messages: list[Message]) -> None:
         """Read all messages, then put them into Converse's order."""
         for position, message in enumerate(messages):
-            self._read(message, f"messages[{position}]")
+            self._read(message, position)
         self.marked = self.marked or self._reader.marked
         self._lead()
         self.system = expanded(self._system, self.family)
-        self.turns = [self._turn(role, entries) for role, entries in self._turns]
-        last = self.turns[-1]
+        self.turns = turns = [self._turn(role, entries) for role, entries in self._turns]
+        last = turns[-1]
         if last["role"] == "assistant" and "text" in last["content"][-1]:
             # An answer that is to be continued may not end in blanks.
             last["content"][-1] = {"text": last["content"][-1]["text"].rstrip()}
 
     # --- one message ---------------------------------------------------------------------------
 
-    def _read(self, message: Message, param: str) -> None:
-        entries = self._entries(message, param)
-        ttl = mark(message)
-        if ttl is not None and entries:
-            self.marked = True
-            entries[-1] = (entries[-1][0], ttl)
-        role = message["role"]
-        if role in {"system", "developer"} and not self._turns:
+    def _read(self, message: Message, position: int) -> None:
+        role, content = message["role"], message.get("content")
+        if len(message) == 2 and role in _PROMPTS and isinstance(content, str):  # most are: no parts, no mark
+            entries: list[Entry] = [({"text": content}, None)] if content.strip() else []
+        else:
+            entries = self._entries(message, f"messages[{position}]")
+            ttl = mark(message)
+            if ttl is not None and entries:
+                self.marked = True
+                entries[-1] = (entries[-1][0], ttl)
+        if not self._turns and role in _OPENING:
             self._system += entries
         else:
             # A later system prompt is told by the user: its place in the conversation matters.
@@ -103,10 +112,12 @@ class Conversation:
                 param=f"{param}.arguments",
                 code="invalid_value",
             )
+        self.has_tools = True
         return {"toolUse": {"toolUseId": identifier, "name": self.names.sent(function["name"]), "input": arguments}}
 
     def _result(self, identifier: str, message: Message, param: str) -> Block:
         entries = self._reader.entries(message.get("content"), f"{param}.content")
+        self.has_tools = True
         blocks = [block for block, _ in entries if not block.keys().isdisjoint({"text", "image", "document"})]
         return {"toolResult": {"toolUseId": identifier, "content": blocks or [{"text": PLACEHOLDER}]}}
 

@@ -35,8 +35,10 @@ NO_THINKING = Thinking()
 
 def thinking(body: Block, family: Family, limit: int | None, turns: list[Block]) -> Thinking:
     """What the client's `reasoning_effort` (or Anthropic's `thinking`) means to this family."""
-    own = body.get("thinking")
-    effort = str(body.get("reasoning_effort") or "none").lower()
+    own, asked = body.get("thinking"), body.get("reasoning_effort")
+    if own is None and asked is None:
+        return NO_THINKING
+    effort = str(asked or "none").lower()
     if family.reasoning in {"budget", "adaptive"}:
         return _claude(own if isinstance(own, dict) else None, effort, family, limit, turns)
     if effort not in _THREE:

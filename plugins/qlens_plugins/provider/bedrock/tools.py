@@ -114,11 +114,6 @@ def from_history(turns: list[Block]) -> list[Block]:
     return [{"toolSpec": {"name": name, "description": name, "inputSchema": empty}} for name in used]
 
 
-def has_tools(turns: list[Block]) -> bool:
-    """Whether a tool was called in an earlier turn."""
-    return any("toolUse" in block or "toolResult" in block for turn in turns for block in turn["content"])
-
-
 def choice(body: dict[str, Any], names: Names) -> Block | None:
     """Converse's toolChoice; None leaves it to the model, as does what OpenAI calls none."""
     given = body.get("tool_choice")

@@ -35,6 +35,7 @@ def read(raw: object, tier: str | None = None) -> Usage | None:
     )
 
 
+_MOST = 2**31
 _OLDER = {
     name: f"{name.removesuffix('s')}Count"
     for name in ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
@@ -55,9 +56,9 @@ def _written(details: object) -> tuple[int, int]:
 
 def _count(raw: dict[str, Any], name: str) -> int | None:
     value = raw.get(name)
-    if value is None:
-        value = raw.get(_OLDER[name])
-    return value if type(value) is int and 0 <= value < 2**31 else None
+    if value is None and (value := raw.get(_OLDER[name])) is None:
+        return None
+    return value if type(value) is int and 0 <= value < _MOST else None
 
 
 def total(usages: Iterable[Usage | None]) -> Usage | None:
