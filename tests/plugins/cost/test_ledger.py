@@ -1,4 +1,4 @@
-"""The SQLite ledger: every call once, whatever happens to the file, the process or the configuration."""
+"""The ledger: every call once, whatever happens to the file, the process or the configuration."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from urllib.request import Request, urlopen
 
 import pytest
 from attrs import evolve
+from ledgers import Place, SqlitePlace
 
 from qlens import Attempt, Caller, Cost, Receipt, StartupError, Target, Usage
 from qlens.cli import main
+from qlens.stores.sqlite import APPLICATION
 from qlens.testing import Running, running
-from qlens_plugins.cost.ledger import rows, schema
-from qlens_plugins.cost.ledger.writer import Batch, Writer
+from qlens_plugins.cost.ledger import rows
+from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
+from qlens_plugins.cost.ledger.store import Batch, Store
+from qlens_plugins.cost.ledger.writer import Writer
 
 MINI = "{model: gpt-4o-mini, input: 0.15, cached_input: 0.075, output: 0.60, date: 2026-11-24}"
 
@@ -54,31 +58,21 @@ async def call(gateway: Running, model: str = "gpt-4o-mini", **more: object) -> 
     return (await gateway.post("/v1/chat/completions", chat(model, **more))).status
 
 
-def read(path: Path, sql: str = "SELECT * FROM receipts ORDER BY wall_ns") -> list[dict[str, Any]]:
-    database = sqlite3.connect(path, timeout=10)
-    database.row_factory = sqlite3.Row
-    try:
-        return [dict(row) for row in database.execute(sql)]
-    finally:
-        database.close()
+def read(where: Place | Path, sql: str = "SELECT * FROM receipts ORDER BY wall_ns") -> list[dict[str, Any]]:
+    """What a statement finds; nothing while the tables are still to be made."""
+    place = SqlitePlace(where) if isinstance(where, Path) else where
+    return place.rows(sql)
 
 
-def rejections(path: Path) -> dict[tuple[str, int, str], int]:
-    return {(row["model"], row["status"], row["error"]): row["calls"] for row in read(path, "SELECT * FROM rejections")}
+def rejections(where: Place | Path) -> dict[tuple[str, int, str], int]:
+    found = read(where, "SELECT * FROM rejections")
+    return {(row["model"], row["status"], row["error"]): row["calls"] for row in found}
 
 
-def receipts_in(path: Path) -> list[dict[str, Any]]:
-    """The receipts; none while the file or its tables are still to be made."""
-    try:
-        return read(path)
-    except sqlite3.OperationalError:
-        return []
-
-
-async def written(path: Path, count: int) -> list[dict[str, Any]]:
+async def written(where: Place | Path, count: int) -> list[dict[str, Any]]:
     """The receipts, once there are this many."""
-    await until(lambda: len(receipts_in(path)) >= count)
-    return read(path)
+    await until(lambda: len(read(where)) >= count)
+    return read(where)
 
 
 @contextmanager
@@ -106,11 +100,11 @@ def writer_threads() -> int:
 # --- a row for each call -----------------------------------------------------------------------
 
 
-async def test_every_call_has_one_row_that_says_what_the_receipt_says() -> None:
-    async with running(config("flush_seconds: 0.01")) as gateway:
+async def test_every_call_has_one_row_that_says_what_the_receipt_says(place: Place) -> None:
+    async with running(config("flush_seconds: 0.01", url=place.url)) as gateway:
         assert await call(gateway) == 200
         (receipt,) = await gateway.settled(1)
-        (row,) = await written(gateway.folder / "ledger.db", 1)
+        (row,) = await written(place, 1)
     assert row["id"] == receipt.id
     assert (row["tenant"], row["subject"]) == (receipt.caller.tenant, receipt.caller.subject)
     assert (row["operation"], row["model"], row["provider"]) == ("chat", "gpt-4o-mini", "echo")
@@ -125,49 +119,50 @@ async def test_every_call_has_one_row_that_says_what_the_receipt_says() -> None:
     assert [each for _, _, each in attempt["cost_lines"]] == [150_000, 600_000]
 
 
-async def test_calls_at_once_have_one_row_each() -> None:
-    async with running(config("batch_size: 7, flush_seconds: 0.01")) as gateway:
+async def test_calls_at_once_have_one_row_each(place: Place) -> None:
+    async with running(config("batch_size: 7, flush_seconds: 0.01", url=place.url)) as gateway:
         statuses = await asyncio.gather(*(call(gateway, stream=n % 3 == 0) for n in range(100)))
         assert set(statuses) == {200}
         receipts = await gateway.settled(100)
-        found = await written(gateway.folder / "ledger.db", 100)
+        found = await written(place, 100)
     assert sorted(row["id"] for row in found) == sorted(receipt.id for receipt in receipts)
     assert sum(row["cost_picos"] for row in found) == sum(receipt.cost.picos or 0 for receipt in receipts)
     assert sum(row["streamed"] for row in found) == 34
 
 
-async def test_refused_calls_are_counts_and_not_rows() -> None:
-    async with running(config("flush_seconds: 0.01")) as gateway:
+async def test_refused_calls_are_counts_and_not_rows(place: Place) -> None:
+    async with running(config("flush_seconds: 0.01", url=place.url)) as gateway:
         for _ in range(3):
             assert await call(gateway, "no-such-model") == 404
         for _ in range(2):
             assert await call(gateway, max_tokens="many") == 400
         assert await call(gateway) == 200
-        path = gateway.folder / "ledger.db"
-        await written(path, 1)
-        await until(lambda: sum(rejections(path).values()) == 5)
+        await written(place, 1)
+        await until(lambda: sum(rejections(place).values()) == 5)
         assert await call(gateway, "no-such-model") == 404
-        await until(lambda: sum(rejections(path).values()) == 6)
-        assert len(read(path)) == 1
+        await until(lambda: sum(rejections(place).values()) == 6)
+        assert len(read(place)) == 1
 
 
-async def test_an_unpriced_call_has_no_cost_which_is_not_0() -> None:
-    async with running(config("flush_seconds: 0.01")) as gateway:
+async def test_an_unpriced_call_has_no_cost_which_is_not_0(place: Place) -> None:
+    async with running(config("flush_seconds: 0.01", url=place.url)) as gateway:
         assert await call(gateway, "unpriced") == 200
-        (row,) = await written(gateway.folder / "ledger.db", 1)
+        (row,) = await written(place, 1)
     assert (row["cost_picos"], row["cost_state"]) == (None, "unpriced")
 
 
-async def test_what_waits_is_written_when_the_gateway_stops(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    async with running(config("flush_seconds: 600, batch_size: 10", url=f"sqlite:///{tmp_path}/x.db")) as gateway:
+async def test_what_waits_is_written_when_the_gateway_stops(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(config("flush_seconds: 600, batch_size: 10", url=place.url)) as gateway:
         for _ in range(5):
             assert await call(gateway) == 200
         assert await call(gateway, "no-such-model") == 404
-        assert read(tmp_path / "x.db") == []
-    assert len(read(tmp_path / "x.db")) == 5
-    assert sum(rejections(tmp_path / "x.db").values()) == 1
+        assert read(place) == []
+    assert len(read(place)) == 5
+    assert sum(rejections(place).values()) == 1
     assert writer_threads() == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.db"]
+    assert {path.name for path in tmp_path.iterdir()} <= {"x.db"}
     assert not [record for record in caplog.records if record.name == "qlens.ledger"]
 
 
@@ -183,19 +178,19 @@ async def test_without_a_url_the_file_stands_beside_the_configuration() -> None:
         assert (gateway.folder / "qlens.db").is_file()
 
 
-async def test_two_gateways_write_to_one_file(tmp_path: Path) -> None:
-    text = config("flush_seconds: 0.01", url=f"sqlite:///{tmp_path}/shared.db")
+async def test_two_gateways_write_to_one_ledger(place: Place) -> None:
+    text = config("flush_seconds: 0.01, batch_size: 5", url=place.url)
     async with running(text) as one, running(text) as other:
         await asyncio.gather(*(call(gateway) for gateway in (one, other) for _ in range(30)))
         await asyncio.gather(*(call(gateway, "no-such-model") for gateway in (one, other) for _ in range(10)))
-    assert len(read(tmp_path / "shared.db")) == 60
-    assert sum(rejections(tmp_path / "shared.db").values()) == 20
+    assert len(read(place)) == 60
+    assert sum(rejections(place).values()) == 20
 
 
-async def test_gateways_that_start_together_agree_on_a_fresh_file(tmp_path: Path) -> None:
+async def test_gateways_that_start_together_agree_on_a_fresh_ledger(place: Place) -> None:
     @asynccontextmanager
     async def one() -> AsyncIterator[None]:
-        async with running(config("flush_seconds: 0.01", url=f"sqlite:///{tmp_path}/fresh.db")) as gateway:
+        async with running(config("flush_seconds: 0.01", url=place.url)) as gateway:
             assert await call(gateway) == 200
             yield
 
@@ -204,7 +199,7 @@ async def test_gateways_that_start_together_agree_on_a_fresh_file(tmp_path: Path
             await asyncio.sleep(0)
 
     await asyncio.gather(*(run() for _ in range(6)))
-    assert len(read(tmp_path / "fresh.db")) == 6
+    assert len(read(place)) == 6
 
 
 # --- outages -----------------------------------------------------------------------------------
@@ -360,56 +355,66 @@ def receipt(n: int = 0, **changes: Any) -> Receipt:
     return evolve(made, **changes)
 
 
-def writer_of(path: Path) -> Writer:
-    return Writer(path, lambda _: None, lambda _: None, lambda _: None)
+def migrate(database: sqlite3.Connection, versions: int) -> None:
+    for statement in (statement for version in schema.MIGRATIONS[:versions] for statement in version):
+        database.execute(statement)
 
 
-def test_a_batch_whose_commit_was_in_doubt_counts_once(tmp_path: Path) -> None:
-    writer = writer_of(tmp_path / "x.db")
+def writer_of(store: Store, lost: list[float] | None = None) -> Writer:
+    dropped = [] if lost is None else lost
+    return Writer(store, lambda _: None, dropped.append, lambda _: None, flush_seconds=0.01)
+
+
+def test_a_batch_whose_commit_was_in_doubt_counts_once(place: Place) -> None:
+    store = place.store()
     key = rows.rejection(receipt(outcome="rejected", status=429, error="rate_limit_exceeded"))
     batch = Batch(1, (rows.row(receipt(1)), rows.row(receipt(2))), {key: 5})
-    writer._write(batch)
-    writer._write(batch)
-    writer._write(evolve(batch, number=2))
-    writer._disconnect()
-    assert len(read(tmp_path / "x.db")) == 2
-    assert sum(rejections(tmp_path / "x.db").values()) == 10
+    store.write("one", batch)
+    store.write("one", batch)
+    store.write("one", evolve(batch, number=2))
+    store.close()
+    assert len(read(place)) == 2
+    assert sum(rejections(place).values()) == 10
+    assert [row["calls"] for row in read(place, "SELECT * FROM usage_days")] == [2]
 
 
-def test_another_writer_s_batches_are_its_own(tmp_path: Path) -> None:
+def test_another_writer_s_batches_are_its_own(place: Place) -> None:
     for n in range(2):
-        writer = writer_of(tmp_path / "x.db")
-        writer._write(Batch(1, (rows.row(receipt(n)),), {}))
-        writer._disconnect()
-    assert len(read(tmp_path / "x.db")) == 2
+        store = place.store()
+        store.write(f"writer-{n}", Batch(1, (rows.row(receipt(n)),), {}))
+        store.close()
+    assert len(read(place)) == 2
 
 
-async def test_no_value_of_a_receipt_can_hold_up_the_others(tmp_path: Path) -> None:
+async def test_no_value_of_a_receipt_can_hold_up_the_others(place: Place) -> None:
     strange = [
         receipt(1, cost=Cost(2**70, "exact", "p"), usage=Usage(input=2**64)),
         receipt(2, tags={"\ud800": "\udfff"}, error="\ud800", caller=Caller("ten\udc00ant", "s\0", "keys")),
         receipt(3, caller=Caller(None, None, "keys"), target=None, model=None),  # type: ignore[arg-type]
         receipt(4, wall_ns="yesterday"),
-        receipt(5),
+        receipt(5, tags={"zero": "a\0b"}, usage=Usage(meters={"images": 2**70, "odd": 3})),
+        receipt(6),
     ]
     lost: list[float] = []
-    writer = Writer(tmp_path / "x.db", lambda _: None, lost.append, lambda _: None, flush_seconds=0.01)
+    writer = writer_of(place.store(), lost)
     await writer.open()
     for one in strange:
         writer.keep(one)
     await writer.close(5)
-    found = {row["id"]: row for row in read(tmp_path / "x.db")}
-    assert sorted(found) == ["call-1", "call-2", "call-3", "call-5"]
+    found = {row["id"]: row for row in read(place)}
+    assert sorted(found) == ["call-1", "call-2", "call-3", "call-5", "call-6"]
     assert lost == [1]
     assert (found["call-1"]["cost_picos"], found["call-1"]["cost_state"]) == (2**63 - 1, "estimated")
-    assert found["call-2"]["tenant"] == "ten?ant"
+    assert found["call-1"]["input"] == 2**63 - 1
+    assert (found["call-2"]["tenant"], found["call-2"]["error"]) == ("ten?ant", "?")
     assert found["call-3"]["tenant"] == ""
     assert json.loads(found["call-1"]["attempts"])[0]["usage"]["output"] == 3
-    assert json.loads(found["call-2"]["tags"]) == {"\ud800": "\udfff"}
+    assert len(json.loads(found["call-2"]["tags"])) == 1
+    assert json.loads(found["call-5"]["meters"])["images"] in (2**70, 2**63 - 1)
 
 
 async def test_rows_stand_in_the_order_of_settling_whatever_is_among_them(tmp_path: Path) -> None:
-    writer = writer_of(tmp_path / "x.db")
+    writer = writer_of(SqliteStore(tmp_path / "x.db"))
     await writer.open()
     odd = {n: receipt(n, error="\ud800") for n in range(0, 3 * rows.AT_ONCE, rows.AT_ONCE // 2)}
     for n in range(3 * rows.AT_ONCE + 1):
@@ -424,20 +429,20 @@ async def test_rows_stand_in_the_order_of_settling_whatever_is_among_them(tmp_pa
 
 def test_a_statement_is_not_too_long_for_an_old_sqlite() -> None:
     database = sqlite3.connect(":memory:")
-    database.executescript(schema.MIGRATIONS[0])
+    migrate(database, 1)
     database.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 999)
-    rows.insert(database, [rows.row(receipt(n)) for n in range(2 * rows.AT_ONCE + 1)], {})
+    writing.insert(database, [rows.row(receipt(n)) for n in range(2 * rows.AT_ONCE + 1)], {})
     assert database.execute("SELECT count(*) FROM receipts").fetchone() == (2 * rows.AT_ONCE + 1,)
     database.close()
 
 
-async def test_what_was_counted_for_a_name_that_is_no_text_is_kept(tmp_path: Path) -> None:
-    writer = writer_of(tmp_path / "x.db")
+async def test_what_was_counted_for_a_name_that_is_no_text_is_kept(place: Place) -> None:
+    writer = writer_of(place.store())
     await writer.open()
-    for _ in range(3):
-        writer.count(receipt(outcome="rejected", status=404, model=None, error="\ud800"))
+    for error in ("\ud800", "\udfff", "\ud800"):
+        writer.count(receipt(outcome="rejected", status=404, model=None, error=error))
     await writer.close(5)
-    assert rejections(tmp_path / "x.db") == {("", 404, "?"): 3}
+    assert rejections(place) == {("", 404, "?"): 3}
 
 
 # --- reload ------------------------------------------------------------------------------------
@@ -498,7 +503,13 @@ async def start(text: str, files: dict[str, str] | None = None) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("postgresql://bob:hunter2@db/qlens", "a ledger at postgresql:... is not supported; supported: sqlite:///FILE"),
+        (
+            "mysql://bob:hunter2@db/qlens",
+            "a ledger at mysql:... is not supported; supported: sqlite:///FILE and",
+        ),
+        ("postgresql://bob:hunter2@db", "names no database"),
+        ("postgresql://bob:hunter2#@db/qlens", "names no database"),
+        ("postgresql://bob@db/qlens?password=hunter2", "a password belongs before the host"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///", "names no file"),
         ("sqlite:///nowhere/x.db", "nowhere does not exist; create it, or change `url`"),
@@ -518,25 +529,26 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
     path = tmp_path / "x.db"
     await start(config(url=f"sqlite:///{path}"))
     database = sqlite3.connect(path)
-    database.execute("PRAGMA user_version = 99")
+    database.execute("UPDATE versions SET version = 99")
+    database.commit()
     database.close()
-    with pytest.raises(StartupError, match=r"x\.db has version 99, this QLens knows up to version 3"):
+    with pytest.raises(StartupError, match=r"x\.db have version 99, this QLens knows up to version 3"):
         await start(config(url=f"sqlite:///{path}"))
 
 
 async def test_a_file_of_an_older_version_is_upgraded_and_keeps_its_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     database = sqlite3.connect(path)
-    database.executescript(schema.MIGRATIONS[0])
-    rows.insert(database, [rows.row(receipt(1))], {})
-    database.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    migrate(database, 1)
+    writing.insert(database, [rows.row(receipt(1))], {})
+    database.execute(f"PRAGMA application_id = {APPLICATION}")
     database.execute("PRAGMA user_version = 1")
     database.commit()
     database.close()
     async with running(config("flush_seconds: 0.01", url=f"sqlite:///{path}")) as gateway:
         assert await call(gateway) == 200
         await written(path, 2)
-    assert read(path, "PRAGMA user_version") == [{"user_version": len(schema.MIGRATIONS)}]
+    assert read(path, "SELECT * FROM versions") == [{"owner": "ledger", "version": len(schema.MIGRATIONS)}]
     indexes = read(path, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
     assert [row["name"] for row in indexes] == ["receipts_by_time"]
 
@@ -619,9 +631,9 @@ def test_kill_9_loses_only_what_was_not_written_yet(tmp_path: Path) -> None:
 # --- the command -------------------------------------------------------------------------------
 
 
-async def used(folder: Path) -> Path:
+async def used(folder: Path, place: Place) -> Path:
     """A ledger with some calls in it, and the configuration that names it."""
-    text = config("flush_seconds: 0.01", url=f"sqlite:///{folder}/x.db")
+    text = config("flush_seconds: 0.01", url=place.url)
     (folder / "qlens.yaml").write_text(text)
     async with running(text) as gateway:
         for _ in range(3):
@@ -638,11 +650,13 @@ def usage(capsys: pytest.CaptureFixture[str], path: Path, *words: str) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
-async def test_usage_adds_up_calls_tokens_and_exact_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = await used(tmp_path)
+async def test_usage_adds_up_calls_tokens_and_exact_cost(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = await used(tmp_path, place)
     found = await asyncio.to_thread(usage, capsys, path)
     by_model = {row["model"]: row for row in found["rows"]}
-    priced = [row for row in read(tmp_path / "x.db") if row["model"] == "gpt-4o-mini"]
+    priced = [row for row in read(place) if row["model"] == "gpt-4o-mini"]
     mini = by_model["gpt-4o-mini"]
     assert mini["calls"] == 3
     assert mini["rejected"] == 0
@@ -658,9 +672,11 @@ async def test_usage_adds_up_calls_tokens_and_exact_cost(tmp_path: Path, capsys:
     assert found["total"]["cost_usd"] == mini["cost_usd"]
 
 
-async def test_usage_can_be_grouped_and_narrowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = await used(tmp_path)
-    today = read(tmp_path / "x.db")[0]["day"]
+async def test_usage_can_be_grouped_and_narrowed(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = await used(tmp_path, place)
+    today = read(place)[0]["day"]
 
     def rows_of(*words: str) -> Any:
         return usage(capsys, path, *words)["rows"]
@@ -681,8 +697,10 @@ async def test_usage_can_be_grouped_and_narrowed(tmp_path: Path, capsys: pytest.
     assert len(await asyncio.to_thread(rows_of, "--since", today, "--until", today)) == 3
 
 
-async def test_usage_is_a_table_with_a_total_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = await used(tmp_path)
+async def test_usage_is_a_table_with_a_total_for_people(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = await used(tmp_path, place)
     capsys.readouterr()
     assert await asyncio.to_thread(main, ["usage", "--by", "model", "-c", str(path)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -702,12 +720,9 @@ async def test_usage_reads_while_the_gateway_writes(tmp_path: Path, capsys: pyte
         assert found["total"]["calls"] == 1
 
 
-async def test_sums_are_exact_beyond_64_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = await used(tmp_path)
-    database = sqlite3.connect(tmp_path / "x.db")
-    database.execute("UPDATE receipts SET cost_picos = ?, input = ?", (2**63 - 1, 2**60 - 1))
-    database.commit()
-    database.close()
+async def test_sums_are_exact_beyond_64_bits(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = await used(tmp_path, place)
+    place.execute(f"UPDATE receipts SET cost_picos = {2**63 - 1}, input = {2**60 - 1}")
     found = await asyncio.to_thread(usage, capsys, path, "--by", "tenant")
     assert found["total"]["cost_usd"] == "36893488.147419103228"
     assert found["total"]["prompt_tokens"] == 4 * (2**60 - 1)
@@ -721,8 +736,8 @@ async def test_what_usage_does_not_know_is_refused(tmp_path: Path, words: str) -
     assert stop.value.code == 2
 
 
-def test_usage_of_a_new_ledger_is_no_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "qlens.yaml").write_text(config(url=f"sqlite:///{tmp_path}/x.db"))
+def test_usage_of_a_new_ledger_is_no_calls(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "qlens.yaml").write_text(config(url=place.url))
     assert main(["usage", "-c", str(tmp_path / "qlens.yaml")]) == 0
     assert capsys.readouterr().out == "no calls\n"
 

@@ -16,10 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlens import Caller, Cost, InvalidRequest, Receipt, Target, Unavailable, Usage
+from qlens.stores.sqlite import APPLICATION
 from qlens_plugins.cost.ledger import reader as reading
-from qlens_plugins.cost.ledger import rollups, rows, schema, sums
+from qlens_plugins.cost.ledger import rollups, rows, sums
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rows import LARGEST
+from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
+from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
+from qlens_plugins.cost.ledger.store import Database
 from qlens_plugins.cost.ledger.summary import percentile
 from qlens_plugins.cost.ledger.sums import Question
 
@@ -68,16 +72,20 @@ _RECEIPT = st.builds(
 
 def made() -> sqlite3.Connection:
     database = sqlite3.connect(":memory:", isolation_level=None)
-    for migration in schema.MIGRATIONS:
-        database.executescript(migration)
+    migrate(database, len(schema.MIGRATIONS))
     return database
+
+
+def migrate(database: sqlite3.Connection, versions: int) -> None:
+    for statement in (statement for version in schema.MIGRATIONS[:versions] for statement in version):
+        database.execute(statement)
 
 
 def write(database: sqlite3.Connection, receipts: list[Receipt]) -> None:
     """As the writer does."""
-    last = rollups.last_row(database)
-    rows.insert(database, list(map(rows.row, receipts)), {})
-    rollups.add(database, last)
+    last = writing.last_row(database)
+    writing.insert(database, list(map(rows.row, receipts)), {})
+    writing.roll_up(database, last)
 
 
 def expected(receipts: list[Receipt], question: Question, key: Callable[[Receipt], Any]) -> dict[Any, tuple[int, ...]]:
@@ -124,13 +132,13 @@ def test_sums_are_those_of_the_receipts_that_were_inserted(
         (("tag:a.b", "provider"), lambda one: (one.tags.get("a.b", ""), one.target.provider if one.target else "")),
     ):
         question = Question(start, start + length, width, by)
-        found = sums.read(database, question)
+        found = sums.read(SqliteDatabase(database), question)
         assert {group: tuple(added[name] for name in NAMES) for group, added in found.items()} == expected(
             inserted, question, key
         )
-        whole = sums.latencies(database, Question(NOON - 5 * 86_400, NOON + 5 * 86_400, None, by))
+        whole = sums.latencies(SqliteDatabase(database), Question(NOON - 5 * 86_400, NOON + 5 * 86_400, None, by))
         assert sum(sum(counts.values()) for counts in whole.values()) == len(inserted)
-    projects = sums.read(database, Question(0, NOON * 2, None, ("project_id",)))
+    projects = sums.read(SqliteDatabase(database), Question(0, NOON * 2, None, ("project_id",)))
     owners = {(one.caller.tenant, one.caller.project) for one in inserted}
     assert len(projects) == len(owners)
     # Without the roll-ups, from the receipts alone: as a file of an older version is upgraded.
@@ -138,7 +146,7 @@ def test_sums_are_those_of_the_receipts_that_were_inserted(
     for table in ("usage_groups", *before):
         database.execute(f"DELETE FROM {table}")
     database.execute("UPDATE usage_rolled SET receipt = 0")
-    rollups.add(database, rollups.last_row(database))
+    writing.roll_up(database, writing.last_row(database))
     assert {table: contents(database, table) for table in before} == before
     database.close()
 
@@ -199,13 +207,13 @@ def receipt(n: int, **changes: Any) -> Receipt:
 
 
 def calls(database: sqlite3.Connection) -> int:
-    return sum(found["calls"] for found in sums.read(database, Question(0, NOON * 2)).values())
+    return sum(found["calls"] for found in sums.read(SqliteDatabase(database), Question(0, NOON * 2)).values())
 
 
 def test_what_a_gateway_of_an_older_version_writes_meanwhile_is_added_with_the_next_batch() -> None:
     database = made()
     write(database, [receipt(1)])
-    rows.insert(database, [rows.row(receipt(2))], {})
+    writing.insert(database, [rows.row(receipt(2))], {})
     write(database, [receipt(3), receipt(2)])
     assert calls(database) == 3
     database.close()
@@ -225,16 +233,15 @@ def test_receipts_that_are_deleted_stay_in_the_roll_ups_and_new_ones_are_added()
 
 def test_an_older_file_is_upgraded_with_its_roll_ups(tmp_path: Path) -> None:
     database = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
-    for migration in schema.MIGRATIONS[:2]:
-        database.executescript(migration)
+    migrate(database, 2)
     odd = receipt(2, tags={"\ud800": "x"}, usage=Usage(input=2**64, meters={"images": 2**70, "\ud800": 1}))
-    rows.insert(database, [rows.row(receipt(1)), rows.row(odd)], {})
-    database.execute(f"PRAGMA application_id = {schema.APPLICATION}")
+    writing.insert(database, [rows.row(receipt(1)), rows.row(odd)], {})
+    database.execute(f"PRAGMA application_id = {APPLICATION}")
     database.execute("PRAGMA user_version = 2")
     database.close()
     database = schema.connect(tmp_path / "x.db")
     assert calls(database) == 2
-    (found,) = sums.read(database, Question(0, NOON * 2)).values()
+    (found,) = sums.read(SqliteDatabase(database), Question(0, NOON * 2)).values()
     assert found["input"] == 1 + LARGEST
     assert json.loads(database.execute("SELECT meters FROM receipts WHERE id = 'call-2'").fetchone()[0])
     database.close()
@@ -248,29 +255,29 @@ _ENDLESS = "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SEL
 @pytest.fixture
 def reader(tmp_path: Path) -> Reader:
     schema.connect(tmp_path / "x.db").close()
-    return Reader(tmp_path / "x.db")
+    return Reader(SqliteStore(tmp_path / "x.db"))
 
 
 async def test_a_question_that_nobody_waits_for_any_longer_ends_and_its_place_is_free(reader: Reader) -> None:
-    endless = [asyncio.create_task(reader.ask(lambda database: database.execute(_ENDLESS))) for _ in range(5)]
+    endless = [asyncio.create_task(reader.ask(lambda database: database.rows(_ENDLESS))) for _ in range(5)]
     await asyncio.sleep(0.1)
     for task in endless:
         task.cancel()
     found = await asyncio.gather(*endless, return_exceptions=True)
     assert all(isinstance(one, asyncio.CancelledError) for one in found)
-    assert await reader.ask(calls) == 0
+    assert await reader.ask(lambda database: database.one("SELECT count(*) FROM receipts")) == (0,)
 
 
 async def test_a_question_that_takes_too_long_is_refused(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LONGEST_SECONDS", 0.05)
     with pytest.raises(InvalidRequest, match="too much to read"):
-        await reader.ask(lambda database: database.execute(_ENDLESS).fetchone())
+        await reader.ask(lambda database: database.rows(_ENDLESS))
 
 
 async def test_few_read_at_once_and_none_can_write(reader: Reader) -> None:
     now, most = 0, 0
 
-    def question(_: sqlite3.Connection) -> None:
+    def question(_: Database) -> None:
         nonlocal now, most
         now += 1
         most = max(most, now)
@@ -280,4 +287,4 @@ async def test_few_read_at_once_and_none_can_write(reader: Reader) -> None:
     await asyncio.gather(*(reader.ask(question) for _ in range(8)))
     assert most == reading.AT_ONCE
     with pytest.raises(Unavailable):
-        await reader.ask(lambda database: database.execute("DELETE FROM receipts"))
+        await reader.ask(lambda database: database.rows("DELETE FROM receipts"))

@@ -9,12 +9,11 @@ import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any
 
 import pytest
 import pytest_asyncio
-from hypothesis import Phase, given, settings
-from hypothesis import strategies as st
 
 from qlens.testing import Response, Running, Scripted, running, upstream
 from qlens.testing.faults import FaultProxy, fault_proxy
@@ -115,7 +114,9 @@ async def until_store(gateway: Running, *, ok: bool, seconds: float) -> None:
 
 # --- the same decisions as in memory -----------------------------------------------------------
 
-NUMBERS = st.one_of(st.integers(1, 100), st.integers(1_000_000, 120_000_000))
+
+def _number(chance: Random) -> int:
+    return chance.randint(1, 100) if chance.random() < 0.5 else chance.randint(1_000_000, 120_000_000)
 
 
 class Twin:
@@ -153,22 +154,19 @@ class Twin:
         return max(waits) if max(waits, default=0) > 0 else -1
 
 
-@settings(max_examples=40, phases=[Phase.explicit, Phase.generate])  # a failure tells all; shrinking it takes minutes
-@given(
-    rates=st.lists(st.tuples(NUMBERS, NUMBERS, st.integers(1, 600)), min_size=1, max_size=3),
-    most=st.integers(1, 8),
-    histories=st.lists(
-        st.tuples(st.lists(st.integers(0, 220), max_size=6), st.integers(-150, 150), st.booleans()),
-        min_size=1,
-        max_size=12,
-    ),
-)
-async def test_the_script_decides_as_memory_does(
-    server: RedisServer,
-    rates: list[tuple[int, int, int]],
-    most: int,
-    histories: list[tuple[list[int], int, bool]],
-) -> None:
+@pytest.mark.parametrize("seed", range(40))
+async def test_the_script_decides_as_memory_does(server: RedisServer, seed: int) -> None:
+    chance = Random(seed)
+    rates = [(_number(chance), _number(chance), chance.randint(1, 600)) for _ in range(chance.randint(1, 3))]
+    most = chance.randint(1, 8)
+    histories = [
+        (
+            [chance.randint(0, 220) for _ in range(chance.randint(0, 6))],
+            chance.randint(-150, 150),
+            chance.random() < 0.5,
+        )
+        for _ in range(chance.randint(1, 12))
+    ]
     rules = [
         Rule("tenant", requests, tokens, most if not number else None, burst)
         for number, (requests, tokens, burst) in enumerate(rates)
@@ -386,7 +384,7 @@ async def test_while_the_store_is_away_each_replica_enforces_its_share(redis: Re
             proxy.hole, proxy.latency = fault == "hole", 0.3 if fault == "slow" else 0
             first = await statuses([gateway], 2)
             assert first == {200: 2}  # nobody is refused because of it
-            await until_store(gateway, ok=False, seconds=1)
+            await until_store(gateway, ok=False, seconds=10)
             found = await statuses([gateway], 4)
             for _ in range(10):
                 found += await statuses([gateway], 3)
@@ -433,7 +431,7 @@ async def test_a_frozen_store_that_goes_on_answers_nobody_wrongly(redis: RedisSe
         redis.signal(signal.SIGSTOP)
         try:
             assert await statuses([gateway], 10) == {200: 10}
-            await until_store(gateway, ok=False, seconds=1)
+            await until_store(gateway, ok=False, seconds=10)
         finally:
             redis.signal(signal.SIGCONT)
         await until_store(gateway, ok=True, seconds=2)
