@@ -13,7 +13,7 @@ from typing import Any
 
 from attrs import asdict, define, evolve, field, frozen
 
-from benchmarks import instructions, providers, report, scaling, soak, stages
+from benchmarks import instructions, profiling, providers, report, scaling, soak, stages
 from benchmarks.gateways import CONTENDERS, DEFAULT, PEERS, Contender, Gateway, config_of, running
 from benchmarks.install import default_install
 from benchmarks.processes import MIB, busy_seconds, cpu_seconds_of
@@ -241,6 +241,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--workers", action="store_true", help="two workers against one, and no more")
     parser.add_argument("--providers", action="store_true", help="what bedrock costs beside openai, and no more")
+    parser.add_argument("--profile", action="store_true", help="where a call's CPU time goes (needs perf), and no more")
     parser.add_argument("--soak", action="store_true", help="whether memory grows over many calls, and no more")
     parser.add_argument("--calls", type=int, default=soak.CALLS, help="with --soak (default: %(default)s)")
     parser.add_argument(
@@ -274,6 +275,9 @@ def main() -> None:
             return
         if args.workers:
             print(scaling.measure(cores, args.rounds or scaling.ROUNDS, say))
+            return
+        if args.profile:
+            print(profiling.measure(cores))
             return
         if args.soak:
             print(soak.measure(cores, args.calls, say))
