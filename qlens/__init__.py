@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from qlens.alternative import Alternative
     from qlens.audit import Actor, AuditEntry
     from qlens.call import (
         FREE,
@@ -52,24 +53,29 @@ if TYPE_CHECKING:
         UpstreamUnavailable,
         UpstreamUnreachable,
     )
+    from qlens.events import Event
     from qlens.exchange import post_openai, send_request
     from qlens.exchange_messages import post_messages
     from qlens.forms import File
     from qlens.gateway import Gateway
     from qlens.hookspecs import hookimpl
     from qlens.money import picos, usd
+    from qlens.outbound import Outbound, OutboundFailed, Reach, Received, networks, outbound_url
     from qlens.passthrough import path_patterns
     from qlens.patterns import fits
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
     from qlens.session import Frame, Session, SessionClosed
     from qlens.stores.redis import RedisSettings, RedisStore, Script, StoreUnavailable, redis_store
+    from qlens.stores.spool import Spool, SpoolFull
     from qlens.stores.sqlite import file_identity, open_sqlite, sqlite_path, sqlite_transaction
+    from qlens.stores.syncing import SpoolSync
     from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
 # Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
 _HOMES = {
+    "qlens.alternative": "Alternative",
     "qlens.audit": "Actor AuditEntry",
     "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
     "qlens.config": "Secret Url",
@@ -80,19 +86,23 @@ _HOMES = {
         "UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated UpstreamUnavailable "
         "UpstreamUnreachable"
     ),
+    "qlens.events": "Event",
     "qlens.exchange": "post_openai send_request",
     "qlens.exchange_messages": "post_messages",
     "qlens.forms": "File",
     "qlens.gateway": "Gateway",
     "qlens.hookspecs": "hookimpl",
     "qlens.money": "picos usd",
+    "qlens.outbound": "Outbound OutboundFailed Reach Received networks outbound_url",
     "qlens.passthrough": "path_patterns",
     "qlens.patterns": "fits",
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
     "qlens.session": "Frame Session SessionClosed",
     "qlens.stores.redis": "RedisSettings RedisStore Script StoreUnavailable redis_store",
+    "qlens.stores.spool": "Spool SpoolFull",
     "qlens.stores.sqlite": "file_identity open_sqlite sqlite_path sqlite_transaction",
+    "qlens.stores.syncing": "SpoolSync",
     "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
@@ -104,6 +114,7 @@ __all__ = [
     "UNPRICED",
     "Actor",
     "Allowance",
+    "Alternative",
     "Answer",
     "Attempt",
     "AuditEntry",
@@ -117,6 +128,7 @@ __all__ = [
     "Cost",
     "Deadlines",
     "Endpoint",
+    "Event",
     "Fault",
     "File",
     "Forbidden",
@@ -127,11 +139,15 @@ __all__ = [
     "Limit",
     "Model",
     "ModelNotFound",
+    "Outbound",
+    "OutboundFailed",
     "Outgoing",
     "PluginFailed",
     "QuotaExceeded",
     "RateLimited",
+    "Reach",
     "Receipt",
+    "Received",
     "RedisSettings",
     "RedisStore",
     "Reply",
@@ -139,6 +155,9 @@ __all__ = [
     "Secret",
     "Session",
     "SessionClosed",
+    "Spool",
+    "SpoolFull",
+    "SpoolSync",
     "StartupError",
     "StoreUnavailable",
     "Target",
@@ -165,7 +184,9 @@ __all__ = [
     "header_value",
     "hookimpl",
     "http_url",
+    "networks",
     "open_sqlite",
+    "outbound_url",
     "path_patterns",
     "picos",
     "post_messages",

@@ -10,12 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import qlens
 from qlens.call import Caller, Target
 from qlens.config import Draft, draft, text_of
+from qlens.crashes import Lines, guard_loop, guard_output
 from qlens.errors import CallError, StartupError
 from qlens.gateway import Gateway
 from qlens.money import usd
@@ -129,7 +131,10 @@ _CORE = {"serve", "check", "plugins", "routes", "explain", "version"}
 
 
 def _serve(args: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[lines])
+    guard_output()
     path, text = args.config, text_of(args.config)
     found = draft(text, folder=path.parent, source=str(path))
     # A file with faults is served by nobody: `register` tells them, with those of the plugins.
@@ -141,6 +146,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 async def _serving(path: Path, found: Draft) -> int:
+    guard_loop()
     gateway = Gateway()
     stop, reload = asyncio.Event(), asyncio.Event()
     starting = asyncio.current_task()
@@ -177,7 +183,7 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
         await asked.wait()
         asked.clear()
         try:
-            await gateway.reload(await asyncio.to_thread(drafted, path))
+            await gateway.load(partial(drafted, path))
         except StartupError as error:
             for fault in error.faults:
                 log.error("the configuration stays as it is: %s", fault)
@@ -383,7 +389,7 @@ async def _running(registration: Registration, key: str, command: Command, args:
 
 def _config_path(words: list[str]) -> tuple[Path, list[str]]:
     """Take -c CONFIG out of the words, wherever it stands."""
-    chosen, rest = _taken(words, "-c", "--config")
+    chosen, rest = _taken(words, "-c")
     return Path(chosen or os.environ.get("QLENS_CONFIG") or "config/qlens.yaml"), rest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from aiohttp import ClientPayloadError, StreamReader, web
 from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
-from aiohttp.http_exceptions import ContentEncodingError
+from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 from attrs import define, field
 
 from qlens.account import Account, ClientLeft
@@ -22,6 +22,7 @@ from qlens.errors import (
     BodyTimedOut,
     BodyTooLarge,
     CallError,
+    HeaderTooLarge,
     InvalidRequest,
     UnsupportedMedia,
     UpgradeRequired,
@@ -35,6 +36,8 @@ log = logging.getLogger("qlens")
 
 KEEPALIVE_SECONDS = 15
 """How long a connection may idle, or take for the head of a request."""
+HEADER_BYTES = 8190
+"""How long the request line may be, and each header with its name."""
 READ_BYTES = 64 * 1024
 """The most that is read at once."""
 LINGER_SECONDS = 3
@@ -64,6 +67,7 @@ class Connection(web.RequestHandler):
     __slots__ = ("_last", "_serve")
 
     def __init__(self, manager: web.Server, serve: Callable[[Exchange], Awaitable[None]], **options: Any) -> None:
+        options |= {"max_line_size": HEADER_BYTES, "max_field_size": HEADER_BYTES}
         super().__init__(manager, keepalive_timeout=KEEPALIVE_SECONDS, **options)
         self._serve = serve
         self._last = False
@@ -166,8 +170,7 @@ class Connection(web.RequestHandler):
     def _refuse(self, error: BaseException) -> None:
         """Answer what is not HTTP; aiohttp's own answer would echo it, with a traceback in the log for each."""
         log.debug("malformed request: %s", type(error).__name__)
-        said = InvalidRequest("The HTTP request is malformed.")
-        refusal = unsupported_encoding() if isinstance(error, ContentEncodingError) else said
+        refusal = _refusal(error)
         body = orjson.dumps(refusal.body())
         lines = f"{of_error(refusal, None)}x-request-id: {new_id()}\r\ncontent-length: {len(body)}\r\n"
         if self.transport is not None:
@@ -399,6 +402,17 @@ class Exchange:
         self._over = True
         if self._chunked:
             await self.connection.send(b"0\r\n\r\n")
+
+
+def _refusal(error: BaseException) -> CallError:
+    if isinstance(error, ContentEncodingError):
+        return unsupported_encoding()
+    if isinstance(error, LineTooLong):
+        return HeaderTooLarge(
+            f"The request line or a header is longer than {HEADER_BYTES} bytes. If it is the token in Authorization, "
+            "ask for one with fewer claims."
+        )
+    return InvalidRequest("The HTTP request is malformed.")
 
 
 def unsupported_encoding() -> UnsupportedMedia:

@@ -143,6 +143,12 @@ class BodyTooLarge(CallError):
     status, type, code = 413, "invalid_request_error", "request_too_large"
 
 
+class HeaderTooLarge(CallError):
+    """The request line, or one of the headers, is longer than what is read of it: 431."""
+
+    status, type, code = 431, "invalid_request_error", "header_too_large"
+
+
 class UnsupportedMedia(CallError):
     """A content type or content encoding that is not spoken here: 415."""
 

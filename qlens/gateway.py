@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+import os
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from attrs import define, field
 
-from qlens import dialects, returned
+from qlens import dialects, returned, vocabularies
+from qlens.alternative import Alternative
 from qlens.audit import Audit
 from qlens.call import Call, Caller
 from qlens.clock import Clock
 from qlens.config import Config, Draft
+from qlens.crashes import censored
 from qlens.errors import ConfigError, Fault, StartupError
+from qlens.events import Events
 from qlens.metrics import CallMetrics, Metrics
 from qlens.models import Models
 from qlens.object_ids import ObjectIds
@@ -131,7 +136,7 @@ class Gateway:
 
     `http` opens calls to URLs, `metrics` makes metrics, `stores` holds clients that several plugins share, `models`,
     `providers` and `roles` follow the current configuration, `clock` tells the time, `worker` is this process' number,
-    `url` is where clients reach it, `audit` notes what operators change.
+    `url` is where clients reach it, `audit` notes what operators change, `events` tells what happens.
     """
 
     clock: Clock = field(factory=Clock)
@@ -145,6 +150,7 @@ class Gateway:
     """Whether draining took too long and running calls are being cut off."""
     calls: CallMetrics = field(init=False)
     audit: Audit = field(init=False)
+    events: Events = field(init=False)
     _current: Generation | None = field(default=None, init=False)
     _seen: Registration | None = field(default=None, init=False)
     _older: list[Generation] = field(factory=list, init=False)
@@ -155,6 +161,7 @@ class Gateway:
     def __attrs_post_init__(self) -> None:
         self.calls = CallMetrics(self.metrics)
         self.audit = Audit(self.clock)
+        self.events = Events(self.clock, self.calls.failures)
 
     # --- what plugins see ----------------------------------------------------------------------
 
@@ -229,6 +236,15 @@ class Gateway:
             await self._change(registration)
         self.calls.loads.labels("loaded").inc()
 
+    async def load(self, read: Callable[[], Draft]) -> None:
+        """Read a configuration, in a thread, and change to it; raises what reading it does, and as `reload` does."""
+        try:
+            found = await asyncio.to_thread(read)
+        except StartupError as error:
+            self._rejected(error)
+            raise
+        await self.reload(found)
+
     async def reload(self, found: Draft) -> None:
         """Change to another configuration; raises StartupError and keeps the present one when that fails."""
         async with self._changing:
@@ -236,10 +252,19 @@ class Gateway:
                 registration = register(found, self._registration)
                 self._refuse_moves(found.config)
                 await self._change(registration)
-            except StartupError:
-                self.calls.loads.labels("refused").inc()
+            except StartupError as error:
+                self._rejected(error)
                 raise
         self.calls.loads.labels("loaded").inc()
+        version = self.config.version
+        self.events.announce("qlens.config.reloaded", version, {"version": version, "worker": self.worker})
+
+    def _rejected(self, error: StartupError) -> None:
+        """Tell that a configuration is not taken, and where its faults are: what stands there may be a secret."""
+        self.calls.loads.labels("refused").inc()
+        version, places = self.config.version, sorted({fault.path for fault in error.faults})
+        data = {"version": version, "worker": self.worker, "faults": places}
+        self.events.announce("qlens.config.rejected", version, data)
 
     def _refuse_moves(self, config: Config) -> None:
         old, new = self.config.server, config.server
@@ -256,6 +281,9 @@ class Gateway:
         self._seen = registration
         opened: list[_Lifespan] = []
         try:
+            if os.environ.get(vocabularies.FOLDER):
+                targets = [target for model in registration.models.values() for target in model.candidates]
+                await asyncio.to_thread(vocabularies.load, [target.base_model or target.model for target in targets])
             generation = self._generation(registration)
             self._adopt(old, registration)
             for instance in registration.new:
@@ -299,7 +327,8 @@ class Gateway:
                 try:
                     adopters[instance.key].fn(replaced.plugin)
                 except Exception as error:
-                    message = f"{instance.entry.plugin} cannot adopt: {type(error).__name__}: {error}"
+                    said = censored(f"{type(error).__name__}: {error}", instance.config)
+                    message = f"{instance.entry.plugin} cannot adopt: {said}"
                     raise StartupError([Fault(instance.entry.path, message)]) from error
 
     async def _open(self, registration: Registration, instance: Instance, opened: list[_Lifespan]) -> None:
@@ -314,7 +343,8 @@ class Gateway:
             ) from error
         except Exception as error:
             log.exception("%s failed to open", instance.key)
-            message = f"{instance.entry.plugin} failed to open: {type(error).__name__}: {error}"
+            said = censored(f"{type(error).__name__}: {error}", instance.config)
+            message = f"{instance.entry.plugin} failed to open: {said}"
             raise StartupError([Fault(instance.entry.path, message)]) from error
         opened.append(lifespan)
 
@@ -355,6 +385,11 @@ class Gateway:
             yield
         finally:
             await self._close(opened)
+
+    @staticmethod
+    def alternative(path: Path) -> Alternative:
+        """Another configuration, to ask what calls would cost under it; raises ConfigError with every fault."""
+        return Alternative.read(path)
 
     async def opened(self, registration: Registration, operation: Operation, raw: bytes, caller: Caller) -> Call:
         """A call that is open and does not run, for `qlens explain`."""

@@ -73,7 +73,8 @@ def lifespan(gateway: Gateway) -> AbstractAsyncContextManager[None]:  # type: ig
 
     Entered at start-up before the socket opens, and on reload; left after the last call of this configuration settled.
     Opening may take 60 s and closing 30 s; then it is cancelled.
-    Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock, worker and audit.
+    Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock, worker, audit and
+    events.
     Raise StartupError for a fault the operator must mend; a backend that is down must not fail it: show it in `health`.
     """
 

@@ -9,11 +9,12 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import dialects, sse
+from qlens import dialects, sse, vocabularies
 from qlens.call import Call, Cost, Reply
 from qlens.dialects.plain import Plain
 from qlens.errors import CallError, UpstreamTruncated
 from qlens.exchange import error_from
+from qlens.metering_cut import LONGEST_TOKEN, within
 from qlens.money import usd
 from qlens.usage import Usage, larger
 from qlens.watching import EventWatcher
@@ -31,8 +32,6 @@ _MOST_NOTED = 16
 _MOST_LOOKED_AT = 4
 """How many events of a block are looked at alone, to learn what the others look like."""
 _BYTES_PER_TOKEN = 4
-_LONGEST_TOKEN = 128
-"""The bytes of the longest token of OpenAI's vocabularies: no text has fewer tokens than its bytes by this."""
 
 
 @define(eq=False)
@@ -60,7 +59,7 @@ class Meter(EventWatcher):
     @_most.default
     def _longest(self) -> int | None:
         most = self.call.most_output
-        return None if most is None else most * _LONGEST_TOKEN
+        return None if most is None else most * LONGEST_TOKEN
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -242,13 +241,20 @@ class Meter(EventWatcher):
         return sse.write(event)
 
     def usage(self) -> Usage:
-        """What the stream used so far: the provider's word, or else an estimate from what passed."""
+        """What the stream used so far: the provider's word, or else an estimate from what passed.
+
+        A stream that was cut has used no more than was reserved for it.
+        """
+        used = self._used()
+        return within(used, self.call.most_output or 0) if self.reply.cut else used
+
+    def _used(self) -> Usage:
         said = self.said()
         if said is not None and (said.total or not self.events):
             return said
         text = max(0, self.passed - self.events * self._envelope)
         return Usage(
-            input=self.call.estimated_input,
+            input=vocabularies.estimated_input(self.call),
             # Most servers send a token an event; those that send more are caught by the size of the text.
             output=max(self.events - 1, text // _BYTES_PER_TOKEN, 0),
             source="estimated" if self.reply.complete else "partial",
@@ -339,10 +345,11 @@ def estimated(call: Call, dialect: str, body: dict[str, Any]) -> Usage:
     """A guess at what a whole answer used, for providers that do not say."""
     spoken = dialects.named(dialect)
     texts = [text for _, text in spoken.reply_texts(body)]
-    size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    counted = vocabularies.estimated_output(call, "\n".join(texts))
+    if counted is None:
+        counted = -(-sum(len(text.encode(errors="surrogatepass")) for text in texts) // _BYTES_PER_TOKEN)
     meters = spoken.guessed_meters(call.bound.meters, texts) if isinstance(spoken, Plain) else {}
-    output = -(-size // _BYTES_PER_TOKEN)
-    return Usage(input=call.estimated_input, output=output, meters=meters, source="estimated")
+    return Usage(input=vocabularies.estimated_input(call), output=counted, meters=meters, source="estimated")
 
 
 def exploded(call: Call, reply: Reply, cost: Cost) -> list[bytes]:

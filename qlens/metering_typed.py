@@ -14,6 +14,7 @@ from qlens.dialects import typed
 from qlens.dialects.typed import TypedDialect
 from qlens.errors import CallError, UpstreamTruncated
 from qlens.metering import estimated
+from qlens.metering_cut import LONGEST_TOKEN, Ending, ending, within, written
 from qlens.provider_errors import error_from
 from qlens.usage import Usage, grown
 from qlens.watching import EventWatcher
@@ -34,9 +35,18 @@ class TypedMeter(EventWatcher):
     _spoken_bytes: int = field(init=False, default=0)
     _last_event: bytes = field(init=False, default=b"", repr=False)
     """The event that ends the stream, once it was there."""
+    _most: int = field(init=False, default=0)
+    """The bytes of text that what a budget reserved can have at most, where there is an `_ending`."""
+    _ending: Ending | None = field(init=False, default=None)
+    """What ends the stream when it has more."""
+    _weighed: int = field(init=False, default=0)
+    """The bytes of text that were counted exactly."""
 
     def __attrs_post_init__(self) -> None:
         self._dialect = typed.typed(self.reply.dialect)
+        if self.call.most_output is not None:
+            self._most = self.call.most_output * LONGEST_TOKEN
+            self._ending = ending(self.reply.dialect)
 
     def _take(self, piece: bytes) -> bytes:
         return self._sift(self._splitter.feed(piece))
@@ -48,6 +58,8 @@ class TypedMeter(EventWatcher):
         """The event that the stream ends with, once the answer was handed over."""
         if self._error is not None:
             raise self._error
+        if self.reply.cut and self._ending is not None:
+            return written(self._ending.events(self.usage()))
         if not self._last_event:
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         self.reply.complete = True
@@ -66,12 +78,28 @@ class TypedMeter(EventWatcher):
                 if self._is_last(event):
                     self._last_event = event
                     break
+                if self._ending is not None and self._is_too_much(event, self._ending):
+                    break
                 passing.append(event)
                 self._count(event)
         except CallError as error:
             self._error = error
-        self._ended = self._ended or self._error is not None or bool(self._last_event)
+        self._ended = self._ended or self._error is not None or bool(self._last_event) or self.reply.cut
         return b"".join(passing)
+
+    def _is_too_much(self, event: bytes, ending: Ending) -> bool:
+        """Whether with this event there is more text than was reserved; else it is remembered for the end.
+
+        As for chats, what is counted exactly begins where a rough count has found too much: it says less than there is,
+        and an answer that keeps to its max tokens is never cut.
+        """
+        if self._spoken_bytes - self._spoken * self._envelope > self._most and (data := sse.data(event)):
+            self._weighed += self._said_in(sse.parsed(data))
+            if self._weighed > self._most:
+                self.reply.cut, self.reply.finish = True, ending.finish
+                return True
+        ending.heard(event)
+        return False
 
     def _count(self, event: bytes) -> None:
         self.events += 1
@@ -92,23 +120,37 @@ class TypedMeter(EventWatcher):
             return False
         payload = sse.parsed(data)
         if quiet:
-            self._envelope = self._around_text(event, payload)
+            size = self._said_in(payload)
+            self._envelope = len(event) - size if size else 0
             return False
         if (error := self._dialect.event_error(payload)) is not None:
             raise error_from(error)
         if (said := self._dialect.event_usage(payload)) is not None:
             self.reply.usage = grown(self.reply.usage, said)
         self.reply.finish = self._dialect.finish(payload) or self.reply.finish
+        if event.startswith(b"data:") and (size := self._said_in(payload)):
+            # Without a name every event is looked into.
+            self._spoken += 1
+            self._spoken_bytes += len(event)
+            self._envelope = self._envelope or len(event) - size
         return self._dialect.event_ends_stream(payload)
 
-    def _around_text(self, event: bytes, payload: dict[str, Any]) -> int:
-        found = [text for _, _, text in self._dialect.event_texts(payload)]
-        return len(event) - sum(len(text.encode(errors="surrogatepass")) for text in found) if found else 0
+    def _said_in(self, payload: dict[str, Any]) -> int:
+        """The bytes of the text that an event adds to the answer."""
+        found = self._dialect.event_texts(payload)
+        return sum(len(text.encode(errors="surrogatepass")) for strand, _, text in found if strand)
 
     # --- usage ---------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """What the stream used so far: the provider's word, or else an estimate from what passed."""
+        """What the stream used so far: the provider's word, or else an estimate from what passed.
+
+        A stream that was cut has used no more than was reserved for it.
+        """
+        used = self._used()
+        return within(used, self.call.most_output or 0) if self.reply.cut else used
+
+    def _used(self) -> Usage:
         said, guess = self.said(), self._guess()
         if self._goes_on():
             guess = max(guess, self.call.bound.output)

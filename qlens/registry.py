@@ -19,6 +19,7 @@ from attrs import define, field, fields, frozen
 
 from qlens import hookspecs
 from qlens.config import Config, Draft, PluginEntry, convert, draft, text_of
+from qlens.crashes import censored
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.models import Models, models_of
 
@@ -252,10 +253,9 @@ def _instance(entry: PluginEntry, config: Config, before: Mapping[str, Instance]
         return old
     try:
         instance.plugin = cls(settings, entry.name)
-    except (ValueError, TypeError) as error:
-        raise _fault(entry, f"{entry.plugin} cannot be constructed: {error}") from error
     except Exception as error:
-        raise _fault(entry, f"{entry.plugin} cannot be constructed: {_named(error)}") from error
+        said = str(error) if isinstance(error, ValueError | TypeError) else _named(error)
+        raise _fault(entry, f"{entry.plugin} cannot be constructed: {censored(said, settings)}") from error
     return instance
 
 

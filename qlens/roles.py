@@ -68,11 +68,11 @@ class Roles:
         """The tenant that a caller is confined to at an endpoint, None: all; raises Forbidden when it is not open."""
         needed = RANKS.index(endpoint.role or RANKS[0])
         powers = [power for power in self._of(caller.roles) if power.rank >= needed]
-        # Whoever has any role is a member, whatever paths the role is narrowed to.
-        opening = [power for power in powers if not needed or power.opens(endpoint.path)]
+        opening = [power for power in powers if power.opens(endpoint.path)]
         if any(power.everywhere and power.rank for power in opening):
             return None
-        if opening and (endpoint.scoped or not needed):
+        # Whoever has any role is a member, whatever paths the role is narrowed to.
+        if (opening and endpoint.scoped) or (powers and not needed):
             return caller.tenant
         raise Forbidden(f"{endpoint.path} needs the role {endpoint.role}.")
 

@@ -15,7 +15,7 @@ from qlens import __version__
 from qlens.config import Secret
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated, UpstreamUnreachable
 from qlens.upstream_connection import Connection, Headers, Upload
-from qlens.upstream_dialer import Dialer, Origin, Tls, invalid_url
+from qlens.upstream_dialer import Dialer, Origin, Resolve, Tls, invalid_url
 
 if TYPE_CHECKING:
     from qlens.session import Session
@@ -93,6 +93,8 @@ class Upstream:
     """How many connections one origin may have; calls beyond it wait, up to their deadline for a connection."""
     proxy: str | None = field(default=None, repr=False)
     """`http://[user:password@]host:port` of a proxy that every connection goes through."""
+    resolve: Resolve | None = field(default=None, repr=False)
+    """What gives the addresses of hosts for `open`; None: the system's resolver."""
     _dialer: Dialer = field(init=False, repr=False)
     _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
     _known: dict[tuple[object, ...], _Known] = field(init=False, factory=dict, repr=False)
@@ -100,7 +102,7 @@ class Upstream:
     _sockets: Client | None = field(init=False, default=None, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        self._dialer = Dialer(self.proxy)
+        self._dialer = Dialer(self.proxy, self.resolve)
 
     async def open(
         self,

@@ -7,7 +7,7 @@ import os
 import socket
 import ssl
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -18,7 +18,10 @@ from attrs import define, field, frozen
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamUnreachable
 from qlens.upstream_connection import READ_BYTES, Connection
 
-__all__ = ["Dialer", "Origin", "Tls", "invalid_url"]
+__all__ = ["Dialer", "Origin", "Resolve", "Tls", "invalid_url"]
+
+Resolve = Callable[[str, int], Awaitable[Sequence[AddrInfoType]]]
+"""What gives the addresses of a host and port, as `getaddrinfo` does; connections go to these and no others."""
 
 _NAME_SECONDS = 10.0
 _MAX_NAMES = 256
@@ -80,6 +83,8 @@ class Dialer:
 
     proxy: str | None = field(default=None, repr=False)
     """`http://[user:password@]host:port`: https goes through a tunnel, http is asked for with its whole URL."""
+    resolve: Resolve | None = field(default=None, repr=False)
+    """None: the system's resolver, and whatever it says."""
     _names: dict[tuple[str, int], _Name] = field(init=False, factory=dict, repr=False)
     _contexts: dict[Tls | None, ssl.SSLContext] = field(init=False, factory=dict, repr=False)
     _buffer: memoryview = field(init=False, factory=lambda: memoryview(bytearray(READ_BYTES)), repr=False)
@@ -143,9 +148,12 @@ class Dialer:
             name = self._names[at] = _Name()
         async with name.lock:
             if name.until <= self._loop.time():
-                name.addresses = await self._loop.getaddrinfo(*at, type=socket.SOCK_STREAM)
+                name.addresses = await (self.resolve or self._resolved)(*at)
                 name.until = self._loop.time() + _NAME_SECONDS
         return name.addresses
+
+    async def _resolved(self, host: str, port: int) -> Sequence[AddrInfoType]:
+        return await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
     async def context(self, tls: Tls | None) -> ssl.SSLContext:
         """How TLS is spoken; made once for each set of files."""

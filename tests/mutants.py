@@ -85,9 +85,23 @@ MUTANTS = (
     Mutant(
         "a stream that never ends is never cut",
         "qlens/metering.py",
-        "        return None if most is None else most * _LONGEST_TOKEN\n",
+        "        return None if most is None else most * LONGEST_TOKEN\n",
         "        return None\n",
         BUDGETS,
+    ),
+    Mutant(
+        "a stream of messages that never ends is never cut",
+        "qlens/metering_typed.py",
+        "            self._ending = ending(self.reply.dialect)\n",
+        "            self._ending = None\n",
+        ("tests/core/test_metering_cut.py",),
+    ),
+    Mutant(
+        "a stream that was cut costs more than was reserved",
+        "qlens/metering_typed.py",
+        "return within(used, self.call.most_output or 0) if self.reply.cut else used",
+        "return used",
+        ("tests/core/test_metering_cut.py",),
     ),
     Mutant(
         "leases beside a full bucket: what is leased may be used while its bucket refills",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from attrs import define, field, frozen
+from attrs import define, frozen
 
 from qlens.dialects import Body
 
@@ -59,9 +59,9 @@ ENDS = {
 
 @define(eq=False)
 class Writer:
-    """Writes the events of one response, numbered from 0."""
+    """Writes the events of one response, numbered from 0 unless others went before."""
 
-    _number: int = field(init=False, default=0)
+    _number: int = 0
 
     def event(self, kind: str, /, **fields: Any) -> Body:
         """The next event."""

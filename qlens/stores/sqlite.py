@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
@@ -13,7 +14,7 @@ from qlens.errors import StartupError
 
 SCHEME = "sqlite:///"
 APPLICATION = 0x514C6E73
-"""Marks a database as QLens's own, so that no other program's tables are ever touched. The ledger sets the same."""
+"""Marks a database as QLens's own, so that no other program's tables are ever touched."""
 BUSY_SECONDS = 1.0
 """How long SQLite itself waits for another writer."""
 
@@ -25,6 +26,9 @@ _HOPELESS = {
     sqlite3.SQLITE_READONLY: "cannot be written",
     sqlite3.SQLITE_PERM: "cannot be opened",
 }
+_UNUSABLE = (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+
+Database = sqlite3.Connection
 
 
 def sqlite_path(url: str, folder: Path) -> Path:
@@ -39,12 +43,18 @@ def sqlite_path(url: str, folder: Path) -> Path:
 
 
 def open_sqlite(
-    path: Path, owner: str, migrations: Sequence[Sequence[str]], *, create: bool = True
-) -> sqlite3.Connection:
+    path: Path,
+    owner: str,
+    migrations: Sequence[Sequence[str]],
+    *,
+    create: bool = True,
+    unversioned: Callable[[Database], int] = lambda _: 0,
+) -> Database:
     """Open a file for writing, and create or upgrade the tables of one owner in it, beside those of others.
 
     `migrations` are statements by version; a released one is never edited: a change is a new entry at the end. The
     connection is in autocommit, write-ahead log and full synchronisation: what is committed survives a power cut.
+    `unversioned` tells the version of tables that the owner made before versions were kept by owner.
     Raises StartupError for what an operator must mend, sqlite3.Error for what may pass (locked, disk full, and, unless
     it may be created, a file that is not there).
     """
@@ -54,12 +64,12 @@ def open_sqlite(
         raise sqlite3.OperationalError(f"{path.name} does not exist")
     with _understood(path, owner):
         if create:
-            _make(path)
+            _make(path, owner)
         database = sqlite3.connect(
             f"file:{quote(os.fspath(path))}?mode=rw", uri=True, timeout=BUSY_SECONDS, isolation_level=None
         )
         try:
-            _prepare(database, path, owner, migrations)
+            _prepare(database, path, owner, migrations, unversioned)
         except BaseException:
             database.close()
             raise
@@ -88,11 +98,15 @@ def file_identity(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def _make(path: Path) -> None:
+def _make(path: Path, owner: str) -> None:
     """Make an empty file for its owner alone; one that is there stays as it is."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError as error:
+        if error.errno in _UNUSABLE:
+            raise StartupError(
+                f"{owner}: {path} cannot be opened ({error.strerror}); name another file in `url`, or mend it"
+            ) from error
         raise sqlite3.OperationalError(f"{path.name}: {error.strerror}") from error
 
 
@@ -107,16 +121,23 @@ def _understood(path: Path, owner: str) -> Iterator[None]:
         raise StartupError(f"{owner}: {path} {problem} ({error}); name another file in `url`, or mend it") from error
 
 
-def _prepare(database: sqlite3.Connection, path: Path, owner: str, migrations: Sequence[Sequence[str]]) -> None:
+def _prepare(
+    database: Database,
+    path: Path,
+    owner: str,
+    migrations: Sequence[Sequence[str]],
+    unversioned: Callable[[Database], int],
+) -> None:
     # In a transaction, or another gateway that makes the tables at this moment would look like another program.
     database.execute("BEGIN")
-    version = _version(database, path, owner)
+    version = _version(database, path, owner, unversioned)
     database.execute("COMMIT")
     database.execute("PRAGMA journal_mode = WAL")
     database.execute("PRAGMA synchronous = FULL")
     if version < len(migrations):
         with sqlite_transaction(database):
-            _upgrade(database, path, owner, migrations)
+            # Another gateway may have done it while this one waited.
+            _upgrade(database, owner, migrations, _version(database, path, owner, unversioned))
     elif version > len(migrations):
         raise StartupError(
             f"{owner}: its tables in {path} have version {version}, this QLens knows up to version {len(migrations)}; "
@@ -124,9 +145,8 @@ def _prepare(database: sqlite3.Connection, path: Path, owner: str, migrations: S
         )
 
 
-def _upgrade(database: sqlite3.Connection, path: Path, owner: str, migrations: Sequence[Sequence[str]]) -> None:
-    # Another gateway may have done it while this one waited.
-    for statements in migrations[_version(database, path, owner) :]:
+def _upgrade(database: Database, owner: str, migrations: Sequence[Sequence[str]], version: int) -> None:
+    for statements in migrations[version:]:
         for statement in statements:
             database.execute(statement)
     database.execute(f"PRAGMA application_id = {APPLICATION}")
@@ -134,16 +154,16 @@ def _upgrade(database: sqlite3.Connection, path: Path, owner: str, migrations: S
     database.execute(
         "INSERT INTO versions (owner, version) VALUES (?, ?) "
         "ON CONFLICT (owner) DO UPDATE SET version = excluded.version",
-        (owner, len(migrations)),
+        (owner, max(version, len(migrations))),
     )
 
 
-def _version(database: sqlite3.Connection, path: Path, owner: str) -> int:
+def _version(database: Database, path: Path, owner: str, unversioned: Callable[[Database], int]) -> int:
     """The version of an owner's tables, 0 before there are any; raises StartupError for another program's file."""
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     if tables and database.execute("PRAGMA application_id").fetchone()[0] != APPLICATION:
         raise StartupError(f"{owner}: {path} is the database of another program; name another file in `url`")
-    if "versions" not in tables:
-        return 0
-    found = database.execute("SELECT version FROM versions WHERE owner = ?", (owner,)).fetchone()
-    return int(found[0]) if found else 0
+    found = None
+    if "versions" in tables:
+        found = database.execute("SELECT version FROM versions WHERE owner = ?", (owner,)).fetchone()
+    return int(found[0]) if found else unversioned(database)

@@ -9,12 +9,14 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from attrs import define, field
 
 from qlens.config import Draft, draft
+from qlens.crashes import Lines, guard_loop, guard_output
 from qlens.errors import Fault, StartupError
 from qlens.gateway import Gateway
 from qlens.paths import health_of
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 async def _working(config: Path, number: int, sockets: tuple[socket.socket, socket.socket], admin: Path) -> int:
     client, control = sockets
+    guard_loop()
     return await Worker(config, client, admin, Gateway(worker=number)).work(control)
 
 
@@ -55,9 +58,10 @@ def _log_as(number: int) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Lines(f"%(asctime)s %(levelname)s %(name)s worker {number}: %(message)s", number))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
+    guard_output()
 
 
-class _Lines(logging.Formatter):
+class _Lines(Lines):
     """Names the worker in every line, those of a traceback included."""
 
     def __init__(self, layout: str, number: int) -> None:
@@ -120,7 +124,7 @@ class Worker:
             await self._server.start()
             spare_the_collector()
         elif what == "reload":
-            await self.gateway.reload(await asyncio.to_thread(self._drafted, details["text"]))
+            await self.gateway.load(partial(self._drafted, details["text"]))
         elif what == "stop":
             self.stop()
         return {}

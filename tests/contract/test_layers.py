@@ -14,7 +14,7 @@ import qlens
 ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "qlens").rglob("*.py"))
 PLUGINS = sorted((ROOT / "plugins/qlens_plugins").rglob("*.py"))
-SDKS = {"aiobotocore", "attrs", "cryptography", "jwt", "yaml", "orjson", "prometheus_client"}
+SDKS = {"aiobotocore", "asyncpg", "attrs", "cryptography", "jwt", "nats", "yaml", "orjson", "prometheus_client"}
 """What a built-in plugin may import beside qlens and the standard library; a new SDK is entered here with its extra."""
 
 

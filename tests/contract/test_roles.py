@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
-from keystores import ADMIN, ROLES, config, key_of, send, stored
+from attrs import evolve
+from keystores import ADMIN, CALL, ROLES, config, key_of, made, send, stored
 
 from qlens import ConfigError, Endpoint
 from qlens.config.entries import BUILT_IN_ROLES, RANKS
@@ -11,6 +14,10 @@ from qlens.paths import own_endpoints, plugin_endpoints
 from qlens.testing import Running, running
 
 LIKE = {"auditor": "viewer", "key_desk": "operator", "team_desk": "tenant_operator"}
+EVERYTHING = """{plugin: prices, table: [{model: "*", input: 1, output: 1}]},
+    {plugin: budgets, limits: [{per: tenant, usd: 9}, {per: project, usd: 9}, {per: key, usd: 9}, {per: model, usd: 9},
+      {per: tag, tag: team, usd: 9}], store: {kind: sqlite, url: "sqlite:///budgets.db"}},
+    {plugin: ledger, flush_seconds: 0.01}"""
 PATHS = {"auditor": "/admin/audit", "key_desk": "/admin/keys", "team_desk": "/admin/keys"}
 
 
@@ -36,8 +43,8 @@ def endpoints(gateway: Running) -> list[Endpoint]:
 
 @pytest.mark.parametrize("role", [None, *ROLES])
 async def test_every_endpoint_asks_exactly_its_role(role: str | None) -> None:
-    async with stored() as gateway:
-        assert len(endpoints(gateway)) >= 19
+    async with stored(config(cost=EVERYTHING)) as gateway:
+        assert len(endpoints(gateway)) >= 36
         for endpoint in endpoints(gateway):
             path = endpoint.path.replace("{id}", "key-0").replace("{name}", "nobody")
             answer = await gateway.request(endpoint.method, path, body=b"[]", key=key_of(role) if role else None)
@@ -55,13 +62,13 @@ async def test_every_endpoint_asks_exactly_its_role(role: str | None) -> None:
 
 
 async def test_every_endpoint_of_operators_asks_for_a_role_and_only_known_ones_are_open_to_roles_of_a_tenant() -> None:
-    async with stored() as gateway:
+    async with stored(config(cost=EVERYTHING)) as gateway:
         public = {(e.method, e.path) for e in endpoints(gateway) if e.role is None}
         assert public == {
             *(("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"), ("HEAD", "/readyz")),
             ("GET", "/metrics"),  # on this machine alone
         }
-        scoped = {e.path for e in endpoints(gateway) if e.scoped}
+        scoped = {e.path for e in endpoints(gateway) if e.scoped and e.listener == "admin"}
         assert scoped == {
             "/admin/whoami",
             "/admin/keys",
@@ -70,7 +77,72 @@ async def test_every_endpoint_of_operators_asks_for_a_role_and_only_known_ones_a
             "/admin/tenants",
             "/admin/tenants/{name}",
             "/admin/audit",
+            "/admin/budgets",
+            "/admin/budgets/{id}",
         }
+        # Of those that read and are open to members, each says what it makes of the roles that its callers have.
+        assert all(e.scoped for e in endpoints(gateway) if e.role == "member")
+
+
+async def _lived_in(gateway: Running) -> dict[str, list[str]]:
+    """Let two tenants have one of everything; the ids of what is globex', by the path before an id."""
+    keys: dict[str, dict[str, str]] = {}
+    for tenant in ("acme", "globex"):
+        assert (await send(gateway, "POST", "/admin/tenants", {"name": tenant})).status == 200
+        for number in range(2):
+            keys[tenant] = await made(
+                gateway, tenant=tenant, name=f"{tenant}-name-{number}", metadata={"of": tenant}, tags={"team": tenant},
+                limits={"budget_usd": "1"}, project=f"{tenant}-project",
+            )  # fmt: skip
+            called = await gateway.post("/v1/chat/completions", {**CALL, "user": tenant}, key=keys[tenant]["key"])
+            assert called.status == 200
+        await send(gateway, "PATCH", "/admin/keys/none", {"roles": ["admin"]}, key=key_of("tenant_admin", tenant))
+    receipts = await gateway.settled(4)
+    async with asyncio.timeout(5):
+        while len((await send(gateway, "GET", "/v1/usage/calls?limit=100")).json()["data"]) < 4:
+            await asyncio.sleep(0.02)
+    budgets = (await send(gateway, "GET", "/admin/budgets")).json()["data"]
+    return {
+        "/admin/keys/": [keys["globex"]["id"]],
+        "/admin/tenants/": ["globex"],
+        "/admin/budgets/": [row["id"] for row in budgets if "acme" not in str(row)],
+        "/v1/usage/calls/": [receipt.id for receipt in receipts if receipt.caller.tenant == "globex"],
+    }
+
+
+async def test_nobody_who_rules_one_tenant_or_none_reads_of_another_one_at_any_endpoint() -> None:
+    async with stored(config(cost=EVERYTHING)) as gateway:
+        theirs = await _lived_in(gateway)
+        assert all(theirs.values())
+        read = 0
+        for endpoint in endpoints(gateway):
+            if endpoint.method != "GET" or endpoint.role is None:
+                continue
+            before, is_one, _ = endpoint.path.partition("{")
+            paths = [before + id_ for id_ in theirs[before]] if is_one else [endpoint.path, f"{endpoint.path}?limit=9"]
+            paths += [f"{endpoint.path}?tenant=globex"] if not is_one else []
+            if "organization" in endpoint.path:
+                paths = [f"{endpoint.path}?start_time=1&bucket_width=1d&group_by={by}" for by in ("tenant", "key_id")]
+            for role in ROLES:
+                for path in paths:
+                    answer = await gateway.get(path, key=key_of(role))
+                    where = f"{path} as {role}: {answer.status} {answer.text[:300]}"
+                    if _rules_all(role, endpoint):
+                        continue
+                    read += answer.status == 200
+                    shown = answer.text.replace("tenant=globex", "")
+                    if is_one:
+                        assert answer.status in (403, 404), where
+                        unknown = await gateway.get(before + "unknown", key=key_of(role))
+                        assert answer.json() == unknown.json(), where
+                    assert "globex" not in shown, where
+        assert read > 50  # what they may read, they were shown
+
+
+def _rules_all(role: str, endpoint: Endpoint) -> bool:
+    """Whether a role opens an endpoint for things of all tenants; one for members, as far as it is one of more."""
+    ruling = endpoint if endpoint.role != "member" else evolve(endpoint, role="viewer")
+    return opens(role, ruling) and not LIKE.get(role, role).startswith("tenant_")
 
 
 async def test_whoami_says_what_a_role_is_confined_to() -> None:
@@ -79,6 +151,8 @@ async def test_whoami_says_what_a_role_is_confined_to() -> None:
             me = (await gateway.get("/admin/whoami", key=key_of(role))).json()
             assert (me["tenant"], me["roles"], me["scope"]) == ("acme", [role], scope)
         assert (await gateway.get("/admin/whoami", key=ADMIN)).json()["scope"] is None
+        # A role that is narrowed to other paths rules nobody here.
+        assert (await gateway.get("/admin/whoami", key=key_of("auditor"))).json()["scope"] == "acme"
 
 
 HOUSE = """

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from qlens.stores.spool import Left, Spool, SpoolFull
-from qlens.stores.syncing import Syncing
+from qlens.stores.syncing import SpoolSync
 
 RECORDS = [b"one", b"two" * 100, b"\0\0\0", b"four"]
 
@@ -37,7 +37,7 @@ def abandon(spool: Spool) -> None:
     """What the end of the process does: files and lock are closed, and nothing else happens."""
     for segment in spool._segments:
         segment.close()
-    os.close(spool._owned)
+    spool.place.close()
 
 
 def everything(folder: Path) -> list[bytes]:
@@ -249,7 +249,7 @@ def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
     assert spool.read(9) == []
     spool.append(b"kept")
     assert spool.read(9) == [b"kept"]
-    assert Spool.open(tmp_path / "s").place.name == "1"
+    assert Spool.open(tmp_path / "s").place.path.name == "1"
     abandon(spool)
     assert everything(tmp_path / "s") == [b"kept"]
 
@@ -257,9 +257,25 @@ def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path) -> None:
 # --- owners ------------------------------------------------------------------------------------
 
 
+def test_a_folder_that_is_moved_for_a_while_is_used_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    spool = filled(tmp_path / "disk" / "s", [b"one"], segment_bytes=20)
+    (tmp_path / "disk").rename(tmp_path / "away")
+    for record in (b"two", b"three"):
+        spool.append(record)
+    assert spool.read(9) == [b"one", b"two", b"three"]
+    spool.shipped(2)
+    spool.sync()
+    (tmp_path / "away").rename(tmp_path / "disk")
+    spool.append(b"four")
+    assert spool.read(9) == [b"three", b"four"]
+    abandon(spool)
+    assert everything(tmp_path / "disk" / "s") == [b"three", b"four"]
+
+
 def test_each_owner_has_a_place_and_the_next_takes_what_the_dead_left(tmp_path: Path) -> None:
     spools = [filled(tmp_path, [b"%d" % n]) for n in range(4)]
-    assert [spool.place.name for spool in spools] == ["0", "1", "2", "3"]
+    assert [spool.place.path.name for spool in spools] == ["0", "1", "2", "3"]
     for spool in (spools[0], spools[1], spools[3]):
         abandon(spool)
     first = Spool.open(tmp_path)
@@ -280,14 +296,14 @@ def test_many_owners_come_and_go_at_once(tmp_path: Path) -> None:
     lost: list[object] = []
 
     def live() -> None:
-        for n in range(30):
+        for n in range(15):
             spool = filled(folder, [b"%d" % n])
-            if spool.read(9) != [b"%d" % n] or len(list(spool.place.glob("*.log"))) != 1:
-                lost.append(spool.place)
+            if spool.read(9) != [b"%d" % n] or len(list(spool.place.path.glob("*.log"))) != 1:
+                lost.append(spool.place.path)
             spool.shipped(1)
             spool.close()
 
-    threads = [threading.Thread(target=live) for _ in range(8)]
+    threads = [threading.Thread(target=live) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -315,7 +331,7 @@ def test_what_a_killed_process_appended_is_there(tmp_path: Path) -> None:
         for _ in range(500):
             process.stdout.readline()
         other = Spool.open(tmp_path)
-        assert other.place.name == "1"
+        assert other.place.path.name == "1"
         assert Spool.orphans(tmp_path) == []
         process.send_signal(signal.SIGKILL)
         last = max([499, *(int(line) for line in process.stdout.read().splitlines() if line)])
@@ -481,7 +497,7 @@ def until(condition: object, seconds: float = 10) -> None:
 
 def test_what_is_appended_is_synced_soon_also_after_a_rest(tmp_path: Path) -> None:
     spool = Spool.open(tmp_path)
-    syncing = Syncing(spool)
+    syncing = SpoolSync(spool)
     syncing.start()
     for _ in range(2):
         until(lambda: syncing.asleep)
@@ -503,7 +519,7 @@ def test_a_disk_that_cannot_sync_is_a_problem_until_it_can(
     spool = Spool.open(tmp_path)
     disk = Disk(failures=4)
     monkeypatch.setattr(os, "fdatasync", disk.fdatasync)
-    syncing = Syncing(spool)
+    syncing = SpoolSync(spool)
     syncing.start()
     spool.append(b"one")
     syncing.wake()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qlens import StartupError, file_identity, open_sqlite, sqlite_path, sqlite_transaction
+from qlens.stores.sqlite import APPLICATION
 
 ONE = (("CREATE TABLE one (x)", "INSERT INTO one VALUES (1)"),)
 TWO = (*ONE, ("ALTER TABLE one ADD COLUMN y",))
@@ -54,6 +55,24 @@ def test_an_older_version_is_upgraded_and_a_newer_one_left_alone(tmp_path: Path)
     opened(path, "other", OTHER).close()
 
 
+def test_tables_from_before_there_were_versions_are_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "qlens.db"
+    database = sqlite3.connect(path)
+    database.executescript(f"CREATE TABLE one (x); PRAGMA application_id = {APPLICATION}; PRAGMA user_version = 1")
+    database.close()
+
+    def unversioned(database: sqlite3.Connection) -> int:
+        return int(database.execute("PRAGMA user_version").fetchone()[0])
+
+    open_sqlite(path, "other", OTHER).close()
+    open_sqlite(path, "one", ONE, unversioned=unversioned).close()
+    for _ in range(2):
+        database = open_sqlite(path, "one", TWO, unversioned=unversioned)
+        assert database.execute("SELECT x, y FROM one").fetchall() == []
+        assert sorted(database.execute("SELECT * FROM versions")) == [("one", 2), ("other", 1)]
+        database.close()
+
+
 def test_a_migration_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "qlens.db"
     with pytest.raises(sqlite3.OperationalError):
@@ -85,6 +104,8 @@ def test_what_cannot_be_used_is_said(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(StartupError, match=r"the folder .* does not exist"):
         open_sqlite(tmp_path / "no" / "qlens.db", "one", ONE)
+    with pytest.raises(StartupError, match="cannot be opened"):
+        open_sqlite(tmp_path, "one", ONE)
     path.write_text("keys: []\n" * 1000)
     with pytest.raises(StartupError, match="is no SQLite database"):
         open_sqlite(path, "one", ONE)

@@ -39,7 +39,9 @@ def test_version_is_the_packages() -> None:
     assert run_qlens("version").stdout == f"{qlens.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["qlens.yaml", "minimal.yaml", "claude.yaml", "production.yaml", "llm.yaml"])
+@pytest.mark.parametrize(
+    "name", ["qlens.yaml", "minimal.yaml", "claude.yaml", "production.yaml", "llm.yaml", "webhooks.yaml"]
+)
 def test_check_finds_the_shipped_configurations_good(name: str) -> None:
     result = run_qlens("check", "--no-env", f"config/{name}")
     assert (result.returncode, result.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import signal
 import time
@@ -30,6 +31,7 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
     "bulk": {"requests_per_minute": 600_000, "tokens_per_minute": 500_000_000, "concurrency": 500},
     "wide": {"requests_per_minute": 6000},
     **{f"narrow-{fault}": {"requests_per_minute": 120} for fault in ("kill", "freeze", "slow", "flush")},
+    "twice": {"requests_per_minute": 600, "burst_seconds": 12},
     "share": {"requests_per_minute": 60},
     "workers": {"requests_per_minute": 6},
 }
@@ -107,6 +109,11 @@ class Replicas:
                 while await self.is_ok(replica) is not ok:
                     await asyncio.sleep(0.02)
 
+    async def asked(self) -> float:
+        """How often the store was asked by all replicas together."""
+        line = 'qlens_limit_calls_total{limiter="token_bucket",way="asked"}'
+        return sum([await self.metric(n, line) for n in range(REPLICAS)])
+
     def passed(self, model: str) -> list[Answered]:
         return [answer for name, answer in self.calls if name == model and answer.status == 200]
 
@@ -180,11 +187,11 @@ async def test_in_no_window_more_passes_than_the_burst_and_what_the_rate_gives(r
 async def test_leases_make_calls_to_the_store_rare(replicas: Replicas) -> None:
     async with replicas.load("bulk", pause=0):
         await asyncio.sleep(0.5)
-        asked = sum([await replicas.metric(n, "qlens_limit_calls_total") for n in range(REPLICAS)])
+        asked = await replicas.asked()
         before = len(replicas.calls)
         await asyncio.sleep(1.5)
         calls = len(replicas.calls) - before
-        asked = sum([await replicas.metric(n, "qlens_limit_calls_total") for n in range(REPLICAS)]) - asked
+        asked = await replicas.asked() - asked
     assert {answer.status for _, answer in replicas.calls} == {200}
     assert asked <= calls * 0.05
 
@@ -238,6 +245,32 @@ async def test_while_the_store_is_away_nobody_is_refused_for_it_and_nobody_gets_
     seconds = max(answer.ended for answer in passed) - min(answer.sent for answer in passed)
     assert len(passed) <= 120 + 2 * seconds + 6  # 6: what a lease of each replica may hold, one part in twenty
     assert max(answer.ended - answer.sent for _, answer in replicas.calls) < 2
+
+
+async def test_one_outage_of_seconds_after_another_is_neither_felt_nor_used(replicas: Replicas) -> None:
+    """Killed for seconds, back without its memory, then frozen for seconds: R8, R10 and R11 one after another."""
+    async with replicas.load("wide", "twice", pause=0.05):
+        await asyncio.sleep(0.7)
+        for fault, mend in ((kill, restart), (freeze, thaw)):
+            await fault(replicas)
+            await replicas.until_ok(ok=False, seconds=5)
+            asked, begun = await replicas.asked(), len(replicas.calls)
+            await asyncio.sleep(3.5)
+            # While the breaker is open no call waits for the store: it is asked by nobody.
+            assert len(replicas.calls) - begun > 50
+            assert await replicas.asked() - asked <= REPLICAS
+            await mend(replicas)
+            await replicas.until_ok(ok=True, seconds=2)
+            await asyncio.sleep(0.7)
+    statuses = Counter((model, answer.status) for model, answer in replicas.calls)
+    assert {status for model, status in statuses if model == "wide"} == {200}
+    assert {status for model, status in statuses if model == "twice"} == {200, 429}
+    passed = replicas.passed("twice")
+    seconds = max(answer.ended for answer in passed) - min(answer.sent for answer in passed)
+    assert len(passed) <= 120 + 10 * seconds + 6
+    # Never nothing either: what comes back at the rate went out to somebody all the time.
+    ends = sorted(answer.ended for answer in passed)
+    assert max(later - earlier for earlier, later in itertools.pairwise(ends)) < 2.5
 
 
 async def test_a_store_that_is_flushed_under_load_refuses_nobody_and_gives_no_fresh_bucket(replicas: Replicas) -> None:
