@@ -43,7 +43,7 @@ class SqlitePlace:
         """Where it is."""
         return f"sqlite:///{self.path}"
 
-    def store(self) -> Store:
+    def store(self) -> SqliteStore:
         """The ledger in it."""
         return SqliteStore(self.path)
 
@@ -80,7 +80,7 @@ class PostgresPlace:
         """Where it is."""
         return self.server.url(self.name)
 
-    def store(self) -> Store:
+    def store(self) -> PostgresStore:
         """The ledger in it."""
         return PostgresStore(Secret(self.url))
 

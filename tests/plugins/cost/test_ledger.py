@@ -29,6 +29,7 @@ from qlens.cli import main
 from qlens.stores.sqlite import APPLICATION
 from qlens.testing import Running, running
 from qlens_plugins.cost.ledger import rows
+from qlens_plugins.cost.ledger.journal import Journal
 from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
 from qlens_plugins.cost.ledger.store import Batch, Store
 from qlens_plugins.cost.ledger.writer import Writer
@@ -212,7 +213,7 @@ async def test_a_locked_file_delays_rows_and_loses_none() -> None:
             assert await call(gateway) == 200
             await until(lambda: not plugin.health().ok)
             assert "locked" in plugin.health().detail
-            assert "1 of 100000 receipts wait" in plugin.health().detail
+            assert "1 receipts wait" in plugin.health().detail
             for _ in range(9):
                 assert await call(gateway) == 200
             assert await call(gateway, "no-such-model") == 404
@@ -224,26 +225,31 @@ async def test_a_locked_file_delays_rows_and_loses_none() -> None:
     assert "qlens_ledger_queue 0.0" in text
 
 
-async def test_a_full_queue_refuses_calls_until_the_file_can_be_written() -> None:
-    async with running(config("flush_seconds: 0.01, queue_size: 3")) as gateway:
-        path = gateway.folder / "ledger.db"
+async def test_calls_are_refused_while_neither_spool_nor_database_takes_them() -> None:
+    async with running(config("flush_seconds: 0.01, spool_bytes: 1")) as gateway:
+        path, plugin = gateway.folder / "ledger.db", gateway.plugin("cost", "ledger")
+        assert await call(gateway) == 200
+        await written(path, 1)
         with locked(path):
-            assert [await call(gateway) for _ in range(3)] == [200, 200, 200]
+            assert await call(gateway) == 200
+            await until(lambda: "locked" in plugin.health().detail)
+            assert "the spool cannot be used: more than 1 bytes would wait; 1 receipts" in plugin.health().detail
             refused = await gateway.post("/v1/chat/completions", chat())
             assert refused.status == 503
             assert refused.json()["error"]["code"] == "ledger_unavailable"
             assert refused.headers["retry-after"] == "5"
             assert await call(gateway, "no-such-model") == 404
-        await written(path, 3)
+        await written(path, 2)
+        await until(lambda: plugin.writer.problem is None)
         assert await call(gateway) == 200
-        await written(path, 4)
+        await written(path, 3)
         await until(lambda: sum(rejections(path).values()) == 2)
         assert rejections(path)["gpt-4o-mini", 503, "ledger_unavailable"] == 1
         assert "qlens_ledger_dropped_total 0.0" in (await gateway.get("/metrics")).text
 
 
 async def test_a_call_on_its_way_has_its_place_in_the_queue() -> None:
-    async with running(config("flush_seconds: 0, queue_size: 1")) as gateway:
+    async with running(config("flush_seconds: 0, queue_size: 1, spool_bytes: 1")) as gateway:
         slow = asyncio.create_task(call(gateway, "slow"))
         await until(lambda: gateway.gateway.current.running == 1)
         await asyncio.sleep(0.05)
@@ -256,7 +262,7 @@ async def test_a_call_on_its_way_has_its_place_in_the_queue() -> None:
 
 async def test_a_call_that_another_plugin_refuses_gives_its_place_back() -> None:
     strict = "{plugin: prices, name: strict, strict: true}"
-    text = config("flush_seconds: 0.01, queue_size: 1", after=strict)
+    text = config("flush_seconds: 0.01, queue_size: 1, spool_bytes: 1", after=strict)
     async with running(text) as gateway:
         for _ in range(5):
             assert await call(gateway, "unpriced") == 400
@@ -266,7 +272,7 @@ async def test_a_call_that_another_plugin_refuses_gives_its_place_back() -> None
 
 
 async def test_a_ledger_that_may_drop_serves_on_and_counts_what_is_missing() -> None:
-    async with running(config("flush_seconds: 0.01, queue_size: 3, when_full: drop")) as gateway:
+    async with running(config("flush_seconds: 0.01, queue_size: 3, spool_bytes: 1, when_full: drop")) as gateway:
         path = gateway.folder / "ledger.db"
         with locked(path):
             assert [await call(gateway) for _ in range(5)] == [200] * 5
@@ -307,36 +313,47 @@ async def test_a_disk_that_takes_no_more_loses_nothing(tmp_path: Path) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
         try:
-            assert [await call(gateway) for _ in range(3)] == [200] * 3
-            await until(lambda: not plugin.health().ok)
+            assert await call(gateway) == 200
+            await until(lambda: plugin.writer.problem is not None)
+            assert [await call(gateway) for _ in range(3)] == [503] * 3
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        assert len(await written(path, 3)) == 3
-        await until(lambda: plugin.health().ok)
+        await written(path, 1)
+        await until(lambda: plugin.writer.problem is None)
+        assert await call(gateway) == 200
+        assert len(await written(path, 2)) == 2
 
 
-async def test_what_could_not_be_written_to_the_end_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_could_not_be_written_to_the_end_is_said_and_written_by_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "x.db"
-    other = sqlite3.connect(path, isolation_level=None)
-    async with running(config("flush_seconds: 0.01, close_seconds: 0", url=f"sqlite:///{path}")) as gateway:
-        other.execute("BEGIN IMMEDIATE")
-        for _ in range(2):
-            assert await call(gateway) == 200
-        assert await call(gateway, "no-such-model") == 404
-    other.close()
-    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "2 receipts and 1 refused calls could not be written within 0 s and are lost" in record.message
-    assert "locked" in record.message
+    text = config("flush_seconds: 0.01, close_seconds: 0", url=f"sqlite:///{path}")
+    async with running(text) as gateway:
+        with locked(path):
+            for _ in range(2):
+                assert await call(gateway) == 200
+            assert await call(gateway, "no-such-model") == 404
+            await gateway.gateway.stop()
+    waiting, lost = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    assert "2 receipts could not be written within 0 s: database is locked; the next start writes" in waiting
+    assert "0 receipts and 1 refused calls are lost: database is locked" in lost
+    async with running(text):
+        assert len(await written(path, 2)) == 2
+    assert not (tmp_path / "x.db.spool").exists()
 
 
 async def test_a_file_that_is_locked_at_the_start_does_not_stop_it(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    async with running(config(url=f"sqlite:///{path}")):
+    text = config("flush_seconds: 0.01, close_seconds: 0", url=f"sqlite:///{path}")
+    async with running(text):
         pass
     with locked(path):
-        async with running(config("flush_seconds: 0.01, close_seconds: 0", url=f"sqlite:///{path}")) as gateway:
+        async with running(text) as gateway:
             assert await call(gateway) == 200
-            # It is left while the file is locked still, so this receipt is lost, and said to be.
+            # It is left while the file is locked still, so the next one writes this receipt.
+    async with running(text):
+        await written(path, 1)
 
 
 # --- exactly once ------------------------------------------------------------------------------
@@ -360,9 +377,10 @@ def migrate(database: sqlite3.Connection, versions: int) -> None:
         database.execute(statement)
 
 
-def writer_of(store: Store, lost: list[float] | None = None) -> Writer:
+def writer_of(store: Store, folder: Path, lost: list[float] | None = None) -> Writer:
     dropped = [] if lost is None else lost
-    return Writer(store, lambda _: None, dropped.append, lambda _: None, flush_seconds=0.01)
+    journal = Journal(folder / "spool", dropped.append)
+    return Writer(store, journal, lambda _: None, dropped.append, lambda _: None, flush_seconds=0.01)
 
 
 def test_a_batch_whose_commit_was_in_doubt_counts_once(place: Place) -> None:
@@ -386,7 +404,7 @@ def test_another_writer_s_batches_are_its_own(place: Place) -> None:
     assert len(read(place)) == 2
 
 
-async def test_no_value_of_a_receipt_can_hold_up_the_others(place: Place) -> None:
+async def test_no_value_of_a_receipt_can_hold_up_the_others(place: Place, tmp_path: Path) -> None:
     strange = [
         receipt(1, cost=Cost(2**70, "exact", "p"), usage=Usage(input=2**64)),
         receipt(2, tags={"\ud800": "\udfff"}, error="\ud800", caller=Caller("ten\udc00ant", "s\0", "keys")),
@@ -396,7 +414,7 @@ async def test_no_value_of_a_receipt_can_hold_up_the_others(place: Place) -> Non
         receipt(6),
     ]
     lost: list[float] = []
-    writer = writer_of(place.store(), lost)
+    writer = writer_of(place.store(), tmp_path, lost)
     await writer.open()
     for one in strange:
         writer.keep(one)
@@ -414,7 +432,7 @@ async def test_no_value_of_a_receipt_can_hold_up_the_others(place: Place) -> Non
 
 
 async def test_rows_stand_in_the_order_of_settling_whatever_is_among_them(tmp_path: Path) -> None:
-    writer = writer_of(SqliteStore(tmp_path / "x.db"))
+    writer = writer_of(SqliteStore(tmp_path / "x.db"), tmp_path)
     await writer.open()
     odd = {n: receipt(n, error="\ud800") for n in range(0, 3 * rows.AT_ONCE, rows.AT_ONCE // 2)}
     for n in range(3 * rows.AT_ONCE + 1):
@@ -436,8 +454,8 @@ def test_a_statement_is_not_too_long_for_an_old_sqlite() -> None:
     database.close()
 
 
-async def test_what_was_counted_for_a_name_that_is_no_text_is_kept(place: Place) -> None:
-    writer = writer_of(place.store())
+async def test_what_was_counted_for_a_name_that_is_no_text_is_kept(place: Place, tmp_path: Path) -> None:
+    writer = writer_of(place.store(), tmp_path)
     await writer.open()
     for error in ("\ud800", "\udfff", "\ud800"):
         writer.count(receipt(outcome="rejected", status=404, model=None, error=error))
@@ -507,8 +525,9 @@ async def start(text: str, files: dict[str, str] | None = None) -> None:
             "mysql://bob:hunter2@db/qlens",
             "a ledger at mysql:... is not supported; supported: sqlite:///FILE and",
         ),
-        ("postgresql://bob:hunter2@db", "names no database"),
-        ("postgresql://bob:hunter2#@db/qlens", "names no database"),
+        ("postgresql://bob:hunter2@db", "names no host and database"),
+        *((f"postgresql://bob:hunter2{mark}3@db/qlens", "names no host and database") for mark in "#/?"),
+        ("postgresql://bob:x@db:hunter2/qlens", "names no host and database"),
         ("postgresql://bob@db/qlens?password=hunter2", "a password belongs before the host"),
         ("sqlite:///:memory:", "names no file"),
         ("sqlite:///", "names no file"),
@@ -532,7 +551,9 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
     database.execute("UPDATE versions SET version = 99")
     database.commit()
     database.close()
-    with pytest.raises(StartupError, match=r"x\.db have version 99, this QLens knows up to version 3"):
+    with pytest.raises(
+        StartupError, match=rf"x\.db have version 99, this QLens knows up to version {len(schema.MIGRATIONS)}"
+    ):
         await start(config(url=f"sqlite:///{path}"))
 
 
@@ -608,24 +629,27 @@ def test_sigterm_loses_nothing(tmp_path: Path) -> None:
     assert len(read(tmp_path / "ledger.db")) == 7
 
 
-def test_kill_9_loses_only_what_was_not_written_yet(tmp_path: Path) -> None:
+def test_kill_9_loses_nothing(tmp_path: Path) -> None:
+    text = config("flush_seconds: 600, batch_size: 1000")
+    for n in range(2):
+        with serving(tmp_path, text) as (process, url):
+            assert [post(url) for _ in range(7)] == [200] * 7
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+        assert len(read(tmp_path / "ledger.db")) <= 7 * n
     with serving(tmp_path, config("flush_seconds: 0.01")) as (process, url):
-        assert [post(url) for _ in range(7)] == [200] * 7
         deadline = time.monotonic() + 15
-        while len(read(tmp_path / "ledger.db")) < 7 and time.monotonic() < deadline:
+        while len(read(tmp_path / "ledger.db")) < 14 and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert len(read(tmp_path / "ledger.db")) == 7
-    with serving(tmp_path, config("flush_seconds: 600, batch_size: 5")) as (process, url):
-        assert [post(url) for _ in range(7)] == [200] * 7
-        deadline = time.monotonic() + 15
-        while len(read(tmp_path / "ledger.db")) < 12 and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    assert len(read(tmp_path / "ledger.db")) == 12
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    found = read(tmp_path / "ledger.db")
+    assert len(found) == 14
+    # The last one of each may have had its answer a moment before it was accounted for.
+    assert {row["outcome"] for row in [*found[:6], *found[7:13]]} == {"complete"}
+    assert all((row["outcome"] == "failed") is (row["error"] == "interrupted") for row in found)
     assert [row["integrity_check"] for row in read(tmp_path / "ledger.db", "PRAGMA integrity_check")] == ["ok"]
+    assert not (tmp_path / "ledger.db.spool").exists()
 
 
 # --- the command -------------------------------------------------------------------------------

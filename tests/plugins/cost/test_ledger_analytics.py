@@ -21,8 +21,10 @@ import aiohttp
 import openai
 import orjson
 import pytest
+from ledgers import Place, SqlitePlace
 
 from qlens.testing import Running, running
+from qlens_plugins.cost.ledger import rows as ledger_rows
 
 KEYS = {
     "search": ("acme", "web", "member"),
@@ -57,7 +59,7 @@ def key_file() -> str:
     return json.dumps({"keys": rows})
 
 
-def config(path: Path) -> str:
+def config(url: str) -> str:
     table = [
         {"model": "gpt-4o-mini", "input": 0.15, "cached_input": 0.075, "output": 0.6},
         {"model": "text-embedding-3-small", "input": 0.02},
@@ -78,7 +80,7 @@ def config(path: Path) -> str:
             "cache": [{"plugin": "exact", "ttl_seconds": 600}],
             "cost": [
                 {"plugin": "prices", "table": table},
-                {"plugin": "ledger", "url": f"sqlite:///{path}", "flush_seconds": 0.02, "batch_size": 100},
+                {"plugin": "ledger", "url": url, "flush_seconds": 0.02, "batch_size": 100},
             ],
         },
         "providers": {"echo": {"plugin": "echo"}},
@@ -96,8 +98,8 @@ def config(path: Path) -> str:
 
 
 @asynccontextmanager
-async def serving(path: Path) -> AsyncIterator[Running]:
-    async with running(config(path), files={"keys.yaml": key_file()}) as gateway:
+async def serving(place: Place) -> AsyncIterator[Running]:
+    async with running(config(place.url), files={"keys.yaml": key_file()}) as gateway:
         yield gateway
 
 
@@ -111,9 +113,8 @@ def opened(path: Path) -> Iterator[sqlite3.Connection]:
         database.close()
 
 
-def receipts(path: Path) -> list[dict[str, Any]]:
-    with opened(path) as database:
-        return [dict(row) for row in database.execute("SELECT * FROM receipts")]
+def receipts(place: Place) -> list[dict[str, Any]]:
+    return place.rows("SELECT * FROM receipts")
 
 
 def chat(n: int, model: str = "gpt-4o-mini", **more: object) -> dict[str, object]:
@@ -201,25 +202,23 @@ def completion(row: dict[str, Any]) -> int:
     return sum(row[name] for name in ("output", "reasoning", "audio_out"))
 
 
-def rolled(path: Path, table: str) -> dict[str, int]:
+def rolled(place: Place, table: str) -> dict[str, int]:
     """The sums of a table of roll-ups, put together in Python."""
     sums: dict[str, int] = {}
-    with opened(path) as database:
-        for row in database.execute(f"SELECT * FROM {table}"):
-            for name in row.keys():  # noqa: SIM118 - a row of SQLite gives its values
-                factor = 10**9 if name.endswith("_high") else 1
-                plain = name.removesuffix("_high").removesuffix("_low")
-                sums[plain] = sums.get(plain, 0) + row[name] * factor
+    for row in place.rows(f"SELECT * FROM {table}"):
+        for name, value in row.items():
+            factor = 10**9 if name.endswith("_high") else 1
+            plain = name.removesuffix("_high").removesuffix("_low")
+            sums[plain] = sums.get(plain, 0) + int(value) * factor
     return sums
 
 
 # --- sums --------------------------------------------------------------------------------------
 
 
-async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(tmp_path: Path) -> None:
-    path = tmp_path / "x.db"
+async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(place: Place) -> None:
     start = int(time.time()) - 3600
-    async with serving(path) as one, serving(path) as two:
+    async with serving(place) as one, serving(place) as two:
         waiting = asyncio.Semaphore(40)
 
         async def call(n: int) -> None:
@@ -228,12 +227,12 @@ async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(tmp_pa
 
         await asyncio.gather(*map(call, range(2500)), *(abandoned(one) for _ in range(5)))
         await written(one, two)
-        rows = receipts(path)
+        rows = receipts(place)
         assert {row["outcome"] for row in rows} == {"complete", "cached", "failed", "abandoned"}
         assert len(rows) > 2000
         cost = sum(row["cost_picos"] or 0 for row in rows)
         for table in ("usage_hours", "usage_days"):
-            sums = rolled(path, table)
+            sums = rolled(place, table)
             assert sums["calls"] == len(rows)
             assert sums["cost"] == cost > 0
             assert sums["saved"] == sum(row["saved_picos"] for row in rows) > 0
@@ -243,7 +242,7 @@ async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(tmp_pa
             assert sums["abandoned"] == sum(row["outcome"] == "abandoned" for row in rows) > 0
             for name in ("input", "output", "reasoning", "cached_input"):
                 assert sums[name] == sum(row[name] for row in rows)
-        assert rolled(path, "usage_latencies")["calls"] == len(rows)
+        assert rolled(place, "usage_latencies")["calls"] == len(rows)
 
         # From the roll-ups, from the receipts (a minute, a user) and over pages: the same.
         chats = [row for row in rows if row["operation"] in CHAT]
@@ -288,7 +287,7 @@ async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(tmp_pa
 
 
 async def test_openais_own_client_reads_usage_and_costs(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+    async with serving(SqlitePlace(tmp_path / "x.db")) as gateway:
         for n in range(3):
             assert (await gateway.post("/v1/chat/completions", chat(n), key=key_of("search"))).status == 200
         await written(gateway)
@@ -325,7 +324,7 @@ async def test_openais_own_client_reads_usage_and_costs(tmp_path: Path) -> None:
 
 async def test_money_beyond_64_bits_and_beyond_floats_is_written_in_its_digits(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    async with serving(path) as gateway:
+    async with serving(SqlitePlace(path)) as gateway:
         for n in range(3):
             await gateway.post("/v1/chat/completions", chat(n), key=key_of("search"))
         await written(gateway)
@@ -336,7 +335,7 @@ async def test_money_beyond_64_bits_and_beyond_floats_is_written_in_its_digits(t
         # As if an older version had written them.
         database.execute("UPDATE usage_rolled SET receipt = 0")
         database.execute("DELETE FROM writers")
-    async with serving(path) as gateway:
+    async with serving(SqlitePlace(path)) as gateway:
         await gateway.post("/v1/embeddings", {"model": "unpriced", "input": "x"}, key=key_of("search"))
         await written(gateway)
         start = int(time.time()) // 86400 * 86400
@@ -351,8 +350,8 @@ async def test_money_beyond_64_bits_and_beyond_floats_is_written_in_its_digits(t
 # --- who sees what -----------------------------------------------------------------------------
 
 
-async def test_members_see_their_own_key_rulers_their_tenant_and_viewers_all(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+async def test_members_see_their_own_key_rulers_their_tenant_and_viewers_all(place: Place) -> None:
+    async with serving(place) as gateway:
         for n, name in enumerate(["search", "mail", "mail", "other", "other", "other", "slash"]):
             await gateway.post("/v1/chat/completions", chat(n), key=key_of(name))
         await written(gateway)
@@ -392,7 +391,7 @@ async def test_members_see_their_own_key_rulers_their_tenant_and_viewers_all(tmp
 
 
 async def test_a_role_that_is_narrowed_to_other_paths_sees_no_more_than_a_member(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+    async with serving(SqlitePlace(tmp_path / "x.db")) as gateway:
         for name in ("search", "other"):
             await gateway.post("/v1/chat/completions", chat(1), key=key_of(name))
         await written(gateway)
@@ -406,14 +405,14 @@ async def test_a_role_that_is_narrowed_to_other_paths_sees_no_more_than_a_member
 # --- pages -------------------------------------------------------------------------------------
 
 
-async def test_walking_through_calls_loses_and_doubles_none_while_new_ones_arrive(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+async def test_walking_through_calls_loses_and_doubles_none_while_new_ones_arrive(place: Place) -> None:
+    async with serving(place) as gateway:
         for n in range(25):
             await gateway.post("/v1/chat/completions", chat(n), key=key_of("search"))
         await written(gateway)
-        with opened(tmp_path / "x.db") as database:  # calls of one moment are told apart by their ids
-            database.execute("UPDATE receipts SET wall_ns = (SELECT max(wall_ns) FROM receipts) WHERE rowid % 2")
-        before = {row["id"] for row in receipts(tmp_path / "x.db")}
+        # Calls of one moment are told apart by their ids.
+        place.execute("UPDATE receipts SET wall_ns = (SELECT max(wall_ns) FROM receipts) WHERE total_us % 2 = 0")
+        before = {row["id"] for row in receipts(place)}
         seen: list[str] = []
         after: dict[str, str] = {}
         while True:
@@ -429,7 +428,7 @@ async def test_walking_through_calls_loses_and_doubles_none_while_new_ones_arriv
 
 
 async def test_buckets_follow_each_other_without_a_gap_over_all_pages(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+    async with serving(SqlitePlace(tmp_path / "x.db")) as gateway:
         await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
         await written(gateway)
         now = int(time.time())
@@ -456,7 +455,7 @@ USAGE, COSTS, SUMMARY, CALLS = (
 )
 
 
-async def test_wrong_parameters_are_refused_by_name(tmp_path: Path) -> None:
+async def test_wrong_parameters_are_refused_by_name(place: Place) -> None:
     wrong = [
         (USAGE, "", "start_time"),
         *(
@@ -493,7 +492,7 @@ async def test_wrong_parameters_are_refused_by_name(tmp_path: Path) -> None:
         ("/v1/usage/export", "format=xlsx", "format"),
         ("/v1/usage/calls/some", "x=1", "x"),
     ]
-    async with serving(tmp_path / "x.db") as gateway:
+    async with serving(place) as gateway:
         for path, query, param in wrong:
             answer = await gateway.get(f"{path}?{query}", key=key_of("root"))
             assert answer.status == 400, (path, query, answer.text)
@@ -504,31 +503,24 @@ async def test_wrong_parameters_are_refused_by_name(tmp_path: Path) -> None:
             assert answer.status == 200, answer.text
 
 
-async def test_a_ledger_that_cannot_be_read_is_said_to_be_and_harms_no_call(tmp_path: Path) -> None:
-    path = tmp_path / "x.db"
-    async with serving(path) as gateway:
-        with opened(path) as database:
-            database.execute("ALTER TABLE usage_days RENAME TO hidden")
-            answer = await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))
-            assert (answer.status, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
-            database.execute("ALTER TABLE hidden RENAME TO usage_days")
+async def test_a_ledger_that_cannot_be_read_is_said_to_be_and_harms_no_call(place: Place) -> None:
+    async with serving(place) as gateway:
+        place.execute("ALTER TABLE usage_days RENAME TO hidden")
+        answer = await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))
+        assert (answer.status, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
+        place.execute("ALTER TABLE hidden RENAME TO usage_days")
         assert (await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))).status == 200
 
 
 async def test_a_client_that_leaves_an_export_leaves_nothing_behind_and_one_cut_short_is_seen_to_be(
-    tmp_path: Path,
+    place: Place,
 ) -> None:
-    path = tmp_path / "x.db"
-    async with serving(path) as gateway:
+    async with serving(place) as gateway:
         await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
         await written(gateway)
-        with opened(path) as database:
-            columns = [row["name"] for row in database.execute("PRAGMA table_info(receipts)") if row["name"] != "id"]
-            names = ", ".join(columns)
-            database.execute(
-                "WITH RECURSIVE n (i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) "
-                f"INSERT INTO receipts (id, {names}) SELECT 'copy-' || i, {names} FROM receipts, n"
-            )
+        names = ", ".join(name for name in ledger_rows.COLUMNS if name != "id")
+        for n in range(15):
+            place.execute(f"INSERT INTO receipts (id, {names}) SELECT 'copy-{n}-' || id, {names} FROM receipts")
         headers = {"authorization": f"Bearer {key_of('root')}"}
         async with gateway.session.get(f"{gateway.url}/v1/usage/export", headers=headers) as answer:
             assert answer.headers["content-type"].startswith("text/csv")
@@ -539,32 +531,28 @@ async def test_a_client_that_leaves_an_export_leaves_nothing_behind_and_one_cut_
                 await asyncio.sleep(0.02)
         async with gateway.session.get(f"{gateway.url}/v1/usage/export", headers=headers) as answer:
             await answer.content.readany()
-            with opened(path) as database:
-                database.execute("ALTER TABLE receipts RENAME TO hidden")
+            place.execute("ALTER TABLE receipts RENAME TO hidden")
             with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.content.read()
-            with opened(path) as database:
-                database.execute("ALTER TABLE hidden RENAME TO receipts")
+            place.execute("ALTER TABLE hidden RENAME TO receipts")
         assert (await ask(gateway, "/v1/usage/calls", limit=3))["has_more"]
 
 
-async def test_after_a_reload_questions_are_about_the_new_file(tmp_path: Path) -> None:
-    async with serving(tmp_path / "x.db") as gateway:
+async def test_after_a_reload_questions_are_about_the_new_ledger(place: Place, tmp_path: Path) -> None:
+    async with serving(place) as gateway:
         await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
         await written(gateway)
-        await gateway.reload(config(tmp_path / "y.db"))
+        await gateway.reload(config(f"sqlite:///{tmp_path}/y.db"))
         assert (await ask(gateway, "/v1/usage/summary"))["total"]["calls"] == 0
-        await gateway.reload(config(tmp_path / "x.db"))
+        await gateway.reload(config(place.url))
         assert (await ask(gateway, "/v1/usage/summary"))["total"]["calls"] == 1
 
 
-async def test_a_cell_that_a_spreadsheet_would_run_is_text(tmp_path: Path) -> None:
-    path = tmp_path / "x.db"
-    async with serving(path) as gateway:
+async def test_a_cell_that_a_spreadsheet_would_run_is_text(place: Place) -> None:
+    async with serving(place) as gateway:
         await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
         await written(gateway)
-        with opened(path) as database:
-            database.execute('UPDATE receipts SET subject = \'=1+1\', tags = \'{"a": "b,\\"c"}\'')
+        place.execute('UPDATE receipts SET subject = \'=1+1\', tags = \'{"a": "b,\\"c"}\'')
         (row,) = csv.DictReader(io.StringIO((await gateway.get("/v1/usage/export", key=key_of("root"))).text))
-        assert row["user_id"] == "'=1+1"
+        assert (row["user_id"], row["streamed"]) == ("'=1+1", "0")
         assert json.loads(row["tags"]) == {"a": 'b,"c'}

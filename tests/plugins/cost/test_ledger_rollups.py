@@ -6,24 +6,29 @@ import asyncio
 import json
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from attrs import evolve
-from hypothesis import HealthCheck, given, settings
+from attrs import define, evolve, field
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from ledgers import PostgresPlace
 
 from qlens import Caller, Cost, InvalidRequest, Receipt, Target, Unavailable, Usage
 from qlens.stores.sqlite import APPLICATION
+from qlens.testing.postgres import PostgresServer
 from qlens_plugins.cost.ledger import reader as reading
-from qlens_plugins.cost.ledger import rollups, rows, sums
+from qlens_plugins.cost.ledger import rollups, rows, sums, usage, verifying
+from qlens_plugins.cost.ledger.postgres import PostgresStore
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rows import LARGEST
 from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
 from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
-from qlens_plugins.cost.ledger.store import Database
+from qlens_plugins.cost.ledger.store import Batch, Database
 from qlens_plugins.cost.ledger.summary import percentile
 from qlens_plugins.cost.ledger.sums import Question
 
@@ -149,6 +154,80 @@ def test_sums_are_those_of_the_receipts_that_were_inserted(
     writing.roll_up(database, writing.last_row(database))
     assert {table: contents(database, table) for table in before} == before
     database.close()
+
+
+@define(eq=False)
+class Both:
+    """A ledger in each database, both empty for each example."""
+
+    folder: Path
+    place: PostgresPlace
+    postgres: PostgresStore = field(init=False)
+    sqlite: SqliteStore = field(init=False)
+    _examples: int = field(default=0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.postgres = self.place.store()
+        self.postgres.connect()
+
+    def emptied(self) -> tuple[SqliteStore, PostgresStore]:
+        self.place.execute(
+            "TRUNCATE receipts, rejections, writers, usage_groups, usage_hours, usage_days, usage_latencies"
+        )
+        self._examples += 1
+        self.sqlite = SqliteStore(self.folder / f"{self._examples}.db")
+        return self.sqlite, self.postgres
+
+
+@pytest.fixture
+def both(tmp_path: Path, postgres: PostgresServer) -> Iterator[Both]:
+    found = Both(tmp_path, PostgresPlace(postgres, postgres.new_database()))
+    yield found
+    found.postgres.close()
+
+
+def answers(database: Database, start: int, length: int, width: int | None) -> list[Any]:
+    """What each kind of question finds."""
+    found: list[Any] = [[tuple(row) for row in database.rows(f"SELECT {PLAIN} FROM receipts ORDER BY id")]]
+    narrow = {"tenant": ("acme", "a/b"), "operation": ("chat",), "project_id": ("acme/web", "a%2Fb")}
+    for by in (rollups.GROUPS, ("project_id",), ("subject", "outcome"), ("tag:a.b", "provider")):
+        for where in ({}, narrow, {"tag:team": ("x",), "model": ()}):
+            question = Question(start, start + length, width, by, where)
+            found.append({group: added.values for group, added in sums.read(database, question).items()})
+            whole = Question(NOON - 5 * 86_400, NOON + 5 * 86_400, None, by, where)
+            found.append(sums.latencies(database, whole))
+    found.append(usage.read(database, usage.Question(("tenant", "model", "day", "outcome"))))
+    found.append(usage.read(database, usage.Question(("key", "provider"), since=date(2024, 10, 4), tenant="acme")))
+    verdict = verifying.verify(database)
+    return [*found, verdict.receipts, verdict.cost_picos, verdict.told]
+
+
+PLAIN = ", ".join(name for name in rows.COLUMNS if name not in {"streamed", "meters", "tags"})
+
+
+# An example takes a third of a second: to make a failing one smaller would take minutes.
+@settings(max_examples=15, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    batches=st.lists(st.lists(_RECEIPT, max_size=12), min_size=1, max_size=4),
+    start=st.integers(NOON - 90_000, NOON + 90_000),
+    length=st.integers(1, 200_000),
+    width=st.sampled_from([None, 60, 3600, 86_400]),
+)
+def test_both_databases_give_the_same_answers(
+    both: Both, batches: list[list[Receipt]], start: int, length: int, width: int | None
+) -> None:
+    refused: dict[rows.Rejection, int] = {("2024-10-04", "acme", "chat", None, 429, "rate_limit_exceeded"): 3}
+    stores = both.emptied()
+    for store in stores:
+        for number, batch in enumerate(batches, 1):
+            store.write("both", Batch(number, list(map(rows.row, batch)), refused))
+    in_sqlite, in_postgres = (
+        store.reading(30).run(partial(answers, start=start, length=length, width=width)) for store in stores
+    )
+    for one, other in zip(in_sqlite, in_postgres, strict=True):
+        assert one == other
+    assert in_sqlite[-1] == []
+    both.sqlite.close()
 
 
 def contents(database: sqlite3.Connection, table: str) -> list[Any]:

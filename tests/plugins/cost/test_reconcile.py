@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ledgers import Place, SqlitePlace
 
 from qlens import Attempt, Caller, Cost, Receipt, Target, Usage
 from qlens.cli import main
 from qlens_plugins.cost.ledger import rows
 from qlens_plugins.cost.ledger.reconcile_compare import Drift
 from qlens_plugins.cost.ledger.reconcile_names import Meter, Name, aws_name, azure_name, model_names, openai_name
-from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Batch
 
 CONFIG = """
@@ -65,9 +65,10 @@ def receipt(number: int, day: int, *attempts: Attempt) -> Receipt:
     )  # fmt: skip
 
 
-def ledger(folder: Path, *receipts: Receipt) -> None:
-    (folder / "qlens.yaml").write_text(CONFIG)
-    store = SqliteStore(folder / "ledger.db")
+def ledger(folder: Path, *receipts: Receipt, place: Place | None = None) -> None:
+    found = place or SqlitePlace(folder / "ledger.db")
+    (folder / "qlens.yaml").write_text(CONFIG.replace("sqlite:///ledger.db", found.url))
+    store = found.store()
     store.write("test", Batch(1, [rows.row(each) for each in receipts], {}))
     store.close()
 
@@ -245,14 +246,17 @@ def test_one_model_that_drifts_is_not_hidden_by_the_sum(tmp_path: Path, capsys: 
     assert (code, found["total"]["drift_usd"]) == (1, "0")
 
 
-def test_every_attempt_is_with_the_provider_that_is_owed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ledger(tmp_path, receipt(1, 1, attempt(GPT, "2", 1000), attempt(NOVA, "0.5", 1000, n=2)))
+def test_every_attempt_is_with_the_provider_that_is_owed(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = receipt(1, 1, attempt(GPT, "1.5", 900), attempt(NOVA, "0.5", 1000, n=2))
+    ledger(tmp_path, both, receipt(2, 1, attempt(GPT, "0.5", 100)), place=place)
     bill = table(tmp_path / "azure.csv", [azure(1, "gpt 4o 1120 Inp glbl Tokens", "2")])
     other = table(tmp_path / "aws.csv", [aws(1, "USE1-Nova2.0Lite-input-tokens", "0.5")])
     assert reconcile(tmp_path, capsys, "--azure", bill, "--threshold", "0")[0] == 0
     assert reconcile(tmp_path, capsys, "--aws", other, "--threshold", "0")[0] == 0
     code, found = reconcile(tmp_path, capsys, "--azure", bill, "--provider", "bedrock-us")
-    assert (code, found["total"]["ledger_usd"]) == (1, "0.5")
+    assert (code, found["total"]["ledger_usd"], found["total"]["ledger_tokens"]) == (1, "0.5", 1000)
 
 
 def test_what_fits_no_model_or_several_is_shown_and_can_be_mapped(

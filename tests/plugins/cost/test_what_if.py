@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from attrs import evolve
+from ledgers import Place, SqlitePlace
 
 from qlens import Attempt, Caller, Cost, Receipt, Target, Usage
 from qlens.cli import main
 from qlens.testing import running
 from qlens_plugins.cost.ledger import past, rows
-from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Batch
 
 OLD = """
@@ -31,11 +31,12 @@ DAY = 1_793_491_200
 """2026-11-01 in UTC."""
 
 
-def written(folder: Path, *receipts: Receipt) -> None:
-    store = SqliteStore(folder / "ledger.db")
+def written(folder: Path, *receipts: Receipt, place: Place | None = None) -> None:
+    found = place or SqlitePlace(folder / "ledger.db")
+    store = found.store()
     store.write("test", Batch(1, [rows.row(each) for each in receipts], {}))
     store.close()
-    (folder / "qlens.yaml").write_text(config("{model: m-a, input: 1, output: 2}"))
+    (folder / "qlens.yaml").write_text(config("{model: m-a, input: 1}").replace("sqlite:///ledger.db", found.url))
 
 
 def config(prices: str, models: str = MODELS, *, route: str = "") -> str:
@@ -94,24 +95,19 @@ async def test_calls_repriced_cost_what_the_same_calls_cost_a_gateway_with_that_
 
 
 def test_every_bucket_meter_tier_and_prompt_size_of_many_calls(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against sums worked out here, over several pages of calls of which some begin at one moment."""
     monkeypatch.setattr(past, "AT_ONCE", 7)
     chance, receipts, now = random.Random(3), [], 0
     small, large = [2, 1, 3, 4, 5, 6, 7, 8], [20, 10, 30, 40, 50, 60, 70, 80]
     for number in range(100):
-        counts = {name: chance.choice([0, chance.randrange(2**20)]) for name in rows.BUCKETS}
+        counts = [chance.choice([0, chance.randrange(2**20)]) for _ in rows.BUCKETS]
         tier, images = chance.choice([None, "flex", "priority"]), chance.choice([0, 3])
-        usage = Usage(
-            **dict(zip(rows.BUCKETS, counts, strict=True)), meters={"images": images}, source="provider", tier=tier
-        )
-        each = [8, 4] if usage.prompt > 10**6 else [1, 40]
-        rates = large if usage.prompt > 10**6 else small
-        cost = (
-            sum(count * rate for count, rate in zip(counts.values(), rates, strict=True)) * 10**6
-            + images * each[0] * 10**10
-        )
+        used = dict(zip(rows.BUCKETS, counts, strict=True))
+        usage = Usage(meters={"images": images}, source="provider", tier=tier, **used)
+        rates, image = (large, 8) if usage.prompt > 10**6 else (small, 1)
+        cost = sum(count * rate for count, rate in zip(counts, rates, strict=True)) * 10**6 + images * image * 10**10
         now += cost // 2 if tier == "flex" else cost
         receipts.append(receipt(number, "a", usage, number, wall_ns=DAY * 10**9 + number // 5))
 
@@ -226,3 +222,23 @@ def test_a_configuration_that_is_faulty_or_not_there_is_told(
     assert what_if(tmp_path, capsys, unset)["total"]["calls"] == 0
     assert main(["what-if", "-c", str(tmp_path / "qlens.yaml"), "--config", str(tmp_path / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_a_price_table_that_is_not_there_is_no_reason_to_call_all_unpriced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, receipt(1, "a", Usage(input=1, source="provider"), 1))
+    other = config("{model: m-a, input: 1}").replace("plugin: prices,", "plugin: prices, file: gone.yaml,")
+    assert "gone.yaml" in what_if(tmp_path, capsys, other)
+
+
+def test_days_whose_receipts_were_deleted_are_not_taken_for_days_without_calls(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usage = Usage(input=1, source="provider")
+    written(tmp_path, receipt(1, "a", usage, 1, wall_ns=(DAY + 200_000) * 10**9), place=place)
+    place.execute(f"UPDATE receipts_kept SET since_ns = {(DAY + 90_000) * 10**9}")
+    other = config("{model: m-a, input: 1}")
+    assert "before 2026-11-02 01:00 UTC were deleted" in what_if(tmp_path, capsys, other, "--from", "2026-11-02")
+    assert what_if(tmp_path, capsys, other, "--from", "2026-11-03")["total"]["calls"] == 1
+    assert what_if(tmp_path, capsys, other)["total"]["calls"] == 1

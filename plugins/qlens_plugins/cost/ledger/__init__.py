@@ -1,4 +1,4 @@
-"""Keeps a receipt of every call in an SQLite file, exactly once."""
+"""Keeps a receipt of every call in SQLite or PostgreSQL, exactly once."""
 
 from qlens_plugins.cost.ledger.plugin import Ledger, LedgerConfig
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import sqlite3
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -18,6 +17,7 @@ from qlens_plugins.cost.ledger import parameters
 from qlens_plugins.cost.ledger.answers import NothingThere, json, written
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rows import BUCKETS, LARGEST
+from qlens_plugins.cost.ledger.store import Database, Found
 from qlens_plugins.cost.ledger.sums import SECOND_NS, where
 from qlens_plugins.cost.ledger.view import Where, narrowed
 
@@ -96,12 +96,11 @@ async def listed(call: Call, reader: Reader, own: Where) -> Reply:
 async def one(call: Call, reader: Reader, own: Where) -> Reply:
     """One call, with its attempts."""
     parameters.asked(call, {})
-    conditions, values = where(own, receipts=True)
 
-    def read(database: sqlite3.Connection) -> tuple[Any, ...] | None:
+    def read(database: Database) -> Found | None:
+        conditions, values = where(own, database.dialect, receipts=True)
         sql = f"SELECT {_COLUMNS}, attempts FROM receipts WHERE id = ?{conditions}"  # noqa: S608 - only names from above
-        found: tuple[Any, ...] | None = database.execute(sql, [call.path_params["id"], *values]).fetchone()
-        return found
+        return database.one(sql, [call.path_params["id"], *values])
 
     row = await reader.ask(read)
     if row is None:
@@ -109,26 +108,26 @@ async def one(call: Call, reader: Reader, own: Where) -> Reply:
     return json({"object": "usage.call", **_whole(row[:-1]), "attempts": orjson.Fragment(row[-1])})
 
 
-def _page(asked: Asked, own: Where, after: str | None, limit: int, database: sqlite3.Connection) -> list[Sequence[Any]]:
+def _page(asked: Asked, own: Where, after: str | None, limit: int, database: Database) -> Sequence[Found]:
     """Calls after a place in the list; new ones are before it, so that walking on loses and doubles none."""
     place = asked.place
     if after is not None:
-        conditions, values = where(own, receipts=True)
+        conditions, values = where(own, database.dialect, receipts=True)
         sql = f"SELECT wall_ns FROM receipts WHERE id = ?{conditions}"  # noqa: S608 - only names from above
-        found = database.execute(sql, [after, *values]).fetchone()
+        found = database.one(sql, [after, *values])
         if found is None:
             raise InvalidRequest("There is no call that is called as `after` says.", param="after")
         place = (found[0], after)
-    conditions, values = where(asked.where, receipts=True)
+    conditions, values = where(asked.where, database.dialect, receipts=True)
     given: list[str | int] = [asked.start_ns, asked.end_ns, *values]
     if place is not None:
         conditions += " AND wall_ns <= ? AND (wall_ns < ? OR id < ?)"
         given += [place[0], *place]
-    return database.execute(
+    return database.rows(
         f"SELECT {_COLUMNS} FROM receipts WHERE wall_ns >= ? AND wall_ns < ?{conditions} "  # noqa: S608 - names
         "ORDER BY wall_ns DESC, id DESC LIMIT ?",
         [*given, limit],
-    ).fetchall()
+    )
 
 
 def _whole(row: Sequence[Any]) -> Row:
@@ -173,14 +172,14 @@ async def exported(call: Call, reader: Reader, own: Where) -> Reply:
 
 
 async def _chunks(
-    asked: Asked, reader: Reader, head: bytes, lines: Callable[[list[Sequence[Any]]], bytes]
+    asked: Asked, reader: Reader, head: bytes, lines: Callable[[Sequence[Found]], bytes]
 ) -> AsyncGenerator[bytes]:
     place, begun = None, False
     while True:
         here = Asked(asked.where, asked.start_ns, asked.end_ns, place)
 
         # The lines are made there too: five hundred of them would keep the event loop.
-        def read(database: sqlite3.Connection, here: Asked = here) -> tuple[bytes, tuple[int, str] | None]:
+        def read(database: Database, here: Asked = here) -> tuple[bytes, tuple[int, str] | None]:
             rows = _page(here, {}, None, AT_ONCE, database)
             end = (rows[-1][-1], rows[-1][0]) if len(rows) == AT_ONCE else None
             return lines(rows), end
@@ -192,7 +191,7 @@ async def _chunks(
             return
 
 
-def _csv(rows: list[Sequence[Any]]) -> bytes:
+def _csv(rows: Sequence[Found]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\r\n")
     for row in rows:
@@ -202,6 +201,7 @@ def _csv(rows: list[Sequence[Any]]) -> bytes:
             "time": _time(told["wall_ns"]),
             "cost_usd": "" if cost is None else usd(cost),
             "saved_usd": usd(told["saved_picos"]),
+            "streamed": int(told["streamed"]),
             **{new: told[old] for old, new in _RENAMED.items()},
         }
         writer.writerow([_cell(told[name]) for name in _FLAT])
@@ -213,7 +213,7 @@ def _cell(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
-def _jsonl(rows: list[Sequence[Any]]) -> bytes:
+def _jsonl(rows: Sequence[Found]) -> bytes:
     return b"".join(written(_whole(row)) + b"\n" for row in rows)
 
 

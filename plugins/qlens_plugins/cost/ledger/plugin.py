@@ -1,4 +1,4 @@
-"""Keeps a receipt of every call in an SQLite file, exactly once."""
+"""Keeps a receipt of every call in SQLite or PostgreSQL, exactly once."""
 
 from __future__ import annotations
 
@@ -12,43 +12,54 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import define, field, frozen, validators
 
 from qlens import Call, Command, Endpoint, Health, Receipt, Unavailable, Url, hookimpl
-from qlens_plugins.cost.ledger import analytics, usage
+from qlens_plugins.cost.ledger import analytics, reconcile, upkeep, usage, what_if
+from qlens_plugins.cost.ledger.journal import Journal
+from qlens_plugins.cost.ledger.places import check, store_at
 from qlens_plugins.cost.ledger.reader import Reader
-from qlens_plugins.cost.ledger.writer import Writer
+from qlens_plugins.cost.ledger.spent import spent
+from qlens_plugins.cost.ledger.sqlite import SqliteStore
+from qlens_plugins.cost.ledger.store import Store
+from qlens_plugins.cost.ledger.writer import Begun, Writer
 
 if TYPE_CHECKING:
     from attrs import Attribute
 
     from qlens import Gateway
 
-SCHEME = "sqlite:///"
 RETRY_SECONDS = 5.0
 """When a caller that found the ledger full may come back."""
 
 
-def _supported(config: LedgerConfig, attribute: Attribute[Any], value: str) -> None:
-    # Only the scheme is shown: the rest of a database's address may hold a password.
-    scheme = value.partition(":")[0]
-    if not value.startswith(SCHEME):
-        raise ValueError(f"a ledger at {scheme}:... is not supported; supported: {SCHEME}FILE")
-    if Path(value).name in {"", SCHEME.rstrip("/"), ":memory:"}:
-        raise ValueError(f"names no file; write {SCHEME}qlens.db, say")
+def _supported(config: LedgerConfig, attribute: Attribute[Any], value: Url) -> None:
+    check(value)
 
 
 @frozen
 class LedgerConfig:
-    """Keeps a receipt of every call in an SQLite file, exactly once, written off the call's way."""
+    """Keeps a receipt of every call in SQLite or PostgreSQL, exactly once, written off the call's way."""
 
     url: Url = field(default=Url("sqlite:///qlens.db"), validator=_supported)
-    """SQLite file to write, as `sqlite:///FILE`; a relative one stands in the folder of the YAML file."""
+    """Where it is: `sqlite:///FILE`, a relative one in the folder of the YAML file, or
+    `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, which needs the extra `postgres`."""
     batch_size: int = field(default=500, validator=validators.ge(1))
     """Most receipts in one transaction."""
     flush_seconds: float = field(default=0.2, validator=validators.ge(0))
     """How long a receipt waits for others to be written with it."""
+    spool: Path | None = None
+    """Folder for what is not in the database yet, on a disk of this machine; without it `FILE.spool` beside the SQLite
+    file, or `NAME.spool` beside the YAML file, by the plugin's name."""
+    spool_bytes: int = field(default=1024 * 1024 * 1024, validator=validators.ge(1))
+    """Most bytes that may wait in a process' part of it: a receipt takes about 600."""
+    sync: Literal["group", "call"] = "group"
+    """`group` brings records to the disk every 10 ms; with `call` each call waits for that before it is sent, so that a
+    power cut forgets none."""
     queue_size: int = field(default=100_000, validator=validators.ge(1))
-    """Most receipts that may wait while the file cannot be written, calls on their way included."""
+    """Most receipts that may wait in memory while the spool takes nothing, calls on their way included."""
     when_full: Literal["refuse", "drop"] = "refuse"
-    """What happens then: `refuse` answers calls with 503, `drop` serves them and counts what is not recorded."""
+    """What happens when neither spool nor database can be written: `refuse` answers calls with 503, `drop` serves them
+    and counts what is not recorded."""
+    keep_days: int | None = field(default=None, validator=validators.optional(validators.ge(1)))
+    """For how many days receipts are kept; None: for good, as roll-ups always are. PostgreSQL drops whole months."""
     close_seconds: float = field(default=10, validator=validators.ge(0))
     """How long a shutdown waits for the last receipts to be written."""
 
@@ -65,6 +76,7 @@ class Ledger:
 
     Config = LedgerConfig
     shares = "store"
+    spent = spent
 
     @hookimpl
     def adopt(self, old: Ledger) -> None:
@@ -75,24 +87,34 @@ class Ledger:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Write as long as anyone serves; what is left is written before the last instance ends."""
-        path = self._path(gateway)
-        if self._writer is None or self._writer.closed or self._writer.path != path:
-            self._writer = _new_writer(path, gateway)
+        store = self._store(gateway)
+        folder = self._spool_folder(gateway, store)
+        if self._writer is None or self._writer.closed or not self._writer.is_for(store, folder):
+            self._writer = _new_writer(store, folder, gateway)
         writer = self._writer
         writer.batch_size, writer.flush_seconds = self.config.batch_size, self.config.flush_seconds
+        writer.queue_size, writer.may_drop = self.config.queue_size, self.config.when_full == "drop"
+        writer.journal.most_bytes = self.config.spool_bytes
+        writer.keep_days = self.config.keep_days
         self._gateway = gateway
-        if self._reader is None or self._reader.path != path:
-            self._reader = Reader(path)
+        if self._reader is None or self._reader.store is not writer.store:
+            self._reader = Reader(writer.store)
         await writer.open()
         try:
             yield
         finally:
             await writer.close(self.config.close_seconds)
 
-    def _path(self, gateway: Gateway) -> Path:
-        path = Path(self.config.url.removeprefix(SCHEME))
+    def _store(self, gateway: Gateway) -> Store:
         # The default is not in the YAML file, so nothing has put it in that file's folder yet.
-        return path if path.is_absolute() else gateway.config.folder / path
+        return store_at(self.config.url, gateway.config.folder)
+
+    def _spool_folder(self, gateway: Gateway, store: Store) -> Path:
+        if self.config.spool is not None:
+            return self.config.spool
+        if isinstance(store, SqliteStore):
+            return store.path.with_name(f"{store.path.name}.spool")
+        return gateway.config.folder / f"{self.name}.spool"
 
     @property
     def writer(self) -> Writer:
@@ -113,30 +135,30 @@ class Ledger:
         return self._gateway
 
     @hookimpl
-    async def admit(self, call: Call) -> Literal[True] | None:
-        """Keep a place for the call's receipt: what is sent to a provider must be accounted for."""
-        writer = self.writer
-        if not writer.full(self.config.queue_size):
-            writer.promise()
-            return True
-        if self.config.when_full == "drop":
+    async def admit(self, call: Call) -> Begun | None:
+        """Note that the call may be sent: what a provider is paid for must be accounted for, whatever happens."""
+        if call.operation.runs == "local":
             return None
-        raise Unavailable(
-            "The ledger cannot take more receipts at present, so no further call is accepted. Please try again later.",
-            code="ledger_unavailable",
-            retry_after=RETRY_SECONDS,
-        )
+        begun = self.writer.begin(call)
+        if begun is None and self.config.when_full == "refuse":
+            raise _unavailable()
+        if self.config.sync == "call" and isinstance(begun, bytes):
+            try:
+                await self.writer.synced(call, begun)
+            except OSError as error:
+                raise _unavailable() from error
+        return begun
 
     @hookimpl
-    async def settle(self, call: Call, receipt: Receipt, hold: Literal[True] | None) -> None:
+    async def settle(self, call: Call, receipt: Receipt, hold: Begun | None) -> None:
         """Keep the receipt; refused calls are only counted, or a flood of them would fill the disk."""
         writer = self.writer
-        if hold:
-            writer.redeem()
         if receipt.outcome == "rejected":
             writer.count(receipt)
-        elif hold or not writer.full(self.config.queue_size):
-            writer.keep(receipt)
+            if hold is not None:
+                writer.void(receipt.id, hold)
+        elif writer.keep(receipt, hold):
+            return
         elif self.config.when_full == "drop":
             writer.dropped(1)
         else:
@@ -146,13 +168,14 @@ class Ledger:
     @hookimpl
     def health(self) -> Health:
         """Whether receipts reach the file, and how many wait."""
-        waiting = f"{self.writer.waiting} of {self.config.queue_size} receipts wait"
-        if self.writer.problem is None:
-            return Health(True, waiting)
-        seconds = time.monotonic() - self.writer.since
-        return Health(
-            False, f"cannot write {self.writer.path.name} since {seconds:.0f} s: {self.writer.problem}; {waiting}"
-        )
+        writer, journal = self.writer, self.writer.journal
+        problems = []
+        if writer.problem is not None:
+            seconds = time.monotonic() - writer.since
+            problems.append(f"cannot write {writer.store.name} since {seconds:.0f} s: {writer.problem}")
+        if journal.problem is not None:
+            problems.append(f"the spool cannot be used: {journal.problem}; {journal.in_memory} receipts are in memory")
+        return Health(not problems, "; ".join([*problems, f"{writer.waiting} receipts wait"]))
 
     @hookimpl
     def endpoints(self) -> Iterable[Endpoint]:
@@ -161,19 +184,32 @@ class Ledger:
 
     @hookimpl
     def commands(self) -> Iterable[Command]:
-        """`qlens usage`."""
+        """`qlens ledger`, `qlens usage`, `qlens reconcile` and `qlens what-if`."""
 
         async def run(gateway: Gateway, args: Namespace) -> int:
-            return await usage.run(self._path(gateway), args)
+            return await usage.run(self.writer.store, args)
 
+        yield upkeep.command(self._store)
         yield Command("usage", usage.HELP, usage.add_arguments, run)
+        yield reconcile.command(lambda: self.writer.store)
+        yield what_if.command(lambda: self.writer.store)
 
 
-def _new_writer(path: Path, gateway: Gateway) -> Writer:
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "The ledger cannot take more receipts at present, so no further call is accepted. Please try again later.",
+        code="ledger_unavailable",
+        retry_after=RETRY_SECONDS,
+    )
+
+
+def _new_writer(store: Store, folder: Path, gateway: Gateway) -> Writer:
     metrics = gateway.metrics
+    dropped = metrics.counter("qlens_ledger_dropped_total", "Receipts lost because the ledger could not keep them.").inc
     return Writer(
-        path,
+        store,
+        Journal(folder, dropped),
         metrics.counter("qlens_ledger_written_total", "Receipts written to the ledger.").inc,
-        metrics.counter("qlens_ledger_dropped_total", "Receipts lost because the ledger could not keep them.").inc,
+        dropped,
         metrics.gauge("qlens_ledger_queue", "Receipts that wait to be written to the ledger.").set,
     )

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import cycle
+from typing import Any
 
 import orjson
 
-from qlens import Attempt, Receipt, Usage, usd
+from qlens import Attempt, Call, Cost, Receipt, Usage, usd
 
 log = logging.getLogger("qlens.ledger")
 
 LARGEST = 2**63 - 1
-"""SQLite's integers have 64 bits: 9.2 million USD in picodollars."""
+"""A column's integers have 64 bits: 9.2 million USD in picodollars."""
 AT_ONCE = 25
-"""Rows in one statement. SQLite works without Python's lock, which changes hands once for each statement.
-
-An SQLite before 3.32 takes 999 values in one.
-"""
+"""Rows that are made, or written in one statement, before a thread lets go of Python's lock."""
 DAY_NS = 86_400 * 10**9
 
 Rejection = tuple[str, str, str, str | None, int, str | None]
 """Day, tenant, operation, model, status, error: what refused calls are counted by."""
 Value = str | int | None
 Row = tuple[Value, ...]
+Facts = Sequence[Any]
+"""Values in an order that the function says which made them."""
+SAME = 0
+"""Stands for the usage or the cost of the whole call."""
 
 BUCKETS = (
     "input",
@@ -53,36 +53,6 @@ OPTIONAL = frozenset(
 )
 """The columns that may be NULL."""
 
-# Not INSERT OR IGNORE: that would also swallow a row for a missing value.
-_INSERT = f"INSERT INTO receipts ({', '.join(COLUMNS)}) VALUES "  # noqa: S608 - only names from above
-_ROW = f"({', '.join('?' * len(COLUMNS))})"
-_ONCE = " ON CONFLICT (id) DO NOTHING"
-_COUNT = (
-    "INSERT INTO rejections (day, tenant, operation, model, status, error, calls) VALUES (?, ?, ?, ?, ?, ?, ?) "
-    "ON CONFLICT (day, tenant, operation, model, status, error) DO UPDATE SET calls = calls + excluded.calls"
-)
-_UNFIT = (OverflowError, UnicodeError, sqlite3.IntegrityError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
-"""What SQLite's module raises for a value that the database cannot hold."""
-
-
-def insert(database: sqlite3.Connection, rows: Sequence[Row], rejections: Mapping[Rejection, int]) -> None:
-    """Write receipts, each once however often it is given, and add to the counts of refused calls."""
-    for start in range(0, len(rows), AT_ONCE):
-        _insert(database, rows[start : start + AT_ONCE])
-    database.executemany(_COUNT, ((*(_fit("", value) for value in key), calls) for key, calls in rejections.items()))
-
-
-def _insert(database: sqlite3.Connection, rows: Sequence[Row]) -> None:
-    statement = f"{_INSERT}{', '.join([_ROW] * len(rows))}{_ONCE}"
-    values: list[Value] = []
-    for row in rows:
-        values += row
-    try:
-        database.execute(statement, values)
-    except _UNFIT:
-        # Rare, so it is looked for only now; the statement has written nothing. No value can spoil a batch.
-        database.execute(statement, list(map(_fit, cycle(COLUMNS), values)))
-
 
 def rejection(receipt: Receipt) -> Rejection:
     """What a refused call is counted by: names from the configuration and codes, never a client's text."""
@@ -98,21 +68,55 @@ def rejection(receipt: Receipt) -> Rejection:
 
 def row(receipt: Receipt) -> Row:
     """A receipt as a row."""
-    caller, target, usage, cost = receipt.caller, receipt.target, receipt.usage, receipt.cost
-    picos, state = cost.picos, cost.state
-    if picos is not None and picos > LARGEST:
-        log.error("ledger: receipt %s costs %s USD, more than a row can hold: cut off", receipt.id, usd(picos))
-        picos, state = LARGEST, "estimated"
+    return ended(facts_of(receipt), facts_after(receipt))
+
+
+# --- what is noted of a call, as JSON can hold it ------------------------------------------------
+
+
+def facts_before(call: Call) -> Facts:
+    """What is known of a call before it is sent: who makes it, and what it can use and cost at most."""
+    caller, bound, cost = call.known, call.bound, call.bound_cost
+    return (
+        call.id,
+        call.wall_ns,
+        caller.tenant,
+        caller.project,
+        caller.key_id,
+        caller.subject,
+        call.operation.name,
+        None if call.model is None else call.model.name,
+        call.config,
+        {**caller.tags, **call.tags} if call.tags else caller.tags,
+        bound.input,
+        bound.output,
+        bound.meters,
+        cost.picos,
+        cost.price_id,
+    )
+
+
+def facts_of(receipt: Receipt) -> Facts:
+    """The same, of a call that has ended; what it could have cost matters no more."""
+    caller = receipt.caller
     return (
         receipt.id,
         receipt.wall_ns,
-        _day(receipt.wall_ns // DAY_NS),
         caller.tenant,
         caller.project,
         caller.key_id,
         caller.subject,
         receipt.operation,
         receipt.model,
+        receipt.config_version,
+        receipt.tags,
+    )
+
+
+def facts_after(receipt: Receipt) -> Facts:
+    """How it ended. Made on the event loop, so only what is needed, and none of it twice."""
+    target, usage, cost, attempts = receipt.target, receipt.usage, receipt.cost, receipt.attempts
+    return (
         None if target is None else target.provider,
         None if target is None else target.model,
         receipt.outcome,
@@ -120,6 +124,43 @@ def row(receipt: Receipt) -> Row:
         receipt.error,
         receipt.streamed,
         receipt.cache,
+        _buckets(usage),
+        (cost.picos, cost.state, cost.price_id, cost.lines),
+        receipt.saved_picos,
+        receipt.ttft_us,
+        receipt.total_us,
+        receipt.overhead_us,
+        receipt.bytes_out,
+        None if receipt.tags is receipt.caller.tags else receipt.tags,
+        # Nearly all have one, for which a loop costs as much as what is in it.
+        [_attempt_facts(attempts[0], usage, cost)]
+        if len(attempts) == 1
+        else [_attempt_facts(attempt, usage, cost) for attempt in attempts],
+    )
+
+
+def _attempt_facts(attempt: Attempt, usage: Usage, cost: Cost) -> Facts:
+    """An attempt; most calls have one, whose usage and cost are the call's own."""
+    target, used, price = attempt.target, attempt.usage, attempt.cost
+    return (
+        attempt.n,
+        attempt.kind,
+        target.provider,
+        target.model,
+        attempt.status,
+        attempt.error,
+        attempt.started,
+        attempt.first_byte,
+        attempt.ended,
+        attempt.upstream_id,
+        attempt.billed,
+        SAME if used is usage else None if used is None else _buckets(used),
+        SAME if price is cost else (price.picos, price.state, price.price_id, price.lines),
+    )
+
+
+def _buckets(usage: Usage) -> Facts:
+    return (
         usage.input,
         usage.cached_input,
         usage.cache_write_5m,
@@ -128,67 +169,77 @@ def row(receipt: Receipt) -> Row:
         usage.reasoning,
         usage.audio_in,
         usage.audio_out,
-        _json(usage.meters),
+        usage.meters,
         usage.source,
         usage.tier,
-        picos,
-        state,
-        cost.price_id,
-        receipt.saved_picos,
-        receipt.ttft_us,
-        receipt.total_us,
-        receipt.overhead_us,
-        receipt.bytes_out,
-        receipt.config_version,
-        _json(receipt.tags),
-        _json([_attempt(attempt) for attempt in receipt.attempts]),
     )
 
 
-def _attempt(attempt: Attempt) -> dict[str, object]:
-    target, cost = attempt.target, attempt.cost
-    started, first_byte, ended = attempt.started, attempt.first_byte, attempt.ended
+# --- rows of it ----------------------------------------------------------------------------------
+
+
+def ended(before: Facts, after: Facts) -> Row:
+    """The row of a call that has ended."""
+    *ending, used, cost, saved, ttft, total, overhead, bytes_out, tags, attempts = after
+    times = (saved, ttft, total, overhead, bytes_out)
+    texts = (before[9] if tags is None else tags, [_attempt(facts, used, cost) for facts in attempts])
+    return _row(before, ending, used, cost, (times, texts))
+
+
+def interrupted(before: Facts) -> Row:
+    """The row of a call whose process died: it may have been sent, so what it can have used at most is charged."""
+    input_, output, meters, picos, price_id = before[10:]
+    ending = (None, None, "failed", 503, "interrupted", False, "off")
+    used = (input_, 0, 0, 0, output, 0, 0, 0, meters, "estimated", None)
+    cost = (picos, "unpriced" if picos is None else "estimated", price_id, ())
+    return _row(before, ending, used, cost, ((0, None, 0, 0, 0), (before[9], ())))
+
+
+def _row(before: Facts, ending: Facts, used: Facts, cost: Facts, rest: tuple[Facts, Facts]) -> Row:
+    id_, wall_ns, tenant, project, key_id, subject, operation, model, config = before[:9]
+    *buckets, meters, source, tier = used
+    picos, state, price_id, _ = cost
+    if picos is not None and picos > LARGEST:
+        log.error("ledger: receipt %s costs %s USD, more than a row can hold: cut off", id_, usd(picos))
+        picos, state = LARGEST, "estimated"
+    times, (tags, attempts) = rest
+    return (
+        *(id_, wall_ns, _day(wall_ns // DAY_NS), tenant, project, key_id, subject, operation, model),
+        *ending,
+        *buckets,
+        *(_json(meters), source, tier, picos, state, price_id),
+        *times,
+        *(config, _json(tags), _json(attempts)),
+    )
+
+
+def _attempt(facts: Facts, used: Facts, cost: Facts) -> dict[str, object]:
+    n, kind, provider, model, status, error, started, first_byte, over, upstream_id, billed, own_use, own_cost = facts
+    picos, state, price_id, lines = cost if own_cost == SAME else own_cost
     return {
-        "n": attempt.n,
-        "kind": attempt.kind,
-        "provider": target.provider,
-        "model": target.model,
-        "status": attempt.status,
-        "error": attempt.error,
+        "n": n,
+        "kind": kind,
+        "provider": provider,
+        "model": model,
+        "status": status,
+        "error": error,
         "first_byte_us": None if first_byte is None else round((first_byte - started) * 1_000_000),
-        "total_us": None if ended is None else round((ended - started) * 1_000_000),
-        "upstream_id": attempt.upstream_id,
-        "billed": attempt.billed,
-        "usage": None if attempt.usage is None else _usage(attempt.usage),
-        "cost_usd": None if cost.picos is None else usd(cost.picos),
-        "cost_state": cost.state,
-        "price_id": cost.price_id,
-        "cost_lines": cost.lines,
+        "total_us": None if over is None else round((over - started) * 1_000_000),
+        "upstream_id": upstream_id,
+        "billed": billed,
+        "usage": None if own_use is None else _usage(used if own_use == SAME else own_use),
+        "cost_usd": None if picos is None else usd(picos),
+        "cost_state": state,
+        "price_id": price_id,
+        "cost_lines": lines,
     }
 
 
-def _usage(usage: Usage) -> dict[str, object]:
-    """The buckets that were used; spelled out, because a loop over their names takes five times as long."""
-    used: dict[str, object] = {}
-    if usage.input:
-        used["input"] = usage.input
-    if usage.cached_input:
-        used["cached_input"] = usage.cached_input
-    if usage.cache_write_5m:
-        used["cache_write_5m"] = usage.cache_write_5m
-    if usage.cache_write_1h:
-        used["cache_write_1h"] = usage.cache_write_1h
-    if usage.output:
-        used["output"] = usage.output
-    if usage.reasoning:
-        used["reasoning"] = usage.reasoning
-    if usage.audio_in:
-        used["audio_in"] = usage.audio_in
-    if usage.audio_out:
-        used["audio_out"] = usage.audio_out
-    used.update(usage.meters)
-    used["source"] = usage.source
-    return used
+def _usage(used: Facts) -> dict[str, object]:
+    """The buckets that were used."""
+    *buckets, meters, source, _ = used
+    found: dict[str, object] = {name: count for name, count in zip(BUCKETS, buckets, strict=True) if count}
+    return {**found, **meters, "source": source}
 
 
 @lru_cache(maxsize=8)
@@ -202,13 +253,3 @@ def _json(value: object) -> str:
     except TypeError:
         # It is stricter: no lone surrogates, no integers beyond 64 bits.
         return json.dumps(value, default=dict)
-
-
-def _fit(column: str, value: object) -> Value:
-    """A value as SQLite can hold it."""
-    if value is None:
-        return None if column in OPTIONAL else ""
-    if isinstance(value, int):
-        return max(-LARGEST, min(int(value), LARGEST))
-    # A lone surrogate, which JSON can carry, is no text for SQLite.
-    return str(value).encode("utf-8", "replace").decode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -15,6 +14,7 @@ from qlens_plugins.cost.ledger.calls import FILTERS, LISTS, TIMES, asked_of
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, middle
 from qlens_plugins.cost.ledger.rows import BUCKETS
+from qlens_plugins.cost.ledger.store import Database
 from qlens_plugins.cost.ledger.sums import Group, Question, Sums
 from qlens_plugins.cost.ledger.view import Where
 
@@ -69,7 +69,7 @@ def _question(asked: Mapping[str, Any], own: Where) -> Question:
     return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, asked_of(asked, own).where)
 
 
-def _read(question: Question, database: sqlite3.Connection) -> Found:
+def _read(question: Question, database: Database) -> Found:
     found = sums.read(database, question)
     return {group: added for (_, group), added in found.items()}, sums.latencies(database, question)
 

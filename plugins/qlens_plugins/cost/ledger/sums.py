@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import define, field, frozen
 
-from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HALF, HOUR, LATENCY, SUMS, TABLES
+from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HOUR, LATENCY, SUMS, TABLES, terms
+from qlens_plugins.cost.ledger.store import Database, Dialect
 
 SECOND_NS = 10**9
 LAST_SECOND = 2**33
@@ -18,8 +18,8 @@ _PROJECT_ID = (
     "replace(replace({tenant}, '%', '%25'), '/', '%2F') || CASE {project} WHEN '' THEN '' ELSE '/' || {project} END"
 )
 _IN_RECEIPTS = {
-    **{name: f"ifnull({name}, '')" for name in GROUPS},
-    **{name: f"ifnull({name}, '')" for name in ("subject", "tier", "outcome")},
+    **{name: f"coalesce({name}, '')" for name in GROUPS},
+    **{name: f"coalesce({name}, '')" for name in ("subject", "tier", "outcome")},
 }
 _IN_ROLLUPS = {name: name for name in GROUPS}
 for _columns in (_IN_RECEIPTS, _IN_ROLLUPS):
@@ -73,11 +73,11 @@ Found = dict[tuple[int, Group], Sums]
 """By the start of the bucket, aligned to the width, and the values of the dimensions; an empty text is none."""
 
 
-def read(database: sqlite3.Connection, question: Question) -> Found:
+def read(database: Database, question: Question) -> Found:
     """Add up. Within one transaction all parts are of the same moment."""
     found: Found = {}
     for table, start, end in parts(question):
-        for key, sums in _part(database, question, table, start, end):
+        for key, sums in part(database, question, table, start, end):
             known = found.setdefault(key, sums)
             if known is not sums:
                 known.add(sums)
@@ -90,10 +90,15 @@ def parts(question: Question) -> Iterator[tuple[int | None, int, int]]:
     if start >= end:
         return
     dimensions = {*question.by, *question.where}
-    if (width is not None and width < HOUR) or not dimensions <= _IN_ROLLUPS.keys():
+    if (width is not None and width < HOUR) or not all(map(_is_rolled, dimensions)):
         yield None, start, end
         return
     yield from _cut(start, end, (HOUR,) if width == HOUR else (DAY, HOUR))
+
+
+def _is_rolled(dimension: str) -> bool:
+    """Whether the roll-ups know it."""
+    return dimension in _IN_ROLLUPS or dimension.startswith(TAG)
 
 
 def _cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int | None, int, int]]:
@@ -113,58 +118,61 @@ def _cut(start: int, end: int, sizes: Sequence[int]) -> Iterator[tuple[int | Non
     yield from _cut(last, end, smaller)
 
 
-def _part(
-    database: sqlite3.Connection, question: Question, table: int | None, start: int, end: int
+def part(
+    database: Database, question: Question, table: int | None, start: int, end: int
 ) -> Iterator[tuple[tuple[int, Group], Sums]]:
-    conditions, values = where(question.where, receipts=table is None)
-    dimensions, tags = _dimensions(question.by, receipts=table is None)
+    """Add up a part of the time from the roll-ups of so many seconds, or from the receipts."""
+    dialect = database.dialect
+    conditions, values = where(question.where, dialect, receipts=table is None)
+    dimensions, tags = _dimensions(question.by, dialect, receipts=table is None)
     unit, time, source = (
         (SECOND_NS, "wall_ns", "receipts")
         if table is None
-        else (1, "start", f"{TABLES[table]} CROSS JOIN usage_groups ON usage_groups.id = group_id")
+        else (1, "start", f"{TABLES[table]} {dialect.join} usage_groups ON usage_groups.id = group_id")
     )
     bucket = "0" if question.width is None else f"{time} / {question.width * unit} * {question.width}"
     counts = [name for name in question.names if name in COUNTS]
     amounts = [name for name in question.names if name in SUMS]
-    columns = [
-        *(bucket, *dimensions),
-        *(f"sum({COUNTS[name] if table is None else name})" for name in counts),
-        *(half for name in amounts for half in _halves(name, receipts=table is None)),
-    ]
-    rows = database.execute(
+    columns = [bucket, *dimensions]
+    if table is None:
+        amount_of = terms(dialect.meter)
+        columns += [f"count(*) FILTER (WHERE {COUNTS[name]})" for name in counts]
+        columns += dialect.summed([amount_of[name] for name in amounts])
+    else:
+        columns += [f"sum({name})" for name in counts]
+        columns += dialect.rolled(amounts)
+    rows = database.rows(
         f"SELECT {', '.join(columns)} FROM {source} WHERE {time} >= ? AND {time} < ?{conditions} "  # noqa: S608 - names
         f"GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
         [*tags, start * unit, end * unit, *values],
     )
     width = 1 + len(dimensions)
     for row in rows:
-        added, halves = row[width : width + len(counts)], row[width + len(counts) :]
-        whole = (high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True))
-        yield (row[0], row[1:width]), Sums(dict(zip((*counts, *amounts), (*added, *whole), strict=True)))
+        added = (*row[width : width + len(counts)], *dialect.whole(row[width + len(counts) :]))
+        yield (row[0], tuple(row[1:width])), Sums(dict(zip((*counts, *amounts), added, strict=True)))
 
 
-def _halves(name: str, *, receipts: bool) -> tuple[str, str]:
-    if receipts:
-        return f"sum(({SUMS[name]}) / {HALF})", f"sum(({SUMS[name]}) % {HALF})"
-    return f"sum({name}_high)", f"sum({name}_low)"
-
-
-def _dimensions(names: Sequence[str], *, receipts: bool) -> tuple[list[str], list[str]]:
+def _dimensions(names: Sequence[str], dialect: Dialect, *, receipts: bool) -> tuple[list[str], list[str]]:
     """Expressions of SQL, and the values in them."""
     known = _IN_RECEIPTS if receipts else _IN_ROLLUPS
-    tags = [name.removeprefix(TAG) for name in names if name.startswith(TAG)]
-    # The name has no quotes in it; where it is read, that is checked.
-    return (
-        [known.get(name, "ifnull(CAST(json_extract(tags, ?) AS TEXT), '')") for name in names],
-        [f'$."{tag}"' for tag in tags],
-    )
+    found, values = [], []
+    for name in names:
+        if name in known:
+            found.append(known[name])
+        else:
+            text, value = dialect.tag(name.removeprefix(TAG))
+            found.append(f"coalesce({text}, '')")
+            values.append(value)
+    return found, values
 
 
-def where(conditions: Mapping[str, tuple[str, ...]], *, receipts: bool) -> tuple[str, list[str]]:
+def where(conditions: Mapping[str, tuple[str, ...]], dialect: Dialect, *, receipts: bool) -> tuple[str, list[str]]:
     """More conditions of SQL, each with AND before it, and the values in them."""
     text, found = "", []
     for name, values in conditions.items():
-        (expression,), tags = _dimensions((name,), receipts=receipts)
+        if not values:
+            return " AND 1 = 0", []
+        (expression,), tags = _dimensions((name,), dialect, receipts=receipts)
         text += f" AND {expression} IN ({', '.join('?' * len(values))})"
         found += [*tags, *values]
     return text, found
@@ -173,23 +181,29 @@ def where(conditions: Mapping[str, tuple[str, ...]], *, receipts: bool) -> tuple
 # --- latencies ---------------------------------------------------------------------------------
 
 
-def latencies(database: sqlite3.Connection, question: Question) -> dict[Group, dict[int, int]]:
-    """How many calls took how long, by the dimensions: calls by the number of the latency's range. For whole days."""
-    receipts = not {*question.by, *question.where} <= _IN_ROLLUPS.keys()
-    conditions, values = where(question.where, receipts=receipts)
-    dimensions, tags = _dimensions(question.by, receipts=receipts)
+def latencies(database: Database, question: Question, *, receipts: bool | None = None) -> dict[Group, dict[int, int]]:
+    """How many calls took how long, by the dimensions: calls by the number of the latency's range. For whole days.
+
+    Without a word about it, from receipts where the roll-ups do not know.
+    """
+    if receipts is None:
+        receipts = not all(map(_is_rolled, {*question.by, *question.where}))
+    dialect = database.dialect
+    conditions, values = where(question.where, dialect, receipts=receipts)
+    dimensions, tags = _dimensions(question.by, dialect, receipts=receipts)
     unit = SECOND_NS if receipts else 1
     # By numbers first, which is quicker than by names.
     source = (
         f"(SELECT *, {LATENCY} AS latency, 1 AS calls FROM receipts "  # noqa: S608 - only names from above
-        "WHERE wall_ns >= ? AND wall_ns < ?)"
+        "WHERE wall_ns >= ? AND wall_ns < ?) AS found"
         if receipts
-        else "(SELECT group_id, latency, sum(calls) AS calls FROM usage_latencies WHERE start >= ? AND start < ? "
-        "GROUP BY group_id, latency) CROSS JOIN usage_groups ON id = group_id"
+        else "(SELECT group_id, latency, sum(calls) AS calls FROM usage_latencies "  # noqa: S608 - a word of the dialect
+        "WHERE start >= ? AND start < ? "
+        f"GROUP BY group_id, latency) AS found {dialect.join} usage_groups ON id = group_id"
     )
-    rows = database.execute(
+    rows = database.rows(
         f"SELECT {', '.join([*dimensions, 'latency', 'sum(calls)'])} FROM {source} "  # noqa: S608 - only names from above
-        f"WHERE 1{conditions} GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
+        f"WHERE 1 = 1{conditions} GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
         [*tags, question.start * unit, question.end * unit, *values],
     )
     found: dict[Group, dict[int, int]] = {}

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import sqlite3
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import date
-from pathlib import Path
+from functools import partial
 
 from attrs import define, frozen
 
 from qlens import usd
 from qlens_plugins.cost.columns import aligned
-from qlens_plugins.cost.ledger import schema
-from qlens_plugins.cost.ledger.rollups import HALF
+from qlens_plugins.cost.ledger.rollups import COUNTS
 from qlens_plugins.cost.ledger.rows import DAY_NS, LARGEST
+from qlens_plugins.cost.ledger.store import Database, Store, StoreAway
 
 HELP = "Show calls, tokens and cost from the ledger, by tenant, model, day and more."
 COLUMNS = {
@@ -34,8 +34,10 @@ COLUMNS = {
 REJECTION_COLUMNS = {"tenant": "tenant", "operation": "operation", "model": "model", "day": "day"}
 """What of it is known of a refused call."""
 
-_PROMPT = "input + cached_input + cache_write_5m + cache_write_1h + audio_in"
-_COMPLETION = "output + reasoning + audio_out"
+# Added up one by one: two of a call's own may be more than 64 bits hold.
+_PROMPT = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "audio_in")
+_COMPLETION = ("output", "reasoning", "audio_out")
+_COUNTS = [f"count(*) FILTER (WHERE {COUNTS[name]})" for name in ("calls", "estimated", "unpriced")]
 
 
 @frozen
@@ -57,7 +59,7 @@ class Question:
             "model = ?": self.model,
         }
         values = {condition: value for condition, value in asked.items() if value is not None}
-        return " AND ".join(values) or "1", list(values.values())
+        return " AND ".join(values) or "1 = 1", list(values.values())
 
 
 @define
@@ -126,13 +128,13 @@ def _day(text: str) -> date:
         raise argparse.ArgumentTypeError(f"{text!r} is no day; write YYYY-MM-DD") from None
 
 
-async def run(path: Path, args: argparse.Namespace) -> int:
+async def run(store: Store, args: argparse.Namespace) -> int:
     """Answer the command; 1 when the ledger cannot be read."""
     question = Question(args.by, args.since, args.until, args.tenant, args.model)
     try:
-        groups = await asyncio.to_thread(read, path, question)
-    except sqlite3.Error as error:
-        sys.stderr.write(f"qlens: the ledger {path} cannot be read: {error}\n")
+        groups = await asyncio.to_thread(store.reading(math.inf).run, partial(read, question=question))
+    except StoreAway as error:
+        sys.stderr.write(f"qlens: the ledger {store} cannot be read: {error}\n")
         return 1
     sys.stdout.write(_as_json(question, groups) if args.json else _as_text(question, groups))
     return 0
@@ -141,41 +143,33 @@ async def run(path: Path, args: argparse.Namespace) -> int:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read(path: Path, question: Question) -> dict[Group, Sums]:
+def read(database: Database, question: Question) -> dict[Group, Sums]:
     """Ask the ledger; groups in order."""
-    database = schema.connect_to_read(path)
-    try:
-        # One transaction: both answers are of the same moment.
-        database.execute("BEGIN")
-        groups = dict(_receipts(database, question))
-        for group, sums in _rejections(database, question):
-            groups.setdefault(group, Sums()).add(sums)
-    finally:
-        database.close()
+    groups = dict(_receipts(database, question))
+    for group, sums in _rejections(database, question):
+        groups.setdefault(group, Sums()).add(sums)
     return dict(sorted(groups.items(), key=lambda item: [(name is not None, name or "") for name in item[0]]))
 
 
-def _receipts(database: sqlite3.Connection, question: Question) -> Iterable[tuple[Group, Sums]]:
+def _receipts(database: Database, question: Question) -> Iterable[tuple[Group, Sums]]:
     columns = [COLUMNS[name] for name in question.by]
-    summed = (_PROMPT, "cached_input", _COMPLETION, "ifnull(cost_picos, 0)", "saved_picos")
+    names = (*_PROMPT, *_COMPLETION, "coalesce(cost_picos, 0)", "saved_picos")
+    summed = database.dialect.summed(names)
     where, values = question.where()
     if question.since is not None:
         # Receipts are indexed by time, not by day.
         where, values = f"{where} AND wall_ns >= ?", [*values, _nanoseconds(question.since)]
-    found = database.execute(
-        f"SELECT {', '.join(columns)}, {', '.join(map(_sum, summed))}, "  # noqa: S608 - only names from above
-        "count(*), sum(cost_picos IS NOT NULL AND cost_state = 'estimated'), sum(cost_picos IS NULL) "
+    found = database.rows(
+        f"SELECT {', '.join((*columns, *_COUNTS, *summed))} "  # noqa: S608 - only names from above
         f"FROM receipts WHERE {where} GROUP BY {', '.join(columns)}",
         values,
     )
     width = len(columns)
     for row in found:
-        halves = row[width : width + 2 * len(summed)]
-        prompt, cached, completion, cost, saved = (
-            high * HALF + low for high, low in zip(halves[::2], halves[1::2], strict=True)
-        )
-        calls, estimated, unpriced = row[width + 2 * len(summed) :]
-        yield row[:width], Sums(calls, 0, prompt, cached, completion, cost, saved, estimated, unpriced)
+        calls, estimated, unpriced = row[width : width + len(_COUNTS)]
+        *tokens, cost, saved = database.dialect.whole(row[width + len(_COUNTS) :])
+        prompt, completion = sum(tokens[: len(_PROMPT)]), sum(tokens[len(_PROMPT) :])
+        yield tuple(row[:width]), Sums(calls, 0, prompt, tokens[1], completion, cost, saved, estimated, unpriced)
 
 
 def _nanoseconds(day: date) -> int:
@@ -183,21 +177,16 @@ def _nanoseconds(day: date) -> int:
     return max(0, min((day - date(1970, 1, 1)).days * DAY_NS, LARGEST))
 
 
-def _sum(term: str) -> str:
-    # SQLite's sum() fails beyond 64 bits, which money in picodollars reaches at 9.2 million USD: sum in two halves.
-    return f"sum(({term}) / {HALF}), sum(({term}) % {HALF})"
-
-
-def _rejections(database: sqlite3.Connection, question: Question) -> Iterable[tuple[Group, Sums]]:
+def _rejections(database: Database, question: Question) -> Iterable[tuple[Group, Sums]]:
     known = [_known(name) for name in question.by]
     where, values = question.where()
-    found = database.execute(
+    found = database.rows(
         f"SELECT {', '.join(known)}, sum(calls) FROM rejections WHERE {where} "  # noqa: S608 - only names from above
         f"GROUP BY {', '.join(str(place + 1) for place in range(len(known)))}",
         values,
     )
     for row in found:
-        yield row[:-1], Sums(rejected=row[-1])
+        yield tuple(row[:-1]), Sums(rejected=row[-1])
 
 
 def _known(name: str) -> str:

@@ -17,7 +17,7 @@ def view(call: Call, gateway: Gateway, rulers: Endpoint) -> Where:
     """
     caller = call.known
     try:
-        # Not call.scope, which at a path that is open to members minds no paths that a role is narrowed to.
+        # Not call.scope, which at a path that is open to members is the tenant for them too.
         tenant = gateway.roles.scope(caller, rulers)
     except Forbidden:
         # Somebody who came without a key is known by the subject.

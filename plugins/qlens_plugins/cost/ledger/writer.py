@@ -1,42 +1,43 @@
-"""The one thread that writes to a ledger's database, and the bounded queue in front of it."""
+"""The one thread that writes to a ledger's database, and what stands in front of it."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sqlite3
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from uuid import uuid4
 
 from attrs import define, field, frozen
 
-from qlens import Receipt
-from qlens_plugins.cost.ledger import rollups, rows, schema
+from qlens import Call, Receipt
+from qlens_plugins.cost.ledger import records, rows
+from qlens_plugins.cost.ledger.journal import Journal
+from qlens_plugins.cost.ledger.store import Batch, Store, StoreAway
 
 log = logging.getLogger("qlens.ledger")
 
 FIRST_WAIT_SECONDS = 0.05
 LONGEST_WAIT_SECONDS = 5.0
 """Between two tries of a batch that could not be written; each wait is twice the one before."""
-PAUSE_SECONDS = 0.00005
-"""Between a few receipts and the next. Not 0: with two cores this thread would have Python's lock back at once."""
+LOOK_SECONDS = 600.0
+"""Between two looks for receipts that are old enough to be deleted."""
 GRACE_SECONDS = 5.0
-"""How much longer than the closing time one stuck call into SQLite or the disk is waited for."""
+"""How much longer than the closing time one stuck call into the database or the disk is waited for."""
 
 
 @frozen
-class Batch:
-    """What one transaction writes. Its number makes sure that it is applied once."""
+class Promised:
+    """A call that the disk has no record of; its receipt has a place in memory."""
 
-    number: int
-    receipts: Sequence[rows.Row]
-    rejections: dict[rows.Rejection, int]
+    begun: bytes
+
+
+Begun = bytes | Promised
+"""What `begin` gives for a call, and `keep` or `void` takes back."""
 
 
 @define(eq=False)
@@ -46,13 +47,20 @@ class Writer:
     Shared by the instances that follow each other over reloads; it ends with the last that opened it.
     """
 
-    path: Path
+    store: Store
+    journal: Journal
     written: Callable[[float], object]
     dropped: Callable[[float], object]
     waits: Callable[[float], object]
     """Called with what was written, what could not be kept, and the length of the queue: metrics."""
     batch_size: int = 500
     flush_seconds: float = 0.2
+    queue_size: int = 100_000
+    """Most receipts in memory, calls on their way included."""
+    may_drop: bool = False
+    """Whether calls may be sent that nothing durable knows of."""
+    keep_days: int | None = None
+    """How long receipts are kept; None: for good."""
     problem: str | None = field(default=None, init=False)
     """Why nothing can be written at present."""
     since: float = field(default=0.0, init=False)
@@ -61,9 +69,6 @@ class Writer:
     _id: str = field(factory=lambda: uuid4().hex, init=False)
     _users: int = field(default=0, init=False)
     _wake: threading.Condition = field(factory=threading.Condition, init=False)
-    _receipts: deque[Receipt] = field(factory=deque, init=False)
-    _taken: int = field(default=0, init=False)
-    """How many receipts are in the batch that is being written: they left the queue and are not in the file yet."""
     _rejections: dict[rows.Rejection, int] = field(factory=dict, init=False)
     _uncounted: int = field(default=0, init=False)
     """How many refused calls are not yet counted in the file."""
@@ -73,9 +78,10 @@ class Writer:
     """Until when to try, in monotonic seconds, once the end has come."""
     _ended: Future[None] = field(factory=Future, init=False)
     _batches: int = field(default=0, init=False)
-    _database: sqlite3.Connection | None = field(default=None, init=False)
-    _file: tuple[int, int] | None = field(default=None, init=False)
-    """Device and inode of the open file."""
+    _lost: int = field(default=0, init=False)
+    """How many receipts neither the database nor the disk took in the end."""
+    _next_look: float = field(default=0.0, init=False)
+    """When to look for receipts that are old enough to be deleted, in monotonic seconds."""
 
     # --- on the event loop ---------------------------------------------------------------------
 
@@ -84,8 +90,12 @@ class Writer:
         """Whether the last user has left: it takes nothing more."""
         return self._closing is not None
 
+    def is_for(self, store: Store, folder: Path) -> bool:
+        """Whether it writes to this store from this spool."""
+        return self.store.place == store.place and self.journal.folder == folder
+
     async def open(self) -> None:
-        """Start writing, or join those for whom it writes already; raises StartupError when the file is unusable."""
+        """Start writing, or join those for whom it writes already; raises StartupError when the store is unusable."""
         self._users += 1
         if self._users > 1:
             return
@@ -104,10 +114,17 @@ class Writer:
             return
         self._end(seconds)
         done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=seconds + GRACE_SECONDS)
-        if not done or self.waiting or self._uncounted:
+        reason = self.problem or self.journal.problem or "the writer did not finish"
+        if self.waiting:
             log.error(
-                "ledger %s: %d receipts and %d refused calls could not be written within %g s and are lost: %s",
-                *(self.path, self.waiting, self._uncounted, seconds, self.problem or "the writer did not finish"),
+                "ledger %s: %d receipts could not be written within %g s: %s; the next start writes what is in %s",
+                *(self.store, self.waiting, seconds, reason, self.journal.folder),
+            )
+        lost = self._lost if done else self.journal.in_memory
+        if lost or self._uncounted:
+            log.error(
+                "ledger %s: %d receipts and %d refused calls are lost: %s",
+                *(self.store, lost, self._uncounted, reason),
             )
 
     def _end(self, seconds: float) -> None:
@@ -118,27 +135,64 @@ class Writer:
     @property
     def waiting(self) -> int:
         """How many receipts are not yet written."""
-        return len(self._receipts) + self._taken
+        return self.journal.waiting
 
-    def full(self, places: int) -> bool:
-        """Whether all places are taken, by receipts that wait or by calls that will bring one."""
-        return len(self._receipts) + self._taken + self._promised >= places
-
-    def promise(self) -> None:
-        """Keep a place for a call's receipt."""
+    def begin(self, call: Call) -> Begun | None:
+        """Note that a call may be sent from now on; None when there is no place for that."""
+        begun = records.begun(call)
+        if self.journal.note(records.opening(begun)):
+            return begun
+        if not self._has_place:
+            return None
         self._promised += 1
+        return Promised(begun)
 
-    def redeem(self) -> None:
-        """Give a kept place free, because its call has ended."""
-        self._promised -= 1
-
-    def keep(self, receipt: Receipt) -> None:
-        """Put a receipt in the queue."""
-        # Without the lock, which is for waking the thread: it only ever takes from the other end.
-        self._receipts.append(receipt)
-        if len(self._receipts) in (1, self.batch_size):
+    def keep(self, receipt: Receipt, begun: Begun | None = None) -> bool:
+        """Put a receipt in the queue; False when it has no place there, because the call had not begun."""
+        try:
+            before = begun if isinstance(begun, bytes) else self._redeemed(begun) or records.begun_late(receipt)
+            record = records.closing(before, receipt)
+        except Exception:
+            # One receipt that cannot be written down must not hold up all that come after it.
+            log.exception("ledger %s: receipt %s cannot be written down and is lost", self.store, receipt.id)
+            self.dropped(1)
+            return True
+        if not self.journal.keep(record, in_memory=begun is not None or self._has_place):
+            return False
+        if self.journal.fresh in (1, self.batch_size):
             with self._wake:
                 self._wake.notify()
+        return True
+
+    async def synced(self, call: Call, begun: Begun) -> None:
+        """Wait until the disk has it that a call may be sent; taken back if that fails, with OSError, or is cut off."""
+        try:
+            await self.journal.synced()
+        except BaseException:
+            self.void(call.id, begun)
+            raise
+
+    def void(self, id_: str, begun: Begun) -> None:
+        """Take back that a call may be sent."""
+        if self._redeemed(begun) is begun:
+            self.journal.void(records.voiding(id_))
+
+    @property
+    def _has_place(self) -> bool:
+        """Whether one more receipt may be in memory alone, beside those that are there and those that calls will bring.
+
+        Not while the database is away, or else what nobody else knows of would pile up.
+        """
+        if self.problem is not None and not self.may_drop:
+            return False
+        return self.journal.in_memory + self._promised < self.queue_size
+
+    def _redeemed(self, begun: Begun | None) -> bytes | None:
+        """What is known of a call from before, whose place in memory is free again."""
+        if isinstance(begun, Promised):
+            self._promised -= 1
+            return begun.begun
+        return begun
 
     def count(self, receipt: Receipt) -> None:
         """Count a refused call instead of keeping its receipt."""
@@ -158,55 +212,58 @@ class Writer:
             while batch := self._next():
                 if not self._persist(batch):
                     break
+                self._forget()
         except Exception as error:
-            log.exception("ledger %s: the writer has stopped", self.path)
+            log.exception("ledger %s: the writer has stopped", self.store)
             self._failed(error)
         finally:
-            self._disconnect()
+            self.store.close()
+            self._lost = self.journal.close()
             self._ended.set_result(None)
 
     def _first(self, opened: Future[None]) -> bool:
-        """Open the file once before anyone is served; what may pass, like a lock, is no reason not to start."""
+        """Connect once before anyone is served; what may pass, like a lock, is no reason not to start."""
         try:
-            self._connected()
-        except sqlite3.Error as error:
-            self._failed(error)
+            self._connect()
+            self.journal.open()
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits in open()
             opened.set_exception(error)
             return False
         opened.set_result(None)
         return True
 
+    def _connect(self) -> None:
+        try:
+            self.store.connect()
+        except StoreAway as error:
+            self._failed(error)
+
     def _next(self) -> Batch | None:
         """Wait for something to write; None when there is nothing left and the end has come."""
-        with self._wake:
-            self._wake.wait_for(lambda: self._receipts or self._rejections or self._closing is not None)
-            # The first receipt starts a batch; those that come within the next moment are written with it.
-            self._wake.wait_for(
-                lambda: len(self._receipts) >= self.batch_size or self._closing is not None, timeout=self.flush_seconds
-            )
-            rejections, self._rejections = self._rejections, {}
-        # Counted before they leave the queue: at no moment does it look emptier than it is.
-        self._taken = min(len(self._receipts), self.batch_size)
-        if not self._taken and not rejections:
-            return None
-        self._batches += 1
-        return Batch(self._batches, self._rows(self._taken), rejections)
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._has_work or self._closing is not None)
+                # The first receipt starts a batch; those that come within the next moment are written with it.
+                self._wake.wait_for(lambda: self._has_batch or self._closing is not None, timeout=self.flush_seconds)
+                rejections, self._rejections = self._rejections, {}
+                is_closing = self._closing is not None
+            receipts = self.journal.take(self.batch_size)
+            if receipts or rejections:
+                self._batches += 1
+                return Batch(self._batches, receipts, rejections)
+            self.journal.done()
+            if is_closing:
+                return None
+            if self.journal.is_stuck:
+                self._may_wait(LONGEST_WAIT_SECONDS)
 
-    def _rows(self, count: int) -> list[rows.Row]:
-        """Take receipts from the queue as rows, a few at a time, so that the event loop is never kept for long."""
-        found: list[rows.Row] = []
-        for start in range(0, count, rows.AT_ONCE):
-            for _ in range(min(rows.AT_ONCE, count - start)):
-                receipt = self._receipts.popleft()
-                try:
-                    found.append(rows.row(receipt))
-                except Exception:
-                    # One receipt that cannot be written down must not hold up all that come after it.
-                    log.exception("ledger %s: receipt %s cannot be written down and is lost", self.path, receipt.id)
-                    self.dropped(1)
-            time.sleep(PAUSE_SECONDS)
-        return found
+    @property
+    def _has_work(self) -> bool:
+        return bool(self.journal.fresh or self.journal.has_more or self._rejections or self.journal.left_behind)
+
+    @property
+    def _has_batch(self) -> bool:
+        return self.journal.has_more or self.journal.fresh >= self.batch_size
 
     def _persist(self, batch: Batch) -> bool:
         """Write a batch, however often it takes; False when the end came first."""
@@ -216,7 +273,7 @@ class Writer:
             if not self._may_wait(wait):
                 return False
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)
-        self._taken = 0
+        self.journal.done()
         with self._wake:
             self._uncounted -= sum(batch.rejections.values())
         self.written(len(batch.receipts))
@@ -225,49 +282,25 @@ class Writer:
 
     def _tried(self, batch: Batch) -> bool:
         try:
-            self._write(batch)
+            self.store.write(self._id, batch)
         except Exception as error:  # noqa: BLE001 - whatever it is, the batch is kept and the reason is shown
             self._failed(error)
-            self._disconnect()
+            self.store.disconnect()
             return False
         self._recovered()
         return True
 
-    def _write(self, batch: Batch) -> None:
-        database = self._connected()
-        database.execute("BEGIN IMMEDIATE")
-        # A commit may report a failure and yet have happened. The number, written in the same transaction, tells.
-        done = database.execute("SELECT batch FROM writers WHERE id = ?", (self._id,)).fetchone()
-        if done is None or done[0] < batch.number:
-            last = rollups.last_row(database)
-            rows.insert(database, batch.receipts, batch.rejections)
-            rollups.add(database, last)
-            database.execute(
-                "INSERT INTO writers (id, batch) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET batch = excluded.batch",
-                (self._id, batch.number),
-            )
-        database.execute("COMMIT")
-        # Somebody may have moved or deleted the file; SQLite goes on writing to what is no longer there.
-        if self._identity() != self._file:
-            raise sqlite3.OperationalError("the file was moved or deleted")
-
-    def _connected(self) -> sqlite3.Connection:
-        if self._database is None:
-            self._database = schema.connect(self.path)
-            self._file = self._identity()
-        return self._database
-
-    def _disconnect(self) -> None:
-        database, self._database = self._database, None
-        if database is not None:
-            database.close()
-
-    def _identity(self) -> tuple[int, int] | None:
+    def _forget(self) -> None:
+        """Now and then, delete receipts that are old enough."""
+        if self.keep_days is None or time.monotonic() < self._next_look:
+            return
+        more = False
         try:
-            found = os.stat(self.path)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
+            more = self.store.forget((time.time_ns() // rows.DAY_NS - self.keep_days) * rows.DAY_NS)
+        except Exception as error:  # noqa: BLE001 - it can wait, and what is to be written cannot
+            log.warning("ledger %s: old receipts could not be deleted: %s", self.store, error)
+            self.store.disconnect()
+        self._next_look = time.monotonic() + (0 if more else LOOK_SECONDS)
 
     def _may_wait(self, seconds: float) -> bool:
         """Wait before the next try, woken by the end; False when that leaves no time for one."""
@@ -284,10 +317,10 @@ class Writer:
         text = str(error).removeprefix("ledger: ")
         if self.problem is None:
             self.since = time.monotonic()
-            log.warning("ledger %s: cannot write, will try again: %s", self.path, text)
+            log.warning("ledger %s: cannot write, will try again: %s", self.store, text)
         self.problem = text
 
     def _recovered(self) -> None:
         if self.problem is not None:
-            log.warning("ledger %s: writes again after %.1f s", self.path, time.monotonic() - self.since)
+            log.warning("ledger %s: writes again after %.1f s", self.store, time.monotonic() - self.since)
         self.problem = None

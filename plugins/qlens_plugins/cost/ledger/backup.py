@@ -1,0 +1,225 @@
+"""A ledger as a file of JSON lines, whatever database it is in, and back from one: receipts and refused calls."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import orjson
+from attrs import define, frozen
+
+from qlens import StartupError
+from qlens_plugins.cost.ledger.rows import COLUMNS, Rejection, Row
+from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
+from qlens_plugins.cost.ledger.sqlite.schema import connect_to_read
+from qlens_plugins.cost.ledger.store import Batch, Database, Store
+
+FORMAT = 1
+AT_ONCE = 1000
+"""Receipts that are read, or written in one transaction."""
+SQLITE_MAGIC = b"SQLite format 3\0"
+_END_BYTES = 4096
+"""Longer than the last line of any backup."""
+_KEY = ("day", "tenant", "operation", "model", "status", "error")
+_STATE = """
+SELECT (SELECT count(*) FROM (SELECT 1 FROM receipts UNION ALL SELECT 1 FROM rejections LIMIT 1) AS found),
+       (SELECT count(*) FROM writers WHERE id = ?), (SELECT count(*) FROM writers WHERE id <> ?)
+"""
+
+
+@define
+class Counts:
+    """What a backup has."""
+
+    receipts: int = 0
+    rejections: int = 0
+    """Rows with counts of refused calls."""
+
+    def add(self, batch: Batch) -> None:
+        """Count what is in a batch."""
+        self.receipts += len(batch.receipts)
+        self.rejections += len(batch.rejections)
+
+
+def batches(database: Database) -> Iterator[Batch]:
+    """All receipts, the oldest first, and at last the counts of refused calls."""
+    sql = (
+        f"SELECT {', '.join(COLUMNS)} FROM receipts "  # noqa: S608 - only names from the code
+        "WHERE wall_ns >= ? AND (wall_ns > ? OR id > ?) ORDER BY wall_ns, id LIMIT ?"
+    )
+    wall_ns, last_id = -(2**63), ""
+    for number in count(1):
+        found = database.rows(sql, [wall_ns, wall_ns, last_id, AT_ONCE])
+        if not found:
+            break
+        yield Batch(number, list(map(_row, found)), {})
+        last_id, wall_ns = found[-1][:2]
+    counts = database.rows(f"SELECT {', '.join(_KEY)}, calls FROM rejections")  # noqa: S608 - only names from the code
+    yield Batch(number, (), {_key(row): row[-1] for row in counts})
+
+
+_STREAMED = COLUMNS.index("streamed")
+
+
+def _row(found: Sequence[Any]) -> Row:
+    return (*found[:_STREAMED], bool(found[_STREAMED]), *found[_STREAMED + 1 :])
+
+
+def _key(found: Sequence[Any]) -> Rejection:
+    day, tenant, operation, model, status, error = found[: len(_KEY)]
+    return day, tenant, operation, model, status, error
+
+
+# --- to a file ---------------------------------------------------------------------------------
+
+
+def write(database: Database, path: Path) -> Counts:
+    """Write a backup; the file is there when it is whole."""
+    counts = Counts()
+    with _whole(path) as file:
+        file.write(_line({"qlens_ledger": FORMAT, "backup": uuid4().hex}))
+        for batch in batches(database):
+            counts.add(batch)
+            receipts = (_line({"receipt": dict(zip(COLUMNS, row, strict=True))}) for row in batch.receipts)
+            rejections = (
+                _line({"rejections": {**dict(zip(_KEY, key, strict=True)), "calls": calls}})
+                for key, calls in batch.rejections.items()
+            )
+            file.write(b"".join((*receipts, *rejections)))
+        file.write(_line({"end": {"receipts": counts.receipts, "rejections": counts.rejections}}))
+    return counts
+
+
+def copy_sqlite(source: Path, path: Path) -> Counts:
+    """Copy a whole SQLite file, while others write to it."""
+    with (
+        _whole(path) as file,
+        closing(connect_to_read(source)) as database,
+        closing(sqlite3.connect(file.name)) as copy,
+    ):
+        database.backup(copy)
+        found = SqliteDatabase(copy).one("SELECT (SELECT count(*) FROM receipts), (SELECT count(*) FROM rejections)")
+    return Counts(*found) if found else Counts()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[IO[bytes]]:
+    """A new file for its owner alone, which gets its name when all of it is on the disk."""
+    if path.exists():
+        raise StartupError(f"{path} is there already: name another file, or move it away")
+    try:
+        file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
+    except OSError as error:
+        raise StartupError(f"{path} cannot be written: {error.strerror}") from error
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def _line(value: object) -> bytes:
+    return orjson.dumps(value) + b"\n"
+
+
+# --- from a file -------------------------------------------------------------------------------
+
+
+@frozen
+class Source:
+    """A file that a ledger can be made of: a backup, or a ledger of SQLite."""
+
+    path: Path
+
+    def restore(self, store: Store) -> Counts:
+        """Write all of it into an empty ledger, as a gateway writes it: the roll-ups come about anew.
+
+        After an interruption the same file may be given again: what is written already is left alone. Raises
+        StartupError for a file that is none of them, and for a ledger that is not empty.
+        """
+        counts = Counts()
+        try:
+            with self.path.open("rb") as file:
+                is_sqlite = file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
+                writer = f"restore {self.path.resolve()}" if is_sqlite else f"restore {self._begin(file)}"
+                if not store.reading(60).run(partial(_may_take, writer)):
+                    raise StartupError(f"the ledger {store} is not empty: restore into a new one")
+                for batch in self._of_sqlite() if is_sqlite else self._of_lines(file):
+                    store.write(writer, batch)
+                    counts.add(batch)
+        except OSError as error:
+            raise StartupError(f"{self.path} cannot be read: {error.strerror}") from error
+        return counts
+
+    def _of_sqlite(self) -> Iterator[Batch]:
+        with closing(connect_to_read(self.path)) as database:
+            database.execute("BEGIN")
+            yield from batches(SqliteDatabase(database))
+
+    def _begin(self, file: IO[bytes]) -> str:
+        """The backup's name. Looks at both ends, so that nothing is written of half a file."""
+        file.seek(0)
+        begin = self._read(file.readline(), 1)
+        if begin.get("qlens_ledger") != FORMAT or not isinstance(begin.get("backup"), str):
+            raise StartupError(f"{self.path} is no backup of a ledger that this QLens can read")
+        place = file.tell()
+        file.seek(max(place, file.seek(0, os.SEEK_END) - _END_BYTES))
+        if b'{"end":' not in file.read():
+            raise StartupError(f"{self.path} is cut short: its last line is missing")
+        file.seek(place)
+        return str(begin["backup"])
+
+    def _of_lines(self, file: IO[bytes]) -> Iterator[Batch]:
+        lines, found = enumerate(file, 2), Counts()
+        for number in count(1):
+            receipts: list[Row] = []
+            rejections: dict[Rejection, int] = {}
+            for place, line in islice(lines, AT_ONCE):
+                value = self._read(line, place)
+                try:
+                    if "receipt" in value:
+                        receipts.append(tuple(value["receipt"][name] for name in COLUMNS))
+                    elif "rejections" in value:
+                        counted = value["rejections"]
+                        rejections[_key([counted[name] for name in _KEY])] = counted["calls"]
+                    elif value["end"] != {"receipts": found.receipts + len(receipts),
+                                          "rejections": found.rejections + len(rejections)}:  # fmt: skip
+                        raise StartupError(f"{self.path} is damaged: it has not as many lines as it says")
+                except (KeyError, TypeError) as error:
+                    raise StartupError(
+                        f"{self.path}: line {place} is no line of a backup: {error} is missing"
+                    ) from error
+            batch = Batch(number, receipts, rejections)
+            found.add(batch)
+            if not receipts and not rejections:
+                return
+            yield batch
+
+    def _read(self, line: bytes, place: int) -> dict[str, Any]:
+        try:
+            value = orjson.loads(line)
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise StartupError(f"{self.path}: line {place} is no line of a ledger's backup")
+        return value
+
+
+def _may_take(writer: str, database: Database) -> bool:
+    """Whether there is nothing yet, or only what this very writer has begun to write."""
+    found = database.one(_STATE, [writer, writer])
+    assert found is not None
+    anything, mine, others = found
+    return not anything or (mine and not others)

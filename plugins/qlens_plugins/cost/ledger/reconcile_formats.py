@@ -1,0 +1,256 @@
+"""The exports in which providers say what they charge: their columns, and what a row of each means."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, date, datetime
+from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation, Overflow
+from functools import lru_cache
+from typing import Any
+
+from attrs import evolve, frozen
+
+from qlens_plugins.cost.ledger.reconcile_names import EDITION, Meter
+
+EXACT = Context(prec=200, traps=[Inexact, InvalidOperation, Overflow])
+"""Enough digits for sums of all amounts that may be in a file, and an error rather than a rounded sum."""
+MOST_BEFORE, MOST_BEHIND = 30, 60
+"""Digits on both sides of the point that an amount may have."""
+
+Row = Mapping[str, str]
+_UNIT = re.compile(r"(\d*)\s*([km]?)\s*(tokens?)?", re.IGNORECASE)
+_TIMES = {"": 1, "k": 1000, "m": 1_000_000}
+_BEDROCK = {
+    *("AmazonBedrock", "AmazonBedrockService", "AmazonBedrockFoundationModels"),
+    *("Amazon Bedrock", "Amazon Bedrock Service"),
+}
+
+
+@frozen
+class Line:
+    """A row that is about models."""
+
+    day: date
+    meter: Meter
+    amount: Decimal
+    currency: str
+    tokens: Decimal | None
+    """None: the row has no number of tokens."""
+    kind: str | None
+    """What it is called when it is not for usage: `Tax`."""
+
+
+@frozen
+class Format:
+    """The columns of one kind of export, by their letters and digits alone; `a|b` is the first that is there."""
+
+    name: str
+    day: str
+    meter: str
+    amount: str
+    told: tuple[str, ...] = ()
+    """The columns that tell which service a row is about."""
+    about: Callable[[Sequence[str]], str | None] = lambda texts: ""
+    """What in them tells the model beside the meter's name; None: the row is about another service."""
+    currency: str = ""
+    kind: str = ""
+    usage: frozenset[str] = frozenset({"usage", ""})
+    """What the column `kind` says of usage."""
+    resource: str = ""
+    quantity: str = ""
+    unit: str = ""
+    usd: str = ""
+    """The amount in USD, for bills in another currency."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The columns by which it is recognised."""
+        return self.day, self.meter, self.amount
+
+    def of(self, columns: Sequence[str]) -> Format | None:
+        """The format with those of its columns that a table has; None when one is missing that it needs."""
+        there: dict[str, Any] = {name: _there(getattr(self, name), columns) for name in _COLUMNS}
+        return evolve(self, **there) if all(there[name] for name in _COLUMNS[:3]) else None
+
+    @property
+    def used(self) -> frozenset[str]:
+        """The columns that are read."""
+        return frozenset((*self.told, *(getattr(self, name) for name in _COLUMNS)))
+
+    def line(self, row: Row) -> Line | None:
+        """What a row says, None when it is about another service; raises ValueError when it is faulty."""
+        about = self.about([row.get(column, "") for column in self.told])
+        if about is None:
+            return None
+        if not (self.day in row and self.meter in row and self.amount in row):
+            raise ValueError("the row ends before its columns do: is the file whole?")
+        kind, currency = row.get(self.kind, ""), row.get(self.currency, "") or "USD"
+        meter = Meter(row.get(self.meter, ""), about, row.get(self.resource, ""))
+        amount = self.amount
+        if currency.upper() != "USD" and self.usd:
+            amount, currency = self.usd, "USD"
+        return Line(
+            day=_day(row.get(self.day, "")),
+            meter=meter,
+            amount=_number(row, amount),
+            currency=currency.upper(),
+            tokens=self._tokens(row, meter),
+            kind=None if kind.lower() in self.usage else kind,
+        )
+
+    def _tokens(self, row: Row, meter: Meter) -> Decimal | None:
+        """The number of tokens; None where the unit is another one, or not said."""
+        if not row.get(self.quantity):
+            return None
+        quantity = _number(row, self.quantity)
+        if not self.unit:
+            # OpenAI, which counts single tokens.
+            return quantity if meter.name.endswith((" input", " output")) else None
+        found = _UNIT.fullmatch(row.get(self.unit, "").strip())
+        if found is None or not (found[3] or "token" in meter.name.lower()):
+            return None
+        return EXACT.multiply(quantity, Decimal(int(found[1] or 1) * _TIMES[found[2].lower()]))
+
+
+_COLUMNS = ("day", "meter", "amount", "currency", "kind", "resource", "quantity", "unit", "usd")
+
+
+def plain(column: str) -> str:
+    """`lineItem/UsageStartDate` and `line_item_usage_start_date` are one."""
+    return "".join(filter(str.isalnum, column.lower()))
+
+
+def _there(alternatives: str, columns: Sequence[str]) -> str:
+    return next((name for name in alternatives.split("|") if name and name in columns), "")
+
+
+def _number(row: Row, column: str) -> Decimal:
+    text = row.get(column, "")
+    try:
+        number = Decimal(text)
+    except DecimalException:
+        raise ValueError(f"{column}: {text[:40]!r} is no number") from None
+    if number.is_finite() and not number:
+        return Decimal(0)
+    exponent = number.as_tuple().exponent
+    if not isinstance(exponent, int) or number.adjusted() > MOST_BEFORE or exponent < -MOST_BEHIND:
+        raise ValueError(f"{column}: {text[:40]!r} is no amount")
+    return number
+
+
+@lru_cache(maxsize=1024)
+def _day(text: str) -> date:
+    """A day in UTC, of an ISO time, of `11/28/2026` as Azure has it, or of Unix seconds."""
+    try:
+        if text.isdecimal() and len(text) > 8:
+            return datetime.fromtimestamp(int(text), UTC).date()
+        if "/" in text:
+            month, day, year = (int(part) for part in text.split(" ", maxsplit=1)[0].split("/"))
+            return date(year, month, day)
+        found = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f"{text[:40]!r} is no day") from None
+    return found.astimezone(UTC).date() if found.tzinfo is not None else found.date()
+
+
+# --- whose rows they are -----------------------------------------------------------------------
+
+
+def _azure(texts: Sequence[str]) -> str | None:
+    named = " ".join(texts).lower()
+    return texts[-1] if "openai" in named or "foundry models" in named else None
+
+
+def _aws(texts: Sequence[str]) -> str | None:
+    for text in texts:
+        if EDITION in text:
+            return _product(text)
+        if text in _BEDROCK:
+            return ""
+    return None
+
+
+def _product(text: str) -> str:
+    """The name of a product; CUR 2.0 has all that is known of it as JSON in one column."""
+    if not text.startswith("{"):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return next((value for value in found.values() if isinstance(value, str) and value.endswith(EDITION)), text)
+
+
+def _focus(meter: str, told: tuple[str, ...], about: Callable[[Sequence[str]], str | None], usd: str = "") -> Format:
+    """FinOps' common format, in which the providers name their meters in columns of their own."""
+    return Format(
+        name="FOCUS",
+        day="chargeperiodstart",
+        meter=meter,
+        amount="billedcost",
+        told=told,
+        about=about,
+        currency="billingcurrency",
+        kind="chargecategory",
+        resource="resourceid",
+        quantity="consumedquantity",
+        unit="consumedunit",
+        usd=usd,
+    )
+
+
+FORMATS: Mapping[str, tuple[Format, ...]] = {
+    "azure": (
+        _focus(
+            "xskumetername|skumeter",
+            ("servicename", "xskumetercategory", "xskumetersubcategory"),
+            _azure,
+            "xbilledcostinusd",
+        ),
+        Format(
+            name="actual cost",
+            day="date|usagedate|usagedatetime",
+            meter="metername",
+            amount="costinbillingcurrency|cost|pretaxcost",
+            told=("metercategory", "metersubcategory"),
+            about=_azure,
+            currency="billingcurrency|billingcurrencycode|currency",
+            kind="chargetype",
+            resource="resourceid|instanceid",
+            quantity="quantity|usagequantity",
+            unit="unitofmeasure",
+            usd="costinusd",
+        ),
+    ),
+    "aws": (
+        _focus("xusagetype|skumeter", ("servicename", "xservicecode"), _aws),
+        Format(
+            name="Cost and Usage Report",
+            day="lineitemusagestartdate",
+            meter="lineitemusagetype",
+            amount="lineitemunblendedcost",
+            told=("productproductname", "product", "lineitemproductcode"),
+            about=_aws,
+            currency="lineitemcurrencycode",
+            kind="lineitemlineitemtype",
+            usage=frozenset({"usage", "discountedusage", "savingsplancoveredusage", ""}),
+            resource="lineitemresourceid",
+            quantity="lineitemusageamount",
+            unit="pricingunit",
+        ),
+    ),
+    "openai": (
+        Format(
+            name="costs",
+            day="starttime|starttimeiso|date",
+            meter="lineitem",
+            amount="amountvalue|amount|cost",
+            currency="amountcurrency|currency",
+            resource="projectid|projectname",
+            quantity="quantity",
+        ),
+    ),
+}
+"""By the kind of bill, the formats that it comes in."""

@@ -1,0 +1,136 @@
+"""A spool as the ledger's database sees it: rows of calls that are over, in the order of their records."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+
+from attrs import define, field
+
+from qlens import Spool
+from qlens_plugins.cost.ledger import records
+from qlens_plugins.cost.ledger.rows import AT_ONCE, Row
+
+log = logging.getLogger("qlens.ledger")
+
+PAUSE_SECONDS = 0.00005
+"""Between a few records and the next. Not 0: with two cores this thread would have Python's lock back at once."""
+CARRY_AFTER = 10_000
+CARRY_TIMES = 4
+"""So many records, and so many times as many as there are calls that run, may stay for calls that run long."""
+
+
+@define(eq=False)
+class Source:
+    """Reads a spool, and lets its records go when what they say is in the database.
+
+    The record that a call has begun stays until the call is over, and with it all that stand behind it. Of the calls of
+    a former owner none runs any more: those that have not ended are over when all is read.
+    """
+
+    spool: Spool
+    lost: Callable[[float], object]
+    """Called with how many receipts could not be understood."""
+    is_former: bool = False
+    _kept: deque[str | None] = field(factory=deque, init=False)
+    """For each record that was read and is there still: the call that it waits for, None when for none."""
+    _running: dict[str, bytes] = field(factory=dict, init=False)
+    """The records of calls that have begun, by the call's id."""
+    _carried: set[str] = field(factory=set, init=False)
+    """Calls whose record was written once more, which is not read yet."""
+    _over: list[str] = field(factory=list, init=False)
+    """Calls that are being written to the database."""
+
+    @property
+    def left(self) -> int:
+        """How many records it has."""
+        return self.spool.left.records
+
+    def take(self, most: int) -> list[Row]:
+        """The next rows, at most so many; they stay where they are until `done`, and come again after a crash.
+
+        Raises OSError when nothing can be read.
+        """
+        found: list[Row] = []
+        while len(found) < most:
+            try:
+                chunk = self.spool.read(min(AT_ONCE, most - len(found)), after=len(self._kept))
+            except OSError:
+                if found:  # they count as read already
+                    return found
+                raise
+            if not chunk:
+                return found + self._interrupted(most - len(found)) if self.is_former else found
+            for record in chunk:
+                found += self._understood(record)
+            time.sleep(PAUSE_SECONDS)
+        return found
+
+    def _understood(self, data: bytes) -> list[Row]:
+        """The row that a record makes, if it makes one. One that cannot be understood must not hold up all others."""
+        self._kept.append(None)
+        try:
+            record = records.read(data)
+            if record.is_beginning:
+                self._begun(record.id, data)
+                return []
+            self._over.append(record.id)
+            return [] if record.is_void else [record.row]
+        except Exception:
+            log.exception("ledger: a record in %s cannot be understood and is lost: %r", self.spool.place, data)
+            self.lost(1)
+            return []
+
+    def _begun(self, id_: str, data: bytes) -> None:
+        self._kept[-1] = id_
+        if id_ in self._carried:
+            self._carried.remove(id_)  # it is running still, or over since
+        else:
+            self._running[id_] = data
+
+    def _interrupted(self, most: int) -> list[Row]:
+        """Rows of calls that nobody finishes any more."""
+        over = set(self._over)
+        ids = [id_ for id_ in self._running if id_ not in over][:most]
+        self._over += ids
+        return [records.read(self._running[id_]).row for id_ in ids]
+
+    def over(self, id_: str) -> None:
+        """Note that a call is over, and its row on the way to the database."""
+        self._over.append(id_)
+
+    def done(self) -> None:
+        """Let go of what is in the database now."""
+        for id_ in self._over:
+            self._running.pop(id_, None)
+        self._over = []
+        self._let_go()
+        if self._keeps_too_much():
+            self._carry()
+
+    def _keeps_too_much(self) -> bool:
+        done = len(self._kept) - CARRY_TIMES * len(self._running)
+        return done > CARRY_AFTER or (done > 0 and self.spool.left.bytes * CARRY_TIMES > self.spool.most_bytes)
+
+    def _let_go(self) -> None:
+        count = 0
+        while self._kept and self._kept[0] not in self._running:
+            self._kept.popleft()
+            count += 1
+        self.spool.shipped(count)
+
+    def _carry(self) -> None:
+        """Write the records of calls that run long once more, at the end: then all that stand behind them may go."""
+        try:
+            for place, id_ in enumerate(self._kept):
+                if id_ in self._running:
+                    self.spool.append(self._running[id_])
+                    self._carried.add(id_)
+                    self._kept[place] = None
+            self.spool.sync()
+        except OSError as error:
+            log.warning("ledger: %s keeps what is done, because it takes nothing: %s", self.spool.place, error.strerror)
+            return
+        self._let_go()

@@ -1,0 +1,96 @@
+"""The command `qlens ledger`: upgrade, backup, restore and verify, beside gateways that run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from qlens import Command, Gateway, StartupError, usd
+from qlens_plugins.cost.ledger import backup, verifying
+from qlens_plugins.cost.ledger.sqlite import SqliteStore
+from qlens_plugins.cost.ledger.store import Store, StoreAway
+
+HELP = "Look after the ledger: upgrade its tables, back it up, restore it, verify its sums."
+_EXAMPLES = """\
+examples:
+  qlens ledger migrate                make or upgrade the tables, as a gateway does when it starts
+  qlens ledger backup ledger.jsonl    receipts and counts of refused calls as JSON lines, for any database
+  qlens ledger backup ledger.db       a copy of the whole SQLite file, while gateways write to it
+  qlens ledger restore ledger.jsonl   into an empty ledger, be it SQLite or PostgreSQL; also from an SQLite file
+  qlens ledger verify                 whether the roll-ups say what the receipts say, to the last picodollar
+"""
+_COPIES = (".db", ".sqlite")
+
+NewStore = Callable[[Gateway], Store]
+
+
+def command(new_store: NewStore) -> Command:
+    """The command, given what makes the ledger's store."""
+
+    async def run(gateway: Gateway, args: argparse.Namespace) -> int:
+        work = {"migrate": _migrate, "backup": _backup, "restore": _restore, "verify": _verify}[args.action]
+        store = new_store(gateway)
+        return await asyncio.to_thread(_run, work, store, args)
+
+    return Command("ledger", HELP, _add_arguments, run)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("migrate", help="make or upgrade the tables")
+    saved = actions.add_parser("backup", help="write the ledger to a file")
+    saved.add_argument("file", type=Path, help="JSON lines; with .db or .sqlite a copy of an SQLite file")
+    restored = actions.add_parser("restore", help="fill an empty ledger from a file")
+    restored.add_argument("file", type=Path, help="what `backup` wrote")
+    actions.add_parser("verify", help="compare the roll-ups with the receipts; 1 when they differ")
+
+
+def _run(work: Callable[[Store, argparse.Namespace], int], store: Store, args: argparse.Namespace) -> int:
+    try:
+        store.connect()
+        return work(store, args)
+    except (StoreAway, StartupError) as error:
+        sys.stderr.write(f"qlens: the ledger {store}: {str(error).removeprefix('ledger: ')}\n")
+        return 1
+    finally:
+        store.close()
+
+
+def _migrate(store: Store, args: argparse.Namespace) -> int:
+    sys.stdout.write(f"{store} has the tables of this version\n")
+    return 0
+
+
+def _backup(store: Store, args: argparse.Namespace) -> int:
+    path: Path = args.file
+    if path.suffix not in _COPIES:
+        counts = store.reading(math.inf).run(lambda database: backup.write(database, path))
+    elif isinstance(store, SqliteStore):
+        counts = backup.copy_sqlite(store.path, path)
+    else:
+        raise StartupError(f"{path} would be a copy of an SQLite file; name it {path.with_suffix('.jsonl').name}, say")
+    sys.stdout.write(f"{counts.receipts} receipts and {counts.rejections} counts of refused calls are in {path}\n")
+    return 0
+
+
+def _restore(store: Store, args: argparse.Namespace) -> int:
+    counts = backup.Source(args.file).restore(store)
+    sys.stdout.write(f"{counts.receipts} receipts and {counts.rejections} counts of refused calls are in {store}\n")
+    return 0
+
+
+def _verify(store: Store, args: argparse.Namespace) -> int:
+    verdict = store.reading(math.inf).run(verifying.verify)
+    for line in verdict.told:
+        sys.stdout.write(f"{line}\n")
+    if verdict.differences > len(verdict.told):
+        sys.stdout.write(f"... and {verdict.differences - len(verdict.told)} more\n")
+    state = f"{verdict.differences} differences" if verdict.differences else "the roll-ups agree"
+    sys.stdout.write(f"{verdict.receipts} receipts, {usd(verdict.cost_picos)} USD: {state}\n")
+    return 1 if verdict.differences else 0

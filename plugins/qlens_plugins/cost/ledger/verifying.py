@@ -1,0 +1,101 @@
+"""Whether a ledger's roll-ups say what its receipts say, to the last picodollar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+from attrs import define, evolve, field
+
+from qlens import usd
+from qlens_plugins.cost.ledger import sums
+from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HOUR, SUMS
+from qlens_plugins.cost.ledger.rows import DAY_NS
+from qlens_plugins.cost.ledger.store import Database
+from qlens_plugins.cost.ledger.sums import SECOND_NS, Group, Question, Sums
+
+NAMES = (*COUNTS, *SUMS)
+MONEY = ("cost", "saved")
+SHOWN = 100
+"""Differences that are told one by one."""
+
+
+@define
+class Verdict:
+    """What was compared, and what differs."""
+
+    receipts: int = 0
+    cost_picos: int = 0
+    differences: int = 0
+    told: list[str] = field(factory=list)
+
+    def add(self, line: str) -> None:
+        """One more difference."""
+        self.differences += 1
+        if len(self.told) < SHOWN:
+            self.told.append(line)
+
+
+def verify(database: Database) -> Verdict:
+    """Add up the receipts of each day, and compare: with its hours, with the day, with its latencies."""
+    verdict = Verdict()
+    for start in _days(database):
+        question = Question(start, start + DAY, HOUR, GROUPS)
+        receipts = dict(sums.part(database, question, None, start, start + DAY))
+        for found in receipts.values():
+            verdict.receipts += found["calls"]
+            verdict.cost_picos += found["cost"]
+        _compare(verdict, receipts, dict(sums.part(database, question, HOUR, start, start + DAY)), "%Y-%m-%d %H:00")
+        by_day: dict[tuple[int, Group], Sums] = {}
+        for (_, group), found in receipts.items():
+            by_day.setdefault((start, group), Sums.none()).add(found)
+        day = evolve(question, width=DAY)
+        _compare(verdict, by_day, dict(sums.part(database, day, DAY, start, start + DAY)), "%Y-%m-%d")
+        _compare_latencies(verdict, database, evolve(question, width=None))
+    return verdict
+
+
+def _days(database: Database) -> list[int]:
+    """The days that have receipts or roll-ups, of those whose receipts are all there."""
+    kept = database.one("SELECT max(since_ns) FROM receipts_kept")
+    since = kept[0] if kept and kept[0] else 0
+    found = {
+        *database.rows("SELECT DISTINCT start FROM usage_days WHERE start >= ?", [since // SECOND_NS]),
+        *database.rows(
+            f"SELECT DISTINCT wall_ns / {DAY_NS} * {DAY} FROM receipts WHERE wall_ns >= ?",  # noqa: S608 - numbers
+            [since],
+        ),
+    }
+    return sorted(start for (start,) in found)
+
+
+def _compare(
+    verdict: Verdict, receipts: Mapping[tuple[int, Group], Sums], rolled: Mapping[tuple[int, Group], Sums], format_: str
+) -> None:
+    for key in sorted({*receipts, *rolled}):
+        start, group = key
+        mine, other = receipts.get(key, Sums.none()), rolled.get(key, Sums.none())
+        for name in NAMES:
+            if mine[name] != other[name]:
+                when = datetime.fromtimestamp(start, UTC).strftime(format_)
+                verdict.add(
+                    f"{when} {_named(group)}: {name} is {_shown(name, mine[name])} in the receipts, "
+                    f"{_shown(name, other[name])} in the roll-ups"
+                )
+
+
+def _compare_latencies(verdict: Verdict, database: Database, question: Question) -> None:
+    receipts = sums.latencies(database, question, receipts=True)
+    rolled = sums.latencies(database, question, receipts=False)
+    for group in sorted({*receipts, *rolled}):
+        if receipts.get(group) != rolled.get(group):
+            day = datetime.fromtimestamp(question.start, UTC)
+            verdict.add(f"{day:%Y-%m-%d} {_named(group)}: the latencies in the roll-ups are not those of the receipts")
+
+
+def _named(group: Group) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in zip(GROUPS, group, strict=True) if value)
+
+
+def _shown(name: str, value: int) -> str:
+    return f"{usd(value)} USD" if name in MONEY else str(value)

@@ -1,0 +1,455 @@
+"""Many mixed calls: receipts, roll-ups, the usage API and the provider's own bill agree to the last picodollar.
+
+`QLENS_MONEY_CALLS=100000 pytest tests/e2e/test_money.py -s --timeout 0` makes as many calls and prints the sums.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from attrs import define, field, frozen
+from ledgers import Place, PostgresPlace, SqlitePlace
+
+from qlens.cli import main
+from qlens.testing import Running, Scripted, running
+from qlens.testing.postgres import postgres_server
+from qlens.testing.upstreams import Event, FakeUpstream, Recorded, error, serving
+from qlens_plugins.cost.ledger import verifying
+from qlens_plugins.cost.ledger.store import Database
+
+CALLS = int(os.environ.get("QLENS_MONEY_CALLS", "1000"))
+AT_ONCE = 40
+"""Calls that run at the same time."""
+BATCH = 2000
+"""Calls whose receipts are kept in memory before they are added up."""
+SEED = 20261128
+
+CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
+BUCKETS = ("input", "cached_input", "output", "reasoning")
+# Picodollars for a token, in the order of the buckets; the longer prompts' in the second line.
+PRICES = {
+    "small": ([150_001, 75_000, 600_000, 600_000],),
+    "large": ([2_500_000, 1_250_000, 10_000_000, 12_000_006], [5_000_002, 2_500_000, 15_000_000, 18_000_000]),
+    "spare": ([3_000_000, 300_000, 15_000_000, 15_000_000],),
+    "vectors": ([20_000, 20_000, 0, 0],),
+}
+LONG = 4000
+"""Prompts of more tokens pay the second line."""
+TIERS = {None: (1, 1), "default": (1, 1), "flex": (1, 2), "priority": (2, 1)}
+"""By service tier, the factor on `large`."""
+TENANTS, PROJECTS = ("acme", "globex", "initech"), ("search", "chat")
+
+CONFIG = """
+pipeline:
+  auth:
+    - plugin: trusted_header
+      proxies: ["127.0.0.1"]
+      headers: {{tenant: x-tenant, subject: x-user, project: x-project}}
+      default_roles: [member, viewer]
+  cache: [{{plugin: exact}}]
+  route: [{{plugin: retry, backoff_seconds: 0.001}}]
+  cost:
+    - plugin: prices
+      catalogue: false
+      table: {prices}
+    - {{plugin: ledger, url: "{url}", flush_seconds: 0.05}}
+providers:
+  one: {{plugin: openai, base_url: "{one}", api_key: sk-example-one}}
+  two: {{plugin: openai, base_url: "{two}", api_key: sk-example-two}}
+models:
+  small: {{max_output_tokens: 4096, targets: [{{provider: one, model: small}}]}}
+  large: {{max_output_tokens: 4096, targets: [{{provider: one, model: large}}], fallbacks: [spare]}}
+  spare: {{max_output_tokens: 4096, targets: [{{provider: two, model: spare}}]}}
+  vectors: {{targets: [{{provider: one, model: vectors}}]}}
+  unpriced: {{max_output_tokens: 4096, targets: [{{provider: two, model: unpriced}}]}}
+"""
+
+
+def price_rows() -> str:
+    rows = []
+    for model, lines in PRICES.items():
+        for place, line in enumerate(lines):
+            row: dict[str, Any] = {name: Decimal(each) / 10**6 for name, each in zip(BUCKETS, line, strict=True)}
+            row |= {"model": model, **({"above_prompt_tokens": LONG} if place else {})}
+            if model == "large":
+                row["tiers"] = "{flex: 0.5, priority: 2}"
+            rows.append("{" + ", ".join(f"{name}: {value}" for name, value in row.items()) + "}")
+    return f"[{', '.join(rows)}]"
+
+
+# --- the providers -----------------------------------------------------------------------------
+
+
+@frozen
+class Used:
+    """What a provider says that a call used."""
+
+    counts: tuple[int, ...]
+    """In the order of BUCKETS."""
+    tier: str | None = None
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """As OpenAI says it."""
+        fresh, cached, output, reasoning = self.counts
+        return {
+            "prompt_tokens": fresh + cached,
+            "completion_tokens": output + reasoning,
+            "total_tokens": sum(self.counts),
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": reasoning},
+        }
+
+    def picos(self, model: str) -> int:
+        """What it costs, worked out here once more."""
+        lines = PRICES[model]
+        line = lines[-1] if sum(self.counts[:2]) > LONG else lines[0]
+        over, under = TIERS[self.tier] if model == "large" else (1, 1)
+        return sum(count * (each * over // under) for count, each in zip(self.counts, line, strict=True))
+
+
+@define(eq=False)
+class Bill:
+    """What the providers will charge, by what they know."""
+
+    picos: Counter[tuple[str, str, str]] = field(factory=Counter)
+    """By their own model, the model that was asked for, and tenant."""
+    tokens: Counter[str] = field(factory=Counter)
+    """By bucket, models without a price included."""
+    answers: Counter[str] = field(factory=Counter)
+    """How often each request was answered and charged, by its text."""
+
+    def by(self, place: int) -> Counter[str]:
+        """The sums by one of the names."""
+        found: Counter[str] = Counter()
+        for names, picos in self.picos.items():
+            found[names[place]] += picos
+        return found
+
+    def charge(self, model: str, asked: str, tenant: str, used: Used) -> None:
+        """Charge for an answer."""
+        if model in PRICES:
+            self.picos[model, asked, tenant] += used.picos(model)
+        self.tokens.update(dict(zip(BUCKETS, used.counts, strict=True)))
+
+
+@define(eq=False)
+class Till(FakeUpstream):
+    """A provider that does with a request what its text says, and charges for what it answers."""
+
+    bill: Bill = field(kw_only=True)
+    heard: dict[str, asyncio.Event] = field(kw_only=True)
+    """By the text of a request whose client waits to know that it has arrived."""
+    _seen: Counter[str] = field(factory=Counter, init=False)
+
+    def _answer(self, request: Recorded) -> Scripted:
+        self.requests.clear()  # nobody looks at them, and there are many
+        body = request.body
+        text = body["input"] if "input" in body else body["messages"][0]["content"]
+        fate, asked, tenant, counts, tier = json.loads(text)["say"]
+        self._seen[text] += 1
+        fails = {"busy": True, "fails once": self._seen[text] == 1, "falls back": body["model"] == "large"}
+        if fails.get(fate):
+            return error(503, "Try again.")
+        if fate == "refused":
+            return error(400, "Not like this.")
+        if fate == "gone":
+            self.heard.pop(text).set()
+            return Scripted(hang=True)
+        used = Used(tuple(counts), tier)
+        self.bill.charge(body["model"], asked, tenant, used)
+        self.bill.answers[text] += 1
+        if body["model"] == "vectors":
+            data = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
+            usage = {"prompt_tokens": counts[0], "total_tokens": counts[0]}
+            return Scripted(body={"object": "list", "data": data, "model": "vectors", "usage": usage})
+        return _stream(fate, used) if body.get("stream") else _whole(used)
+
+
+def _whole(used: Used) -> Scripted:
+    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
+    body = {"id": "x", "object": "chat.completion", "model": "m", "usage": used.said, "choices": [choice]}
+    return Scripted(body=body if used.tier is None else {**body, "service_tier": used.tier})
+
+
+def _stream(fate: str, used: Used) -> Scripted:
+    head: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    if used.tier is not None:
+        head["service_tier"] = used.tier
+
+    def piece(text: str | None, finish: str | None = None) -> dict[str, Any]:
+        delta = {} if text is None else {"content": text}
+        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+    told: list[Event] = [piece("a"), {**piece("told"), "usage": used.said}]
+    if fate == "left":
+        return Scripted(events=told, hang=True)
+    if fate == "breaks off":
+        return Scripted(events=told)
+    return Scripted(events=[piece("a"), piece(None, "stop"), {**head, "choices": [], "usage": used.said}, "[DONE]"])
+
+
+# --- the calls ---------------------------------------------------------------------------------
+
+KINDS = (
+    *("whole", "whole", "stream", "stream", "left", "breaks off", "vectors", "vectors", "cached", "fails once"),
+    *("gone", "falls back", "busy", "refused", "unpriced", "faulty", "unknown"),
+)
+
+
+@define(eq=False)
+class Client:
+    """Makes calls of all kinds, and knows what ought to become of them."""
+
+    gateway: Running
+    heard: dict[str, asyncio.Event]
+    kinds: Counter[str] = field(factory=Counter)
+    chance: random.Random = field(factory=lambda: random.Random(SEED))
+    _number: int = 0
+
+    @property
+    def settled(self) -> int:
+        """How many accounts they have."""
+        return self.kinds.total() + self.kinds["cached"]
+
+    @property
+    def receipts(self) -> int:
+        """How many of those are kept; refused calls are only counted."""
+        return self.settled - self.kinds["faulty"] - self.kinds["unknown"]
+
+    async def make(self, count: int) -> None:
+        """Make some calls, many at once."""
+        plans = [self._plan() for _ in range(count)]
+        places = asyncio.Semaphore(AT_ONCE)
+
+        async def one(plan: Callable[[], Any]) -> None:
+            async with places:
+                await plan()
+
+        await asyncio.gather(*(one(plan) for plan in plans))
+
+    def _plan(self) -> Callable[[], Any]:
+        """What a call will be, decided in order: the calls are the same whichever ends first."""
+        kind, chance = self.chance.choice(KINDS), self.chance
+        self._number += 1
+        self.kinds[kind] += 1
+        tenant, project = chance.choice(TENANTS), chance.choice((None, *PROJECTS))
+        headers = {"x-tenant": tenant, "x-user": "somebody", **({"x-project": project} if project else {})}
+        model = "small" if kind == "cached" else chance.choice(("small", "large", "spare"))
+        model = {"falls back": "large", "vectors": "vectors", "unpriced": "unpriced", "unknown": "?"}.get(kind, model)
+        counts = [chance.randrange(1, 3000), chance.choice([0, chance.randrange(4000)]), chance.randrange(1, 500)]
+        counts += [chance.choice([0, chance.randrange(900)])]
+        if kind == "vectors":
+            counts[1:] = [0, 0, 0]
+        tier = chance.choice(list(TIERS)) if model in {"large", "small"} and kind != "vectors" else None
+        text = json.dumps({"number": self._number, "say": [kind, model, tenant, counts, tier]})
+        body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+        if kind in {"stream", "left", "breaks off"}:
+            body |= {"stream": True, "stream_options": {"include_usage": chance.random() < 0.5}}
+        if kind == "vectors":
+            body = {"model": model, "input": text}
+        if kind == "faulty":
+            body["max_tokens"] = "many"
+        return lambda: self._call(kind, headers, body)
+
+    async def _call(self, kind: str, headers: dict[str, str], body: dict[str, Any]) -> None:
+        if kind == "left":
+            await self._leave(headers, body)
+            return
+        if kind == "gone":
+            heard = self.heard[body["messages"][0]["content"]] = asyncio.Event()
+            asking = asyncio.create_task(self.gateway.post(CHAT, body, headers=headers))
+            await heard.wait()
+            asking.cancel()
+            return
+        path = EMBEDDINGS if kind == "vectors" else CHAT
+        answer = await self.gateway.post(path, body, headers=headers)
+        expected = {"busy": 503, "refused": 400, "faulty": 400, "unknown": 404}.get(kind, 200)
+        assert answer.status == expected, (kind, answer.text)
+        if kind == "cached":
+            again = await self.gateway.post(path, body, headers=headers)
+            assert again.headers["x-qlens-cache"] == "hit"
+
+    async def _leave(self, headers: dict[str, str], body: dict[str, Any]) -> None:
+        """Hear what was used, and leave before the end."""
+        async with (
+            aiohttp.ClientSession() as client,
+            client.post(self.gateway.url + CHAT, json=body, headers=headers) as answer,
+        ):
+            async for line in answer.content:
+                if b"told" in line:
+                    return
+
+
+# --- the sums ----------------------------------------------------------------------------------
+
+
+def picos_of(usd: str | Decimal) -> int:
+    number = Decimal(usd).scaleb(12)
+    assert number == int(number)
+    return int(number)
+
+
+@define
+class Settled:
+    """What the receipts said, added up as they came."""
+
+    picos: int = 0
+    calls: int = 0
+    unpriced: int = 0
+    outcomes: Counter[str] = field(factory=Counter)
+    errors: Counter[str | None] = field(factory=Counter)
+    """What attempts ended with."""
+    tokens: Counter[str] = field(factory=Counter)
+
+    async def take(self, gateway: Running, count: int) -> None:
+        """Wait for so many receipts, rejected calls' included, and let go of them."""
+        receipts = await gateway.settled(count, 60)
+        assert len(receipts) == count
+        for receipt in receipts:
+            self.outcomes[receipt.outcome] += 1
+            if receipt.outcome == "rejected":
+                continue
+            self.calls += 1
+            self.errors.update(attempt.error for attempt in receipt.attempts)
+            self.picos += receipt.cost.picos or 0
+            self.unpriced += receipt.cost.picos is None
+            self.tokens.update({name: getattr(receipt.usage, name) for name in BUCKETS})
+        receipts.clear()
+
+
+def in_ledger(database: Database) -> dict[str, tuple[int, int]]:
+    """Calls and picodollars by the rows themselves and by both roll-ups, which agree in all else as well."""
+    assert verifying.verify(database).told == []
+    rows = database.rows("SELECT coalesce(cost_picos, 0) FROM receipts")
+    found = {"receipts": (len(rows), sum(int(cost) for (cost,) in rows))}
+    for name in ("usage_hours", "usage_days"):
+        columns = ", ".join(database.dialect.rolled(["cost"]))
+        row = database.one(f"SELECT sum(calls), {columns} FROM {name}")
+        assert row is not None
+        found[name] = int(row[0]), database.dialect.whole(row[1:])[0]
+    return found
+
+
+async def asked(gateway: Running, path: str) -> Any:
+    answer = await gateway.get(path, headers={"x-tenant": "boss", "x-user": "boss"})
+    assert answer.status == 200, answer.text
+    return json.loads(answer.body, parse_float=Decimal)
+
+
+async def costs(gateway: Running, by: str) -> Counter[str]:
+    """OpenAI's costs of the days around now, by one dimension."""
+    start = int(time.time()) - 2 * 86_400
+    found: Counter[str] = Counter()
+    for bucket in (await asked(gateway, f"/v1/organization/costs?start_time={start}&limit=5&group_by={by}"))["data"]:
+        for result in bucket["results"]:
+            if result["amount"] is not None:
+                found[result[by]] += picos_of(result["amount"]["value"])
+    return found
+
+
+async def in_analytics(gateway: Running) -> dict[str, int]:
+    """The cost of all, as different parts of the usage API have it."""
+    by_model = (await asked(gateway, "/v1/usage/summary?group_by=model"))["data"]
+    total = (await asked(gateway, "/v1/usage/summary"))["total"]
+    export = await gateway.get("/v1/usage/export?format=jsonl", headers={"x-tenant": "boss", "x-user": "boss"})
+    lines = [json.loads(line) for line in export.body.splitlines()]
+    return {
+        "costs by model": sum((await costs(gateway, "line_item")).values()),
+        "costs by project": sum((await costs(gateway, "project_id")).values()),
+        "summary": picos_of(total["cost_usd"]),
+        "summary by model": sum(picos_of(row["cost_usd"]) for row in by_model if row["cost_usd"] is not None),
+        "export": sum(picos_of(line["cost_usd"]) for line in lines if line["cost_usd"] is not None),
+    }
+
+
+def openai_export(bill: Bill) -> str:
+    """The bill as OpenAI would export it, all on one day."""
+    results = ", ".join(
+        f'{{"amount": {{"value": {Decimal(picos).scaleb(-12):f}, "currency": "usd"}}, "line_item": "{model}, input"}}'
+        for model, picos in bill.by(0).items()
+    )
+    return f'{{"object": "page", "data": [{{"start_time": {int(time.time())}, "results": [{results}]}}]}}'
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
+    if request.param == "sqlite":
+        yield SqlitePlace(tmp_path / "money.db")
+        return
+    with postgres_server() as server:
+        yield PostgresPlace(server, server.new_database())
+
+
+async def test_receipts_roll_ups_usage_api_and_the_providers_bill_are_one_sum(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bill, settled, begun = Bill(), Settled(), time.monotonic()
+    heard: dict[str, asyncio.Event] = {}
+    async with serving(Till(bill=bill, heard=heard)) as one, serving(Till(bill=bill, heard=heard)) as two:
+        text = CONFIG.format(prices=price_rows(), url=place.url, one=one.url, two=two.url)
+        async with running(text) as gateway:
+            client = Client(gateway, heard)
+            for first in range(0, CALLS, BATCH):
+                before, count = client.settled, min(BATCH, CALLS - first)
+                await client.make(count)
+                await settled.take(gateway, client.settled - before)
+            ledger = gateway.plugin("cost", "ledger")
+            async with asyncio.timeout(60):
+                while ledger.writer.waiting:
+                    await asyncio.sleep(0.02)
+            stored = await asyncio.to_thread(ledger.writer.store.reading(600).run, in_ledger)
+            analytics = await in_analytics(gateway)
+            by_model, by_project = await costs(gateway, "line_item"), await costs(gateway, "project_id")
+            totals = (await asked(gateway, "/v1/usage/summary"))["total"]
+    owed = sum(bill.picos.values())
+    with capsys.disabled():
+        if CALLS > 10_000:
+            _print(client, bill, settled, stored, analytics, time.monotonic() - begun)
+    assert [text for text, times in bill.answers.items() if times > 1] == [], settled.errors
+    assert settled.picos == owed
+    assert settled.calls == client.receipts
+    assert settled.tokens == bill.tokens
+    assert settled.outcomes["abandoned"] == client.kinds["left"] + client.kinds["gone"]
+    assert settled.unpriced == client.kinds["unpriced"] == totals["unpriced_calls"]
+    assert stored == dict.fromkeys(("receipts", "usage_hours", "usage_days"), (client.receipts, owed))
+    assert analytics == dict.fromkeys(analytics, owed)
+    assert totals["total_tokens"] == sum(bill.tokens.values())
+    # Not only in all: by model, and by tenant, whose projects the API has apart.
+    assert +by_model == bill.by(1)
+    tenants: Counter[str] = Counter()
+    for project, picos in by_project.items():
+        tenants[project.partition("/")[0]] += picos
+    assert tenants == bill.by(2)
+    # And what an operator would do with the bill when it comes.
+    (tmp_path / "qlens.yaml").write_text(text)
+    (tmp_path / "costs.json").write_text(openai_export(bill))
+    reconcile = ["--openai", str(tmp_path / "costs.json"), "--provider", "one", "--provider", "two", "--threshold", "0"]
+    code = await asyncio.to_thread(main, ["reconcile", "-c", str(tmp_path / "qlens.yaml"), "--json", *reconcile])
+    found = json.loads(capsys.readouterr().out)
+    assert (code, found["total"]["drift_usd"], found["total"]["bill_usd"]) == (0, "0", f"{Decimal(owed).scaleb(-12):f}")
+    what_if = ["what-if", "-c", str(tmp_path / "qlens.yaml"), "--config", str(tmp_path / "qlens.yaml"), "--json"]
+    assert await asyncio.to_thread(main, what_if) == 0
+    assert json.loads(capsys.readouterr().out)["total"]["calls"] == client.receipts
+
+
+def _print(client: Client, bill: Bill, settled: Settled, stored: Any, analytics: Any, seconds: float) -> None:
+    print(f"\n{CALLS:,} calls in {seconds:.0f} s: {dict(sorted(client.kinds.items()))}")
+    print(f"outcomes {dict(sorted(settled.outcomes.items()))}, {settled.unpriced} without a price")
+    print(f"errors of attempts {dict(settled.errors)}")
+    print(f"{sum(bill.picos.values()):>20} picodollars on the providers' bill\n{settled.picos:>20} in receipts settled")
+    for name, (calls, picos) in stored.items():
+        print(f"{picos:>20} in the ledger's {name}, of {calls:,} calls")
+    for name, picos in analytics.items():
+        print(f"{picos:>20} from the usage API: {name}")

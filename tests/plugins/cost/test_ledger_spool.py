@@ -1,0 +1,525 @@
+"""What the ledger's spool promises: nothing that was sent is forgotten, and nothing is written twice."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sqlite3
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from attrs import evolve
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ledgers import Place
+
+from qlens import Attempt, Caller, Cost, Receipt, Spool, StartupError, Target, Usage
+from qlens.stores import segments
+from qlens.stores.spool import Left
+from qlens.testing import Running, running
+from qlens_plugins.cost.ledger import records, rows, source
+from qlens_plugins.cost.ledger.journal import Journal
+from qlens_plugins.cost.ledger.source import Source
+from qlens_plugins.cost.ledger.store import Store
+from qlens_plugins.cost.ledger.writer import Writer
+
+MINI = "{model: gpt-4o-mini, input: 0.15, cached_input: 0.075, output: 0.60, date: 2026-11-24}"
+
+
+def config(ledger: str = "flush_seconds: 0.01", *, url: str = "sqlite:///ledger.db", before: str = "") -> str:
+    return f"""
+server: {{admin: {{port: 0}}, port: 0}}
+pipeline:
+  auth: [{{plugin: anonymous}}]
+  cost: [{{plugin: prices, table: [{MINI}]}}, {{plugin: ledger, url: "{url}", {ledger}}}, {before}]
+providers: {{echo: {{plugin: echo}}}}
+models:
+  gpt-4o-mini: {{max_output_tokens: 1000, targets: [{{provider: echo, model: gpt-4o-mini}}]}}
+  slow: {{max_output_tokens: 1000, targets: [{{provider: echo, model: gpt-4o-mini, params: {{first_byte_ms: 300}}}}]}}
+"""
+
+
+async def call(gateway: Running, model: str = "gpt-4o-mini", **more: object) -> int:
+    body = {"model": model, "messages": [{"role": "user", "content": "hello there"}], **more}
+    return (await gateway.post("/v1/chat/completions", body)).status
+
+
+async def until(condition: Any, seconds: float = 15) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def receipt(n: int = 0, **changes: Any) -> Receipt:
+    target = Target("echo", "gpt-4o-mini", "gpt-4o-mini")
+    usage = Usage(input=8, output=3, source="provider")
+    cost = Cost(3_000_000, "exact", "*/gpt-4o-mini", (("input", 8, 150_000), ("output", 3, 600_000)))
+    made = Receipt(
+        id=f"call-{n}", caller=Caller("acme", "bob", "keys", tags={"team": "x"}), operation="chat", model="gpt-4o-mini",
+        target=target, outcome="complete", status=200, error=None, usage=usage, cost=cost, saved_picos=0, cache="off",
+        streamed=False, attempts=(Attempt(1, target, 0.0, ended=0.5, usage=usage, cost=cost, billed=True),),
+        tags={"team": "x"}, wall_ns=10**18 + n, ttft_us=1, total_us=2, overhead_us=3, bytes_out=4, config_version="v",
+    )  # fmt: skip
+    return evolve(made, **changes)
+
+
+def begun(n: int, picos: int | None = 5_000_000) -> bytes:
+    """What admission knows of the call of a receipt: at most 20 tokens in, 1000 out, for so much."""
+    return records._dumps((*rows.facts_of(receipt(n)), 20, 1000, {}, picos, "*/gpt-4o-mini"))
+
+
+def closing(n: int) -> bytes:
+    return records.closing(begun(n), receipt(n))
+
+
+def interrupted(n: int) -> tuple[Any, ...]:
+    return (f"call-{n}", "failed", "interrupted", 1000, 5_000_000, "estimated")
+
+
+def complete(n: int) -> tuple[Any, ...]:
+    return (f"call-{n}", "complete", None, 3, 3_000_000, "exact")
+
+
+def short(row: Any) -> tuple[Any, ...]:
+    found = row if isinstance(row, dict) else dict(zip(rows.COLUMNS, row, strict=True))
+    return tuple(found[name] for name in ("id", "outcome", "error", "output", "cost_picos", "cost_state"))
+
+
+def read(place: Place) -> list[tuple[Any, ...]]:
+    return [short(row) for row in place.rows("SELECT * FROM receipts ORDER BY wall_ns")]
+
+
+def on_disk(folder: Path) -> list[bytes]:
+    """The records in a spool's files, beside those who read and write it."""
+    found: list[bytes] = []
+    for path in sorted(folder.glob("*/*.log")):
+        with path.open("rb") as file:
+            found += [record for record, _ in segments.records(file, 0, path.stat().st_size)]
+    return found
+
+
+def abandon(spool: Spool) -> None:
+    """As when the process ends."""
+    for segment in spool._segments:
+        segment.close()
+    spool.place.close()
+
+
+def left_by_a_dead_process(folder: Path, *found: bytes) -> None:
+    spool = Spool.open(folder)
+    for record in found:
+        spool.append(record)
+    abandon(spool)
+
+
+def writer_of(store: Store, folder: Path) -> Writer:
+    def nothing(_: float) -> None:
+        pass
+
+    return Writer(store, Journal(folder, nothing), nothing, nothing, nothing, flush_seconds=0.01)
+
+
+# --- records -----------------------------------------------------------------------------------
+
+
+def test_a_record_makes_the_row_that_the_receipt_makes() -> None:
+    other = Usage(input=1, output=2, meters={"images": 3}, source="partial", tier="flex")
+    target = Target("other", "m", "m")
+    failed = Attempt(1, target, 1.5, first_byte=1.75, ended=2.0, status=500, error="upstream", upstream_id="u")
+    billed = Attempt(2, target, 2.0, kind="hedge", usage=other, cost=Cost(7, "estimated", "p"), billed=True)
+    for each in (
+        receipt(),
+        receipt(target=None, model=None, outcome="cached", cost=Cost(0), attempts=()),
+        receipt(attempts=(failed, billed), usage=Usage(input=9), cost=Cost(None, "unpriced")),
+        receipt(tags={"other": "tags"}, streamed=True, error="\ud800"),
+        receipt(usage=Usage(input=2**70), caller=Caller("t", "\udfff", "k")),
+    ):
+        late = records.read(records.closing(records.begun_late(each), each))
+        assert late.row == rows.row(each)
+        assert late.id == each.id
+    attempts = json.loads(rows.row(receipt(attempts=(failed, billed)))[-1])  # type: ignore[arg-type]
+    assert attempts[0]["first_byte_us"] == 250_000
+    assert attempts[1]["usage"] == {"input": 1, "output": 2, "images": 3, "source": "partial"}
+    assert attempts[1]["cost_usd"] == "0.000000000007"
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=300)
+def test_no_record_can_hold_up_the_others(data: bytes) -> None:
+    lost: list[float] = []
+    reader = Source(_Records([closing(1), data, closing(2)]), lost.append)  # type: ignore[arg-type]
+    found = [short(row) for row in reader.take(10)]
+    reader.done()
+    assert [row for row in found if row in (complete(1), complete(2))] == [complete(1), complete(2)]
+    assert reader.left == (1 if records_begins(data) else 0)
+
+
+def records_begins(data: bytes) -> bool:
+    try:
+        return records.read(data).is_beginning
+    except Exception:
+        return False
+
+
+class _Records:
+    """Enough of a spool for a source."""
+
+    place = "a test"
+    most_bytes = 1_000_000
+
+    def __init__(self, waiting: list[bytes]) -> None:
+        self.waiting = waiting
+
+    @property
+    def left(self) -> Any:
+        return Left(len(self.waiting), sum(map(len, self.waiting)))
+
+    def read(self, most: int, after: int) -> list[bytes]:
+        return self.waiting[after : after + most]
+
+    def append(self, record: bytes) -> None:
+        self.waiting.append(record)
+
+    def shipped(self, count: int) -> None:
+        del self.waiting[:count]
+
+    def sync(self) -> None:
+        pass
+
+
+# --- the next start ----------------------------------------------------------------------------
+
+
+async def test_calls_of_a_dead_process_are_charged_what_they_cost_or_can_have_cost(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = tmp_path / "spool"
+    left_by_a_dead_process(
+        folder,
+        *(records.opening(begun(n)) for n in range(4)),
+        closing(1),
+        records.voiding("call-2"),
+        records.opening(begun(4, picos=None)),
+        records.closing(records.begun_late(receipt(5)), receipt(5)),
+    )
+    for _ in range(2):
+        writer = writer_of(place.store(), folder)
+        await writer.open()
+        await writer.close(10)
+        assert not folder.exists()
+    expected = [interrupted(0), complete(1), interrupted(3), (*interrupted(4)[:4], None, "unpriced"), complete(5)]
+    assert read(place) == expected
+    assert sum(row["calls"] for row in place.rows("SELECT calls FROM usage_days")) == 5
+    usage = place.rows("SELECT usage_source, input, tenant, tags, attempts, price_id FROM receipts ORDER BY wall_ns")[0]
+    assert (usage["usage_source"], usage["input"], usage["tenant"]) == ("estimated", 20, "acme")
+
+
+async def test_what_many_dead_processes_left_is_written_beside_the_living(place: Place, tmp_path: Path) -> None:
+    folder = tmp_path / "spool"
+    spools = [Spool.open(folder) for _ in range(3)]
+    for n, spool in enumerate(spools):
+        spool.append(records.opening(begun(2 * n)))
+        spool.append(closing(2 * n + 1))
+    abandon(spools[0])
+    abandon(spools[2])
+    writer = writer_of(place.store(), folder)
+    await writer.open()
+    writer.keep(receipt(9))
+    await until(lambda: len(read(place)) == 5)
+    assert read(place) == [interrupted(0), complete(1), interrupted(4), complete(5), complete(9)]
+    await until(lambda: sorted(path.name for path in folder.iterdir()) == ["1", "3"])
+    await writer.close(10)
+    abandon(spools[1])
+    assert [path.name for path in folder.iterdir()] == ["1"]
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["begin", "end", "void", "ship", "die", "die in commit", "die after commit"]), st.integers(0, 5)
+    ),
+    max_size=40,
+)
+
+
+@given(steps)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_wherever_the_process_dies_each_call_is_there_once(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, taken: list[tuple[str, int]]
+) -> None:
+    """Steps of processes that die, against what must come out: rows are idempotent by id, as in the databases."""
+    monkeypatch.setattr(source, "CARRY_AFTER", 3)
+    monkeypatch.setattr(source, "CARRY_TIMES", 0)
+    folder = tmp_path_factory.mktemp("s") / "spool"
+    database: dict[Any, tuple[Any, ...]] = {}
+    running_: list[int] = []
+    expected: dict[str, tuple[Any, ...]] = {}
+    number = 0
+    journal = Journal(folder, lambda _: None)
+    journal.open()
+    for step, which in taken:
+        if step == "begin":
+            running_.append(number)
+            journal.note(records.opening(begun(number)))
+            number += 1
+        elif step in {"end", "void"} and running_:
+            n = running_.pop(which % len(running_))
+            if step == "end":
+                expected[f"call-{n}"] = complete(n)
+                journal.keep(closing(n), in_memory=False)
+            else:
+                journal.void(records.voiding(f"call-{n}"))
+        elif step in {"ship", "die in commit", "die after commit"}:
+            for row in journal.take(2 + which):
+                if step != "die in commit":
+                    database.setdefault(row[0], short(row))
+            if step == "ship":
+                journal.done()
+        if step.startswith("die"):
+            journal._syncing.stop(5)  # type: ignore[union-attr]
+            for each in journal._sources:
+                abandon(each.spool)
+            expected |= {f"call-{n}": interrupted(n) for n in running_}
+            running_ = []
+            journal = Journal(folder, lambda _: None)
+            journal.open()
+    expected |= {f"call-{n}": complete(n) for n in running_}
+    for n in running_:
+        journal.keep(closing(n), in_memory=False)
+    for _ in range(60):
+        for row in journal.take(3):
+            database.setdefault(row[0], short(row))
+        journal.done()
+    assert database == expected
+    assert journal.waiting == 0
+    assert journal.close() == 0
+    assert not folder.exists()
+
+
+def test_calls_that_run_long_do_not_keep_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "CARRY_AFTER", 100)
+    spool = Spool.open(tmp_path / "s", segment_bytes=20_000)
+    reader = Source(spool, lambda _: None)
+    for n in range(3):
+        spool.append(records.opening(begun(n)))
+    for n in range(3, 1500):
+        spool.append(records.opening(begun(n)))
+        spool.append(closing(n))
+        if n % 20 == 0:
+            assert all(short(row)[1] == "complete" for row in reader.take(500))
+            reader.done()
+            assert spool.left.records < 300
+    spool.append(closing(1))
+    assert len(reader.take(500)) == 20
+    reader.done()
+    abandon(spool)
+    (orphan,) = Spool.orphans(tmp_path / "s")
+    former = Source(orphan, lambda _: None, is_former=True)
+    assert {short(row) for row in former.take(500)} >= {interrupted(0), interrupted(2)}
+    former.done()
+    assert former.left == 0
+    orphan.close()
+
+
+# --- while it runs -----------------------------------------------------------------------------
+
+
+async def test_a_call_is_noted_before_it_is_sent_and_a_clean_end_leaves_nothing(tmp_path: Path) -> None:
+    async with running(config(url=f"sqlite:///{tmp_path}/x.db")) as gateway:
+        slow = asyncio.create_task(call(gateway, "slow"))
+        await until(lambda: gateway.gateway.current.running == 1)
+        spool = gateway.plugin("cost", "ledger").writer.journal._spool
+        await until(lambda: spool.left.records == 1)
+        (record,) = on_disk(tmp_path / "x.db.spool")
+        noted = records.read(record)
+        assert noted.is_beginning
+        row: dict[str, Any] = dict(zip(rows.COLUMNS, noted.row, strict=True))
+        assert (row["tenant"], row["model"], row["output"], row["cost_state"]) == (
+            "anonymous",
+            "slow",
+            1000,
+            "estimated",
+        )
+        assert row["cost_picos"] >= 1000 * 600_000
+        assert await slow == 200
+        assert (await gateway.get("/v1/models")).status == 200
+        await until(lambda: spool.left.records == 0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.db"]
+
+
+async def test_a_call_that_runs_long_does_not_fill_the_spool(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = config("flush_seconds: 0.01, spool_bytes: 20000", url=f"sqlite:///{tmp_path}/x.db")
+    async with running(text.replace("first_byte_ms: 300", "first_byte_ms: 60000")) as gateway:
+        slow = asyncio.create_task(call(gateway, "slow"))
+        await until(lambda: gateway.gateway.current.running == 1)
+        journal = gateway.plugin("cost", "ledger").writer.journal
+        for _ in range(20):
+            assert set(await asyncio.gather(*(call(gateway) for _ in range(6)))) == {200}
+            await until(lambda: journal.waiting == 0)
+        assert journal.problem is None
+        first = records.read(on_disk(tmp_path / "x.db.spool")[0])
+        assert first.is_beginning
+        assert first.id in journal._sources[-1]._running
+        slow.cancel()
+    assert not [record for record in caplog.records if record.name.startswith("qlens")]
+
+
+def test_what_cannot_be_read_for_a_while_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path / "s", lambda _: None)
+    left_by_a_dead_process(tmp_path / "s", records.opening(begun(0)), *(closing(n) for n in range(1, 40)))
+    journal.open()
+    for n in range(40, 80):
+        journal.keep(closing(n), in_memory=False)
+    real, asked = Spool.read, [0]
+
+    def read(spool: Spool, most: int, after: int = 0) -> list[bytes]:
+        asked[0] += 1
+        if asked[0] % 3:
+            raise OSError(5, "Input/output error")
+        return real(spool, most, after)
+
+    monkeypatch.setattr(Spool, "read", read)
+    found = []
+    for _ in range(60):
+        found += [short(row) for row in journal.take(20)]
+        journal.done()
+    assert sorted(found) == sorted([interrupted(0), *(complete(n) for n in range(1, 80))])
+    assert journal.problem == "Input/output error"
+    assert journal.waiting == 0
+    assert journal.close() == 0
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Says how the disk syncs; what it says is that it does."""
+
+    class Disk:
+        free = threading.Event()
+        error: OSError | None = None
+
+    here, real = Disk(), os.fdatasync
+    here.free.set()
+
+    def fdatasync(file: int) -> None:
+        if ".spool" in os.readlink(f"/proc/self/fd/{file}"):
+            here.free.wait(20)
+            if here.error is not None:
+                raise here.error
+        real(file)
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    return here
+
+
+async def test_with_sync_by_call_nothing_is_sent_before_the_disk_knows(tmp_path: Path, disk: Any) -> None:
+    async with running(config("flush_seconds: 0.01, sync: call", url=f"sqlite:///{tmp_path}/x.db")) as gateway:
+        assert await call(gateway) == 200
+        journal = gateway.plugin("cost", "ledger").writer.journal
+        await until(lambda: not journal._spool.unsynced)
+        disk.free.clear()
+        waiting = [asyncio.create_task(call(gateway)) for _ in range(5)]
+        await until(lambda: gateway.gateway.current.running == 5)
+        done, _ = await asyncio.wait(waiting, timeout=0.3)
+        assert not done
+        waiting[0].cancel()
+        await until(lambda: gateway.gateway.current.running == 4)
+        disk.free.set()
+        assert await asyncio.gather(*waiting[1:]) == [200] * 4
+        await until(lambda: journal.waiting == 0 and journal._spool.left.records == 0)
+        disk.error = OSError(5, "Input/output error")
+        assert await call(gateway) == 503
+        disk.error = None
+        await until(lambda: journal._syncing.problem is None)
+        calls = 5 + await calls_until_well(gateway)
+    database = sqlite3.connect(tmp_path / "x.db")
+    outcomes = dict(database.execute("SELECT outcome, count(*) FROM receipts GROUP BY 1"))
+    database.close()
+    assert outcomes["complete"] == calls
+    assert set(outcomes) <= {"complete", "abandoned", "failed"}
+    assert not (tmp_path / "x.db.spool").exists()
+
+
+async def test_a_flood_of_calls_that_are_refused_after_it_does_not_fill_the_disk(tmp_path: Path) -> None:
+    strict = "{plugin: prices, name: strict, strict: true}"
+    text = config("flush_seconds: 0.01, spool_bytes: 20000", url=f"sqlite:///{tmp_path}/x.db", before=strict)
+    text = text.replace("gpt-4o-mini, params: {first", "unknown, params: {first")
+    async with running(text) as gateway:
+        for _ in range(100):
+            assert await call(gateway, "slow") == 400
+        journal = gateway.plugin("cost", "ledger").writer.journal
+        await until(lambda: journal._spool.left.records == 0)
+        assert journal.problem is None
+        assert await call(gateway) == 200
+
+
+async def calls_until_well(gateway: Running) -> int:
+    """How many calls are made until the ledger has found out that its disk is well again."""
+    for calls in range(1, 500):
+        assert await call(gateway) == 200
+        if gateway.plugin("cost", "ledger").health().ok:
+            return calls
+        await asyncio.sleep(0.02)
+    raise AssertionError(gateway.plugin("cost", "ledger").health().detail)
+
+
+async def test_a_spool_that_takes_nothing_is_done_without_while_the_database_takes_all(tmp_path: Path) -> None:
+    async with running(config("flush_seconds: 0.01, spool_bytes: 1", url=f"sqlite:///{tmp_path}/x.db")) as gateway:
+        plugin = gateway.plugin("cost", "ledger")
+        for _ in range(20):
+            assert await call(gateway) == 200
+        await until(lambda: plugin.writer.waiting == 0)
+        assert "the spool cannot be used" in plugin.health().detail
+        await gateway.reload(config("flush_seconds: 0.02", url=f"sqlite:///{tmp_path}/x.db"))
+        calls = 20 + await calls_until_well(gateway)
+        await until(lambda: plugin.writer.waiting == 0)
+    database = sqlite3.connect(tmp_path / "x.db")
+    assert database.execute("SELECT count(*), count(DISTINCT id) FROM receipts").fetchone() == (calls, calls)
+    database.close()
+
+
+async def test_receipts_stay_on_disk_and_not_in_memory_while_the_database_is_away(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    async with running(config(url=f"sqlite:///{path}")) as gateway:
+        writer = gateway.plugin("cost", "ledger").writer
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        statuses = await asyncio.gather(*(call(gateway) for _ in range(200)))
+        assert set(statuses) == {200}
+        await until(lambda: writer.waiting == 200)
+        assert writer.journal.in_memory == 0
+        await until(lambda: not writer.journal._spool.unsynced)
+        other.execute("ROLLBACK")
+        other.close()
+        await until(lambda: writer.waiting == 0)
+    database = sqlite3.connect(path)
+    assert database.execute("SELECT count(*), count(DISTINCT id) FROM receipts").fetchone() == (200, 200)
+    database.close()
+
+
+async def test_a_spool_that_cannot_be_used_stops_the_start_and_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    for spool, why in ((tmp_path / "file", "Not a directory"), (tmp_path / "no" / "where", "No such file")):
+        with pytest.raises(StartupError) as error:
+            async with running(config(f'spool: "{spool}"')):
+                pass
+        assert f"the spool {spool} cannot be used: {why}" in str(error.value)
+        assert "name another one in `spool`" in str(error.value)
+
+
+async def test_another_spool_is_another_writer_and_the_old_one_ends_clean(tmp_path: Path) -> None:
+    text = config('flush_seconds: 0.01, spool: "one"')
+    async with running(text) as gateway:
+        slow = asyncio.create_task(call(gateway, "slow"))
+        await until(lambda: gateway.gateway.current.running == 1)
+        assert (gateway.folder / "one" / "0").is_dir()
+        await gateway.reload(config('flush_seconds: 0.01, spool: "two"'))
+        assert (gateway.folder / "two" / "0").is_dir()
+        assert await call(gateway) == 200
+        assert await slow == 200
+        await until(lambda: not (gateway.folder / "one").exists())
+        await until(lambda: gateway.plugin("cost", "ledger").writer.waiting == 0)
+        database = sqlite3.connect(gateway.folder / "ledger.db")
+        assert database.execute("SELECT count(*) FROM receipts").fetchone() == (2,)
+        database.close()

@@ -1,0 +1,241 @@
+"""`qlens ledger`: what was backed up comes back to the last picodollar, into either database, and `verify` sees all."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ledgers import Place, SqlitePlace
+
+from qlens import Caller, Cost, Receipt, Target, Usage, usd
+from qlens.cli import main
+from qlens.testing import running
+from qlens_plugins.cost.ledger import backup, rows
+from qlens_plugins.cost.ledger.sqlite import writing
+from qlens_plugins.cost.ledger.store import Batch, Store
+
+DAY_NS = 86_400 * 10**9
+OCTOBER = 1_790_812_800 * 10**9
+"""2026-10-01 in UTC, in Unix nanoseconds."""
+
+
+def call_id(n: int, wall_ns: int) -> str:
+    digits = f"{wall_ns // 10**6:012x}"
+    return f"{digits[:8]}-{digits[8:]}-7000-8000-{n:012x}"
+
+
+def receipt(n: int, wall_ns: int, **changes: Any) -> Receipt:
+    target = Target("echo", f"model-{n % 3}", f"model-{n % 3}")
+    values: dict[str, Any] = {
+        "id": call_id(n, wall_ns), "caller": Caller("acme", "bob", "keys", "web", f"key-{n % 2}"), "operation": "chat",
+        "model": f"model-{n % 3}", "target": target, "outcome": "complete", "status": 200, "error": None,
+        "usage": Usage(input=n, output=3, source="provider", meters={"images": n % 2}),
+        "cost": Cost(2**62 + n, "exact", "*/m"), "saved_picos": n, "cache": "off", "streamed": n % 2 == 0,
+        "attempts": (), "tags": {"team": "a\\b"}, "wall_ns": wall_ns, "ttft_us": 1, "total_us": 1000 * n,
+        "overhead_us": 3, "bytes_out": 4, "config_version": "v",
+    }  # fmt: skip
+    return Receipt(**{**values, **changes})
+
+
+def fill(store: Store, count: int = 60, step_ns: int = DAY_NS) -> None:
+    """Receipts over two months, and some refused calls."""
+    made = [rows.row(receipt(n, OCTOBER + n * step_ns)) for n in range(count)]
+    key = rows.rejection(receipt(1, OCTOBER, outcome="rejected", status=429, error="rate_limit_exceeded", model=None))
+    store.write("filled", Batch(1, made, {key: 7}))
+    store.close()
+
+
+def config(place: Place, ledger: str = "") -> str:
+    return f"""
+pipeline: {{auth: [{{plugin: anonymous}}], cost: [{{plugin: ledger, url: "{place.url}", {ledger}}}]}}
+providers: {{echo: {{plugin: echo}}}}
+models: {{echo: {{max_output_tokens: 10, targets: [{{provider: echo, model: echo}}]}}}}
+"""
+
+
+def qlens(folder: Path, place: Place, *words: str) -> int:
+    (folder / "qlens.yaml").write_text(config(place))
+    return main(["ledger", *words, "-c", str(folder / "qlens.yaml")])
+
+
+RECEIPTS = "SELECT * FROM receipts ORDER BY id"
+
+
+def plain(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Receipts as they are in any database."""
+    return [{**row, **{name: json.loads(row[name]) for name in ("meters", "tags")}} for row in found]
+
+
+def test_a_backup_comes_back_into_either_database(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(place.store())
+    file = tmp_path / "ledger.jsonl"
+    assert qlens(tmp_path, place, "backup", str(file)) == 0
+    assert "60 receipts and 1 counts of refused calls" in capsys.readouterr().out
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert qlens(tmp_path, place, "backup", str(file)) == 1
+    assert "is there already" in capsys.readouterr().err
+    other = SqlitePlace(tmp_path / "other.db")
+    assert qlens(tmp_path, other, "restore", str(file)) == 0
+    assert plain(other.rows(RECEIPTS)) == plain(place.rows(RECEIPTS))
+    assert other.rows("SELECT * FROM rejections") == place.rows("SELECT * FROM rejections")
+    capsys.readouterr()
+    for each in (place, other):
+        assert qlens(tmp_path, each, "verify") == 0
+    total = sum(2**62 + n for n in range(60))
+    line = f"60 receipts, {usd(total)} USD: the roll-ups agree\n"
+    assert capsys.readouterr().out == 2 * line
+    # The same again is the same, and a ledger that has something in it is left alone.
+    assert qlens(tmp_path, other, "restore", str(file)) == 0
+    assert len(other.rows(RECEIPTS)) == 60
+    assert [row["calls"] for row in other.rows("SELECT * FROM rejections")] == [7]
+    assert qlens(tmp_path, place, "restore", str(file)) == 1
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_sqlite_ledger_moves_into_either_database(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = SqlitePlace(tmp_path / "old.db")
+    fill(old.store())
+    copy = tmp_path / "copy.db"
+    assert qlens(tmp_path, old, "backup", str(copy)) == 0
+    assert SqlitePlace(copy).rows(RECEIPTS) == old.rows(RECEIPTS)
+    assert qlens(tmp_path, place, "restore", str(copy)) == 0
+    assert plain(place.rows(RECEIPTS)) == plain(old.rows(RECEIPTS))
+    assert qlens(tmp_path, place, "verify") == 0
+    if not isinstance(place, SqlitePlace):
+        capsys.readouterr()
+        assert qlens(tmp_path, place, "backup", str(tmp_path / "x.db")) == 1
+        assert "name it x.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda lines: lines[:-1], "is cut short"),
+        (lambda lines: [*lines[:5], *lines[6:]], "has not as many lines as it says"),
+        (lambda lines: [*lines[:5], b"nonsense\n", *lines[5:]], "line 6 is no line of a ledger's backup"),
+        (lambda lines: [*lines[:5], b'{"receipt": {"id": "x"}}\n', *lines[5:]], "line 6 is no line of a backup"),
+        (lambda lines: lines[1:], "is no backup of a ledger"),
+        (lambda _: [], "line 1 is no line"),
+    ],
+)
+def test_a_damaged_backup_is_refused(
+    harm: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = SqlitePlace(tmp_path / "x.db")
+    fill(place.store(), 20)
+    file = tmp_path / "ledger.jsonl"
+    place.store().reading(10).run(lambda database: backup.write(database, file))
+    file.write_bytes(b"".join(harm(file.read_bytes().splitlines(keepends=True))))
+    assert qlens(tmp_path, SqlitePlace(tmp_path / "new.db"), "restore", str(file)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backup, "AT_ONCE", 7)
+    old = SqlitePlace(tmp_path / "old.db")
+    fill(old.store())
+    file = tmp_path / "ledger.jsonl"
+    old.store().reading(10).run(lambda database: backup.write(database, file))
+
+    class Failing:
+        """A store that goes away."""
+
+        def __init__(self, store: Store) -> None:
+            self.store, self.reading, self.left = store, store.reading, 4
+
+        def write(self, writer: str, batch: Batch) -> None:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("away")
+            self.store.write(writer, batch)
+
+    store = place.store()
+    store.connect()
+    with pytest.raises(BaseException):  # noqa: B017 - any
+        backup.Source(file).restore(Failing(store))  # type: ignore[arg-type]
+    assert len(place.rows(RECEIPTS)) == 28
+    backup.Source(file).restore(store)
+    store.close()
+    assert plain(place.rows(RECEIPTS)) == plain(old.rows(RECEIPTS))
+    assert qlens(tmp_path, place, "verify") == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ("UPDATE receipts SET cost_picos = cost_picos + 1 WHERE total_us = 5000", "cost is"),
+        ("DELETE FROM receipts WHERE total_us = 5000", "calls is 0 in the receipts, 1 in the roll-ups"),
+        ("DELETE FROM usage_hours", "calls is 1 in the receipts, 0 in the roll-ups"),
+        ("UPDATE usage_days SET calls = calls + 1", "calls is 1 in the receipts, 2 in the roll-ups"),
+        ("UPDATE usage_latencies SET latency = latency + 1", "the latencies in the roll-ups are not those"),
+    ],
+)
+def test_verify_sees_a_difference(
+    place: Place, harm: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fill(place.store(), 10)
+    place.execute(harm)
+    assert qlens(tmp_path, place, "verify") == 1
+    out = capsys.readouterr().out
+    assert told in out
+    assert "differences" in out.splitlines()[-1]
+
+
+def test_migrate_makes_the_tables(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert qlens(tmp_path, place, "migrate") == 0
+    assert "has the tables of this version" in capsys.readouterr().out
+    assert place.rows("SELECT owner FROM versions") == [{"owner": "ledger"}]
+    assert qlens(tmp_path, place, "verify") == 0
+    assert capsys.readouterr().out == "0 receipts, 0 USD: the roll-ups agree\n"
+
+
+# --- what is old -------------------------------------------------------------------------------
+
+
+def test_old_receipts_go_and_their_sums_stay(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(writing, "FORGOTTEN_AT_ONCE", 7)
+    store = place.store()
+    fill(store)
+    odd = rows.row(receipt(99, OCTOBER + DAY_NS, id="an id without a time"))
+    store.write("filled", Batch(2, [odd], {}))
+    before = [place.rows(f"SELECT * FROM {table} ORDER BY start, group_id") for table in ("usage_hours", "usage_days")]
+    november = OCTOBER + 31 * DAY_NS
+    while store.forget(november + DAY_NS):
+        pass
+    kept = {row["wall_ns"] for row in place.rows(RECEIPTS)}
+    first = november + DAY_NS if isinstance(place, SqlitePlace) else november
+    assert kept == {wall_ns for wall_ns in range(OCTOBER, OCTOBER + 60 * DAY_NS, DAY_NS) if wall_ns >= first}
+    # What comes late, or again, is not lost; and there may be nothing left to delete.
+    store.write("filled", Batch(3, [rows.row(receipt(61, november + 5 * DAY_NS))], {}))
+    assert not store.forget(november + DAY_NS)
+    store.close()
+    assert len(place.rows(RECEIPTS)) == len(kept) + 1
+    after = [place.rows(f"SELECT * FROM {table} ORDER BY start, group_id") for table in ("usage_hours", "usage_days")]
+    assert all(row in rolled for rolled, rows_ in zip(after, before, strict=True) for row in rows_[:30])
+    assert qlens(tmp_path, place, "verify") == 0
+    assert f"{len(kept) + 1} receipts" in capsys.readouterr().out
+
+
+async def test_a_gateway_deletes_what_is_older_than_its_days(place: Place) -> None:
+    store, now = place.store(), time.time_ns()
+    old = [rows.row(receipt(n, now - 100 * DAY_NS + n)) for n in range(5)]
+    await asyncio.to_thread(store.write, "filled", Batch(1, [*old, rows.row(receipt(9, now - 39 * DAY_NS))], {}))
+    await asyncio.to_thread(store.close)
+    async with running(config(place, "keep_days: 40, flush_seconds: 0.01")) as gateway:
+        body = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+        assert (await gateway.post("/v1/chat/completions", body)).status == 200
+        async with asyncio.timeout(10):
+            while len(place.rows(RECEIPTS)) != 2:
+                await asyncio.sleep(0.05)
+    assert place.rows(RECEIPTS)[0]["total_us"] == 9000
+    assert sum(row["calls"] for row in place.rows("SELECT calls FROM usage_days")) == 7
