@@ -20,6 +20,8 @@ from qlens import ConfigError, StartupError
 from qlens.testing import ManualClock, Running, check_plugin, running
 from qlens_plugins.auth.credentials import STORED
 from qlens_plugins.auth.key_store import KeyStore
+from qlens_plugins.auth.key_store.keyring import ANSWER_SECONDS
+from qlens_plugins.auth.key_store.plugin import KeyStoreConfig
 
 LEDGER = "{plugin: ledger, flush_seconds: 0.01}"
 
@@ -240,6 +242,11 @@ async def test_while_the_database_is_away_known_keys_work_for_a_while_and_then_i
         _move(gateway.folder, away=False)
         await eventually(lambda: _is(gateway, key["key"], 200))
         assert (await send(gateway, "GET", "/admin/keys")).status == 200
+
+
+def test_a_gateway_without_the_database_accepts_a_revoked_key_for_a_minute_at_most() -> None:
+    slowest = KeyStoreConfig(poll_seconds=4.0)
+    assert slowest.poll_seconds + ANSWER_SECONDS + slowest.outage_seconds <= 60
 
 
 async def _unhealthy(gateway: Running) -> bool:

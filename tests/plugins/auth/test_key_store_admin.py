@@ -148,6 +148,46 @@ async def test_metadata_is_small_and_not_deep() -> None:
         assert (answer.status, answer.json()["error"]["param"]) == (400, "metadata")
 
 
+async def test_notes_about_a_key_are_kept_shown_replaced_and_audited() -> None:
+    notes = {"owner": "search team\nroom 4", "ticket": "", "x" * 64: "y" * 512}
+    async with stored(config(cost="{plugin: ledger, flush_seconds: 0.01}")) as gateway:
+        key = await made(gateway, metadata=notes)
+        path = f"/admin/keys/{key['id']}"
+        assert key["metadata"] == (await send(gateway, "GET", path)).json()["metadata"] == notes
+        assert (await send(gateway, "PATCH", path, {"name": "one"})).json()["metadata"] == notes
+        assert (await send(gateway, "POST", f"{path}/rotate", {})).json()["metadata"] == notes
+        assert (await send(gateway, "PATCH", path, {"metadata": {"a": "b"}})).json()["metadata"] == {"a": "b"}
+        (row,) = await listed(gateway, "/admin/keys")
+        assert row["metadata"] == {"a": "b"}
+        entry, *_, first = await listed(gateway, "/admin/audit")
+        assert (entry["before"]["metadata"], entry["after"]["metadata"]) == (notes, {"a": "b"})
+        assert first["after"]["metadata"] == notes
+        assert (await send(gateway, "PATCH", path, {"metadata": {}})).json()["metadata"] == {}
+        wrong: list[Any] = [
+            *({"a": 1}, {"a": None}, {"": "x"}, {" a": "x"}, {"x" * 65: "x"}, {"a": "x" * 513}, [], "x", None),
+            {str(number): "x" for number in range(17)},
+        ]
+        for each in wrong:
+            for method, where in (("PATCH", path), ("POST", "/admin/keys")):
+                body = {"metadata": each, **({"tenant": "acme"} if method == "POST" else {})}
+                answer = await send(gateway, method, where, body)
+                assert (answer.status, answer.json()["error"]["param"]) == (400, "metadata"), each
+
+
+async def test_a_database_of_before_there_were_notes_about_keys_is_taken_over() -> None:
+    async with stored() as gateway:
+        key = await made(gateway)
+        database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
+        database.execute("ALTER TABLE keys DROP COLUMN metadata")
+        database.execute("UPDATE versions SET version = 1 WHERE owner = 'key_store'")
+        database.close()
+        file = f"poll_seconds: 0.05, url: 'sqlite:///{gateway.folder}/qlens.db'"
+        async with stored(config(file)) as other:
+            assert await status(other, key["key"]) == 200
+            row = (await send(other, "GET", f"/admin/keys/{key['id']}")).json()
+            assert (row["id"], row["metadata"]) == (key["id"], {})
+
+
 async def test_a_change_that_changes_nothing_is_none() -> None:
     async with stored() as gateway:
         key = await made(gateway, name="one")

@@ -60,7 +60,7 @@ def test_everything_that_a_key_may_be_told_is_kept_and_its_hash_is_not_shown(
     for words in (
         "--tenant acme --name one --project search --role member --role tenant_admin --model gpt*",
         "--tenant acme --tag a=b --expires 90d --concurrency 2 --budget-usd 2.50 --budget-window day",
-        "--tenant globex --requests-per-minute 5 --tokens-per-minute 6",
+        "--tenant globex --requests-per-minute 5 --tokens-per-minute 6 --metadata owner=search --metadata ticket=a=b",
     ):
         assert main(["keys", "create", *words.split()]) == 0
     third, second, first = rows(capsys, "keys", "list")
@@ -69,6 +69,7 @@ def test_everything_that_a_key_may_be_told_is_kept_and_its_hash_is_not_shown(
     assert (second["tags"], second["expires_at"] is not None) == ({"a": "b"}, True)
     assert second["limits"] == {"concurrency": 2, "budget_usd": "2.5", "budget_window": "day"}
     assert third["limits"] == {"requests_per_minute": 5, "tokens_per_minute": 6}
+    assert (first["metadata"], third["metadata"]) == ({}, {"owner": "search", "ticket": "a=b"})
     assert not any("hash" in name for row in (first, second, third) for name in row)
     assert [row["id"] for row in rows(capsys, "keys", "list", "--tenant", "globex")] == [third["id"]]
     assert main(["keys", "list"]) == 0
@@ -101,6 +102,7 @@ def test_what_the_command_does_is_in_the_audit_log(house: Path, capsys: pytest.C
         ("keys rotate key-0", "no key with the id 'key-0'"),
         ("keys create --tenant acme --role root", "there is no role 'root'"),
         ("keys create --tenant acme --expires 2020-01-01", "not in the future"),
+        (f"keys create --tenant acme {' '.join(f'--metadata {n}=x' for n in range(17))}", "at most 16 texts"),
     ],
 )
 def test_what_cannot_be_done_is_said(house: Path, capsys: pytest.CaptureFixture[str], words: str, message: str) -> None:
@@ -115,6 +117,8 @@ def test_options_are_read_as_the_admin_api_reads_its_fields(house: Path, capsys:
         ("--tenant a --name 'x\udcff'", "--name: 'x\\udcff': must be a text"),
         ("--tenant a --model g*t", "--model: 'g*t': must be names"),
         ("--tenant a --tag 'a= '", "--tag: 'a= ': must be a text"),
+        (f"--tenant a --metadata {'n' * 65}=x", "must have names of at most 64 characters"),
+        ("--tenant a --metadata 'a=\udcff'", "must have texts that are Unicode"),
         ("--tenant a --concurrency 0", "--concurrency: '0': must be a whole number from 1"),
         ("--tenant a --budget-usd 1e99", "--budget-usd: '1e99': "),
         ("--tenant a --expires 9999-12-31T23:59:59-14:00", "--expires: '9999-12-31T23:59:59-14:00' is before"),

@@ -18,6 +18,9 @@ MOST_BYTES = 64 * 1024
 MOST_CHARACTERS = 256
 MOST_ITEMS = 256
 MOST_METADATA_BYTES = 4096
+MOST_NOTES = 16
+MOST_NOTE_NAME = 64
+MOST_NOTE_CHARACTERS = 512
 LARGEST = 10**15
 OVERLAP_SECONDS = 3600
 """How long the old key works beside the new one, unless something else is said."""
@@ -152,6 +155,25 @@ def tags(value: Any) -> dict[str, str]:
     return {text(name): text(each) for name, each in value.items()}
 
 
+def notes(value: Any) -> dict[str, str]:
+    """Texts by name, as OpenAI has them in metadata."""
+    if not isinstance(value, dict) or len(value) > MOST_NOTES:
+        raise Wrong(f"must be an object of at most {MOST_NOTES} texts")
+    return dict(note(name, each) for name, each in value.items())
+
+
+def note(name: str, value: Any) -> tuple[str, str]:
+    """One of them; a value may have any characters that a text can have, and none at all."""
+    text(name)
+    if len(name) > MOST_NOTE_NAME:
+        raise Wrong(f"must have names of at most {MOST_NOTE_NAME} characters")
+    if not isinstance(value, str) or len(value) > MOST_NOTE_CHARACTERS:
+        raise Wrong(f"must have texts of at most {MOST_NOTE_CHARACTERS} characters")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise Wrong("must have texts that are Unicode")  # a command line may hold other bytes
+    return name, value
+
+
 def metadata(value: Any) -> dict[str, Any]:
     """Any small object."""
     try:
@@ -237,6 +259,7 @@ NEW_KEY: Mapping[str, Reader] = {
     "models": or_null(models),
     "tags": tags,
     "limits": or_null(limits),
+    "metadata": notes,
     "expires_at": or_null(moment),
 }
 CHANGED_KEY: Mapping[str, Reader] = {name: reader for name, reader in NEW_KEY.items() if name != "subject"}

@@ -165,6 +165,14 @@ def _add_create_arguments(create: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="kept with each call; may be repeated",
     )
+    create.add_argument(
+        "--metadata",
+        action="append",
+        type=_NOTE,
+        default=[],
+        metavar="NAME=VALUE",
+        help="a note about the key, for operators; may be repeated",
+    )
     create.add_argument("--expires", type=expiry, metavar="WHEN", help="90d, 12h, 2027-01-31 or 2027-01-31T00:00:00Z")
     for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
         create.add_argument(f"--{name.replace('_', '-')}", type=_COUNT, metavar="N", help="a limit of this key's own")
@@ -191,9 +199,14 @@ def _tag(text: str) -> tuple[str, str]:
     return bodies.text(name), bodies.text(value)
 
 
+def _note(text: str) -> tuple[str, str]:
+    return bodies.note(*tag(text))
+
+
 _TEXT = _read(bodies.text)
 _MODEL = _read(bodies.model)
 _TAG = _read(_tag)
+_NOTE = _read(_note)
 _COUNT = _read(bodies.digits(bodies.count))
 _MONEY = _read(bodies.money)
 _MOMENT = _read(bodies.nanoseconds)
@@ -233,6 +246,7 @@ async def _create(desk: _Desk, args: argparse.Namespace) -> int:
                 args.requests_per_minute, args.tokens_per_minute, args.concurrency, args.budget_usd, args.budget_window
             )
         ),
+        metadata=_notes(args.metadata),
         created_at=desk.now,
         created_by=_user(),
         expires_at=None if expires is None else int(expires.timestamp()),
@@ -240,6 +254,13 @@ async def _create(desk: _Desk, args: argparse.Namespace) -> int:
     await desk.store.add_key(key, await desk.note("keys.create", key, None))
     _handed_over(plain, key)
     return 0
+
+
+def _notes(given: list[tuple[str, str]]) -> dict[str, str]:
+    try:
+        return bodies.notes(dict(given))
+    except ValueError as error:
+        raise StartupError(f"--metadata: {error}") from None
 
 
 async def _rotate(desk: _Desk, args: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ from attrs import define, evolve
 
 from qlens import Allowance, Call, Endpoint, Forbidden, Gateway, InvalidRequest, Reply
 from qlens_plugins.auth.credentials import STORED, new_key
-from qlens_plugins.auth.key_store import bodies
+from qlens_plugins.auth.key_store import bodies, events
 from qlens_plugins.auth.key_store.answers import Conflict, Missing, json, listed, no_place_to_begin
 from qlens_plugins.auth.key_store.authority import Authority
 from qlens_plugins.auth.key_store.keyring import Keyring, away
@@ -99,6 +99,7 @@ class Admin:
             call, "keys.create", key.id, after=row, tenant=key.tenant, but=self.keyring.store
         )
         await self.keyring.store.add_key(key, entry)
+        events.announce(self.gateway, entry)
         await self.keyring.look()
         return json({**row, "key": plain})
 
@@ -201,6 +202,7 @@ class Admin:
                 but=self.keyring.store,
             )
             if await self.keyring.store.put_key(changed, entry):
+                events.announce(self.gateway, entry)
                 await self.keyring.look()
                 return changed
         raise Conflict("The key changes all the time. Please try again.")

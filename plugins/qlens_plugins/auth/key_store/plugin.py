@@ -46,8 +46,9 @@ class KeyStoreConfig:
     the hash is plain SHA-256. It cannot change: no key would be known any more."""
     poll_seconds: float = field(default=1.0, validator=[ge(0.01), le(4.0)])
     """How often the database is looked at for changes, which is how long a revoked key may still be accepted."""
-    outage_seconds: float = field(default=900.0, validator=ge(0))
-    """How long keys that are known go on working while the database is away; then calls are answered 503."""
+    outage_seconds: float = field(default=50.0, validator=ge(0))
+    """How long keys that are known go on working while the database is away; then calls are answered 503. A gateway
+    that is cut off from it does not hear of revoked keys: with the default it accepts none for more than a minute."""
 
 
 @define(eq=False)

@@ -30,6 +30,8 @@ class Key:
     models: Models = None
     tags: Mapping[str, str] = field(factory=dict, hash=False)
     limits: Allowance | None = None
+    metadata: Mapping[str, str] = field(factory=dict, hash=False)
+    """What operators note about it; it goes along with no call."""
     created_at: int = 0
     created_by: str = ""
     expires_at: int | None = None
@@ -70,6 +72,7 @@ class Key:
             "models": None if self.models is None else list(self.models),
             "tags": dict(self.tags),
             "limits": None if self.limits is None else self.limits.row(),
+            "metadata": dict(self.metadata),
             "state": self.state(now),
             "created_at": at(self.created_at),
             "created_by": self.created_by,

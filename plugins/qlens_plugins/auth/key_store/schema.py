@@ -81,5 +81,6 @@ MIGRATIONS = (
         BEGIN SELECT RAISE(ABORT, 'the audit log is append-only'); END
         """,
     ),
+    ("ALTER TABLE keys ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
