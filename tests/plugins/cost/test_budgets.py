@@ -7,23 +7,28 @@ import hashlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+from attrs import define, evolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlens import ConfigError
+from qlens import ConfigError, RedisSettings, Url, redis_store
 from qlens.cli import main
+from qlens.gateway import Gateway
 from qlens.testing import ManualClock, Response, Running, Scripted, running, upstream
+from qlens.testing.redis import RedisServer
+from qlens_plugins.cost.budgets import redis as redis_module
 from qlens_plugins.cost.budgets.memory import MemoryStore
+from qlens_plugins.cost.budgets.redis import RedisBudgets
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
-from qlens_plugins.cost.budgets.store import Account, Ask, Increase, Need, State, Store, Told
+from qlens_plugins.cost.budgets.store import Account, Ask, Increase, Need, State, Store, StoreAnew, Told
 from qlens_plugins.cost.budgets.windows import window_of
 
 PATH = "/v1/chat/completions"
@@ -34,11 +39,47 @@ KEYS = {
     "sk-example-ops": ("ops", "ops", "operator"),
     "sk-example-boss": ("boss", "acme", "tenant_admin"),
 }
-STORES = ["{kind: memory}", '{kind: sqlite, url: "sqlite:///budgets.db"}']
-each_store = pytest.mark.parametrize("store", STORES, ids=["memory", "sqlite"])
+MEMORY = "{kind: memory}"
 # Input is free and a token of output costs 1 micro-dollar: a call of 10 tokens at most may cost 0.00001 USD.
 PRICE = "{model: out, input: 0, output: 1}"
 TEN = {"model": "out", "max_tokens": 10, "messages": [{"role": "user", "content": "hello"}]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with tempfile.TemporaryDirectory(prefix="qlens-redis-") as folder:
+        server = RedisServer(Path(folder))
+        asyncio.run(server.start())
+        yield server
+        server.kill()
+
+
+@asynccontextmanager
+async def redis_budgets(server: RedisServer) -> AsyncIterator[RedisBudgets]:
+    """An empty Redis of which an operator has said that nothing was spent."""
+    await server.command("FLUSHALL")
+    async with redis_store(Gateway(), RedisSettings(url=Url(server.url), timeout_ms=2000)) as redis:
+        store = RedisBudgets(redis)
+        assert await store.begin([])
+        yield store
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
+def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each place where budgets may be, as a configuration says it."""
+    if request.param == "memory":
+        return MEMORY
+    if request.param == "sqlite":
+        return '{kind: sqlite, url: "sqlite:///budgets.db"}'
+    server: RedisServer = request.getfixturevalue("server")
+    monkeypatch.setattr(redis_module, "GATHER_SECONDS", 0)
+
+    async def begin() -> None:
+        async with redis_budgets(server):
+            pass
+
+    asyncio.run(begin())
+    return f'{{kind: redis, url: "{server.url}", timeout_ms: 2000}}'
 
 
 def key_file() -> dict[str, str]:
@@ -49,7 +90,7 @@ def key_file() -> dict[str, str]:
     return {"keys.yaml": "\n".join(["keys:", *rows])}
 
 
-def config(limits: str, store: str = STORES[0], more: str = "", params: str = "{}", base_url: str = "") -> str:
+def config(limits: str, store: str = MEMORY, more: str = "", params: str = "{}", base_url: str = "") -> str:
     provider = f'{{plugin: openai, base_url: "{base_url}", api_key: sk-example-up}}' if base_url else "{plugin: echo}"
     return f"""
 server: {{port: 0, admin: {{port: 0}}}}
@@ -68,7 +109,7 @@ models:
 
 @asynccontextmanager
 async def serving(
-    limits: str, store: str = STORES[0], *, clock: ManualClock | None = None, **more: str
+    limits: str, store: str = MEMORY, *, clock: ManualClock | None = None, **more: str
 ) -> AsyncIterator[Running]:
     async with running(config(limits, store, **more), files=key_file(), clock=clock) as gateway:
         yield gateway
@@ -91,7 +132,6 @@ async def budget(gateway: Running, key: str = "sk-example-a1") -> dict[str, Any]
 # --- at the door -------------------------------------------------------------------------------
 
 
-@each_store
 async def test_of_a_thousand_calls_at_once_with_room_for_one_exactly_one_passes(store: str) -> None:
     limits = "{per: tenant, usd: 0.000010}, {per: key, usd: 0.000019, window: total}"
     async with serving(limits, store, params="{first_byte_ms: 200}") as gateway:
@@ -231,7 +271,6 @@ async def test_a_soft_budget_warns_once_and_lets_pass(caplog: pytest.LogCaptureF
 # --- exits -------------------------------------------------------------------------------------
 
 
-@each_store
 async def test_whatever_becomes_of_calls_nothing_stays_reserved_and_the_sum_is_that_of_the_receipts(store: str) -> None:
     async with serving("{per: tenant, usd: 1}", store, params="{token_ms: 2}") as gateway:
 
@@ -296,7 +335,6 @@ def test_every_moment_is_in_its_window_and_windows_touch(now: int, name: str) ->
         assert window_of(period, found.end, zone).start == found.end
 
 
-@each_store
 async def test_a_window_begins_anew_at_its_edge_and_a_clock_that_goes_back_gives_nothing(store: str) -> None:
     clock = ManualClock(1_800_000_000.0)
     async with serving("{per: tenant, usd: 0.000015, window: day}", store, clock=clock) as gateway:
@@ -309,7 +347,6 @@ async def test_a_window_begins_anew_at_its_edge_and_a_clock_that_goes_back_gives
         assert (await budget(gateway))["resets_at"].endswith("T00:00:00Z")
 
 
-@each_store
 async def test_a_reload_changes_the_limit_and_keeps_what_is_spent(store: str) -> None:
     """T28."""
     long: dict[str, Any] = {"messages": [{"role": "user", "content": "x " * 40}]}
@@ -320,7 +357,6 @@ async def test_a_reload_changes_the_limit_and_keeps_what_is_spent(store: str) ->
         assert (await budget(gateway))["spent_usd"] == "0.00002"
 
 
-@each_store
 async def test_an_increase_holds_until_it_expires_and_is_noted(store: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "qlens.audit")
     clock = ManualClock(1_800_000_000.0)
@@ -342,6 +378,27 @@ async def test_an_increase_holds_until_it_expires_and_is_noted(store: str, caplo
         clock.advance(601)
         assert (await call(gateway, **long)).status == 429
     assert sum('"budgets.increase"' in record.message for record in caplog.records) == 1
+
+
+async def test_the_list_of_budgets_comes_in_pages() -> None:
+    async with serving("{per: tenant, usd: 1}, {per: key, usd: 1}, {per: model, usd: 1}") as gateway:
+        assert (await call(gateway)).status == 200
+        found, after = list[str](), ""
+        for has_more in (True, True, False):
+            page = (await gateway.get(f"/admin/budgets?limit=1&after={after}", key="sk-example-ops")).json()
+            assert page["has_more"] is has_more
+            found.append(after := page["last_id"])
+        assert found == sorted(set(found))
+        for wrong in ("limit=0", "limit=x", "page=2"):
+            assert (await gateway.get(f"/admin/budgets?{wrong}", key="sk-example-ops")).status == 400
+
+
+async def test_in_memory_windows_that_are_over_are_forgotten_though_nobody_comes_back() -> None:
+    store = MemoryStore()
+    for day in range(50):
+        account = Account(f"budget-{day}", "tenant day", "tenant", f"t{day}", f"t{day}", "day")
+        await store.sync("a", [Ask(account, day * 86_400, LIMIT, 0, 7)], day * 86_400, 10**9)
+    assert len(store.sheets) <= 4
 
 
 async def test_what_is_spent_outlasts_a_restart_and_the_command_shows_it(
@@ -472,19 +529,19 @@ async def play(store: Store, moves: list[tuple[str, int, int, int]]) -> list[obj
         elif move == "late":
             now += 59
             for each in actors:
-                if each is not actor and each.known:
-                    assert await store.renew(each.id, now, 60)
+                if each is not actor and each.known and not await store.renew(each.id, now, 60):
+                    each.born()  # it was late before, and what it held is charged
         elif move == "kill" and actor.known:
             charged += sum(n.likely + n.excess for n in actor.calls)
             actor.born()
             now += 59
             for each in actors:
-                if each is not actor and each.known:
-                    await store.renew(each.id, now, 60)
+                if each is not actor and each.known and not await store.renew(each.id, now, 60):
+                    each.born()
             now += 2
             for each in actors:
-                if each is not actor and each.known:
-                    assert await store.renew(each.id, now, 60)
+                if each is not actor and each.known and not await store.renew(each.id, now, 60):
+                    each.born()  # it was late before, and what it held is charged
         elif move == "raise":
             raised += amount
             await store.increase(Increase(f"i{len(seen)}", ACCOUNT.id, amount, int(now) + 10**6, "", "", 0))
@@ -516,6 +573,76 @@ def test_sqlite_answers_as_memory_does_and_neither_overspends(moves: list[tuple[
                 assert await play(sqlite, moves) == await play(MemoryStore(), moves)
             finally:
                 await sqlite.close()
+
+    asyncio.run(both())
+
+
+LARGE = 4 * 10**15 + 7
+
+
+@define
+class Large:
+    """A store of large sums, beyond what a float can tell apart, seen as one of small ones."""
+
+    store: Store
+
+    async def sync(self, process: str, asks: Sequence[Ask], now: float, crash_seconds: float) -> list[Told]:
+        sums = ("limit", "tolerance", "spent", "held", "excess", "spare", "floor")
+        large = [
+            evolve(
+                ask,
+                needs=[Need(need.likely * LARGE, need.excess * LARGE) for need in ask.needs],
+                **{name: getattr(ask, name) * LARGE for name in sums},
+            )
+            for ask in asks
+        ]
+        return [
+            evolve(
+                told,
+                spare=small(told.spare),
+                spent=small(told.spent),
+                held=small(told.held),
+                limit=small(told.limit),
+            )
+            for told in await self.store.sync(process, large, now, crash_seconds)
+        ]
+
+    async def renew(self, process: str, now: float, crash_seconds: float) -> bool:
+        return await self.store.renew(process, now, crash_seconds)
+
+    async def leave(self, process: str) -> None:
+        await self.store.leave(process)
+
+    async def states(self, now: int, account: str | None = None) -> list[State]:
+        found = await self.store.states(now, account)
+        return [
+            evolve(state, limit=small(state.limit), spent=small(state.spent), held=small(state.held)) for state in found
+        ]
+
+    async def increase(self, increase: Increase) -> None:
+        await self.store.increase(evolve(increase, picos=increase.picos * LARGE))
+
+    async def close(self) -> None:
+        await self.store.close()
+
+
+def small(amount: int) -> int:
+    assert amount % LARGE == 0
+    return amount // LARGE
+
+
+@settings(max_examples=25, deadline=None)
+@given(moves=steps.map(lambda moves: [move for move in moves if move[0] not in {"late", "kill"}]))
+def test_redis_answers_as_memory_does_and_is_exact_with_large_sums(
+    server: RedisServer, moves: list[tuple[str, int, int, int]]
+) -> None:
+    async def both() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(redis_module, "GATHER_SECONDS", 0)
+            async with redis_budgets(server) as store:
+                with suppress(StoreAnew):  # it learns what it is to believe in
+                    await store.sync("x", [], 0, 60)
+                assert await play(Large(store), moves) == await play(MemoryStore(), moves)
 
     asyncio.run(both())
 

@@ -8,8 +8,10 @@ from decimal import Decimal
 from typing import Any
 
 import aiohttp
+import pytest
 
 from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing.redis import redis_server
 
 PATH = "/v1/chat/completions"
 ASKED = {"model": "out", "max_tokens": 50, "messages": [{"role": "user", "content": "hello"}]}
@@ -20,7 +22,8 @@ pipeline:
   route: [{{plugin: retry, backoff_seconds: 0.001}}]
   cost:
     - {{plugin: prices, table: [{{model: out, input: 3, output: 7}}]}}
-    - {{plugin: budgets, limits: [{{per: tenant, usd: 10}}], store: {{kind: sqlite, url: "sqlite:///budgets.db"}}}}
+    - {{plugin: ledger, url: "sqlite:///ledger.db"}}
+    - {{plugin: budgets, limits: [{{per: tenant, usd: 10}}], store: {store}}}
 providers: {{up: {{plugin: openai, base_url: "{url}", api_key: sk-example-up}}}}
 models: {{out: {{max_output_tokens: 1000, targets: [{{provider: up, model: out}}]}}}}
 """
@@ -57,10 +60,20 @@ async def leave_once_told(gateway: Running) -> None:
                 return
 
 
-async def test_the_providers_bill_is_the_sum_of_the_receipts_and_what_the_budget_has_spent() -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+async def test_the_providers_bill_is_the_sum_of_the_receipts_and_what_the_budget_has_spent(kind: str) -> None:
+    async with redis_server() as server:
+        places = {
+            "sqlite": '{kind: sqlite, url: "sqlite:///budgets.db"}',
+            "redis": f'{{kind: redis, url: "{server.url}", timeout_ms: 2000}}',
+        }
+        await bill_and_budget(places[kind])
+
+
+async def bill_and_budget(store: str) -> None:
     chance = random.Random(7)
     bills = [usage(chance.randint(1, 15), chance.randint(1, 50)) for _ in range(240)]
-    async with upstream() as provider, running(CONFIG.format(url=provider.url)) as gateway:
+    async with upstream() as provider, running(CONFIG.format(url=provider.url, store=store)) as gateway:
         for number, said in enumerate(bills[:100]):
             provider.script(*([Scripted(status=500)] if number % 5 == 0 else []), whole(said))
         for _ in range(10):

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlens import Command, Gateway, StartupError
+from qlens import Command, Gateway, StartupError, picos
 from qlens_plugins.cost.budgets.endpoints import row
 from qlens_plugins.cost.budgets.lines import ALLOWANCE
-from qlens_plugins.cost.budgets.settings import Sqlite
+from qlens_plugins.cost.budgets.redis import RedisBudgets
+from qlens_plugins.cost.budgets.settings import Memory
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
-from qlens_plugins.cost.budgets.store import StoreAway
+from qlens_plugins.cost.budgets.store import Account, Store, StoreAway
 from qlens_plugins.cost.columns import aligned
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ _EXAMPLES = """\
 examples:
   qlens budgets
   qlens budgets --tenant acme --json
+  qlens budgets --begin last-known.json
 """
 
 
@@ -30,6 +38,9 @@ def command(plugin: Budgets) -> Command:
     """The command for the budgets in a store."""
 
     async def run(gateway: Gateway, args: argparse.Namespace) -> int:
+        if args.begin is not None:
+            sys.stdout.write(await _begin(plugin, gateway, args.begin))
+            return 0
         rows = [each for each in await _rows(plugin, gateway) if args.tenant in (None, each["tenant"])]
         if args.json:
             sys.stdout.write(json.dumps({"budgets": rows}, indent=2) + "\n")
@@ -46,25 +57,61 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _EXAMPLES
     parser.add_argument("--tenant", help="only this tenant's")
+    parser.add_argument(
+        "--begin",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="for a Redis without a ledger that is new or has lost what it knew: nothing was spent, or what FILE says, "
+        "which is what --json printed",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON; money as decimal text")
 
 
 async def _rows(plugin: Budgets, gateway: Gateway) -> list[dict[str, Any]]:
-    if not isinstance(plugin.config.store, Sqlite):
+    if isinstance(plugin.config.store, Memory):
         raise StartupError("these budgets are in the memory of the gateway that runs: ask it for GET /admin/budgets")
-    store = plugin.new_store(gateway)
-    assert isinstance(store, SqliteStore)
     now = int(gateway.clock.time())
-    try:
-        await store.open()
+    async with _opened(plugin, gateway) as store:
         states = await store.states(now)
-    except StoreAway as away:
-        raise StartupError(f"the file of budgets cannot be asked: {away}") from away
-    finally:
-        await store.close()
     lines = {line.name: line for line in plugin.lines}
     return [
         row(state, lines.get(state.account.rule), now, plugin.zone)
         for state in states
         if state.account.rule in lines or state.account.rule.startswith(ALLOWANCE)
     ]
+
+
+@asynccontextmanager
+async def _opened(plugin: Budgets, gateway: Gateway) -> AsyncIterator[Store]:
+    async with plugin.open_store(gateway) as store:
+        try:
+            if isinstance(store, SqliteStore):
+                await store.open()
+            yield store
+        except StoreAway as away:
+            raise StartupError(f"the store of budgets cannot be asked: {away}") from away
+        finally:
+            await store.close()
+
+
+async def _begin(plugin: Budgets, gateway: Gateway, file: str) -> str:
+    """Begin with the sums of a file; what there is to say about it."""
+    listing = await asyncio.to_thread(Path(file).read_text, "utf-8") if file else '{"budgets": []}'
+    try:
+        sums = [_sum(each) for each in json.loads(listing)["budgets"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StartupError(f"{file} is no list of budgets as `qlens budgets --json` prints it: {error!r}") from error
+    async with _opened(plugin, gateway) as store:
+        if not isinstance(store, RedisBudgets):
+            raise StartupError("only a Redis loses what was spent: these budgets are kept elsewhere")
+        if not await store.begin(sums):
+            raise StartupError("Redis knows what was spent: nothing is to be set")
+    return f"{len(sums)} budgets are set, all others have spent nothing; calls are admitted in a second\n"
+
+
+def _sum(each: dict[str, Any]) -> tuple[Account, int, int, int]:
+    account = Account(each["id"], each["budget"], each["per"], each["owner"], each["tenant"], each["window"])
+    start = 0 if each["starts_at"] is None else int(datetime.fromisoformat(each["starts_at"]).timestamp())
+    spent = picos(Decimal(each["spent_usd"])) + picos(Decimal(each["reserved_usd"]))
+    return account, start, picos(Decimal(each["limit_usd"])), spent

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 64 * 1024
 MOST_REASON = 256
+MOST_ROWS = 1000
+"""On one page of a list."""
 _FIELDS = ("usd", "expires_at", "reason")
 
 
@@ -66,9 +68,13 @@ class BudgetApi:
         return _json({"object": "list", "data": rows})
 
     async def all(self, call: Call) -> Reply:
-        """Every budget that was used; those of one tenant for who rules that alone."""
-        rows = [self._row(state) for state in await self._states() if self._is_open(call, state)]
-        return _json({"object": "list", "data": rows})
+        """Budgets that were used, by id, a page at a time; those of one tenant for who rules that alone."""
+        most, after = _page(call)
+        states = [each for each in await self._states() if each.account.id > after and self._is_open(call, each)]
+        rows = [self._row(state) for state in states[:most]]
+        ids = [each["id"] for each in rows] or [None]
+        ends = {"first_id": ids[0], "last_id": ids[-1], "has_more": len(states) > most}
+        return _json({"object": "list", "data": rows, **ends})
 
     async def one(self, call: Call) -> Reply:
         """One budget."""
@@ -103,6 +109,7 @@ class BudgetApi:
             # What this process holds in advance is no reservation of anybody's.
             for till in list(tills.dirty):
                 till.want = 0
+            await tills.rested()
             await tills.flush()
             return await tills.store.states(self._now, id_)
         except StoreAway as away:
@@ -165,6 +172,17 @@ def row(state: State, line: Line | None, now: int, zone: ZoneInfo) -> dict[str, 
             for each in state.increases
         ],
     }
+
+
+def _page(call: Call) -> tuple[int, str]:
+    """How many budgets are asked for, and after which id."""
+    for name in call.query:
+        if name not in {"limit", "after"}:
+            raise InvalidRequest("Unknown parameter; known: limit, after.", param=name[:64], code="unknown_parameter")
+    text = call.query.get("limit", str(MOST_ROWS))
+    if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= MOST_ROWS):
+        raise _wrong("limit", f"a whole number from 1 to {MOST_ROWS}")
+    return int(text), call.query.get("after", "")
 
 
 async def _asked(call: Call, now: int) -> tuple[int, int, str]:

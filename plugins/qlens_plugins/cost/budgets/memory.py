@@ -8,6 +8,9 @@ from attrs import define, field
 
 from qlens_plugins.cost.budgets.store import Account, Ask, Increase, State, Told
 
+_DAYS = {"day": 1, "week": 7, "month": 31}
+_SWEEP_SECONDS = 3600
+
 
 @define(eq=False)
 class Part:
@@ -50,6 +53,7 @@ class MemoryStore:
     alive: dict[str, float] = field(factory=dict)
     """Until when each process is believed to live."""
     increases: list[Increase] = field(factory=list)
+    _swept: float = 0
 
     async def sync(self, process: str, asks: Sequence[Ask], now: float, crash_seconds: float) -> list[Told]:
         """Implements `Store`."""
@@ -65,6 +69,9 @@ class MemoryStore:
         if sheet is None:
             sheet = self.sheets[key] = Sheet(ask.account, ask.window, ask.limit)
             self._forget(ask)
+            if now - self._swept >= _SWEEP_SECONDS:
+                self._swept = now
+                self._sweep(now)
         part = sheet.parts.setdefault((process, ask.part), Part())
         sheet.limit = ask.limit
         part.spent, part.held, part.excess = ask.spent, ask.held, ask.excess
@@ -89,6 +96,14 @@ class MemoryStore:
         for window in older[:-1]:
             if not self.sheets[ask.account.id, window].held:
                 del self.sheets[ask.account.id, window]
+
+    def _sweep(self, now: float) -> None:
+        """Drop what nobody has used for a window and more, and increases that are over."""
+        self.increases = [each for each in self.increases if each.expires_at > now]
+        for key, sheet in list(self.sheets.items()):
+            days = _DAYS.get(sheet.account.period)
+            if days is not None and sheet.window + 2 * days * 86_400 < now and not sheet.held:
+                del self.sheets[key]
 
     def reap(self, now: float) -> None:
         """Charge what processes held that show no sign of life."""

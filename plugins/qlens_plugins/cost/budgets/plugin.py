@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from zoneinfo import ZoneInfo
 
 from attrs import define, field, frozen
 
-from qlens import Call, Command, Endpoint, Health, Receipt, hookimpl, usd
+from qlens import Call, Command, Endpoint, Health, Receipt, hookimpl, redis_store, usd
 from qlens_plugins.cost.budgets import commands as budget_commands
-from qlens_plugins.cost.budgets import refusals
+from qlens_plugins.cost.budgets import past, reached, refusals
 from qlens_plugins.cost.budgets.endpoints import BudgetApi
 from qlens_plugins.cost.budgets.lines import Line, lines_for, lines_of
 from qlens_plugins.cost.budgets.memory import MemoryStore
-from qlens_plugins.cost.budgets.settings import BudgetsConfig, Sqlite, place
+from qlens_plugins.cost.budgets.redis import RedisBudgets, Spent
+from qlens_plugins.cost.budgets.settings import BudgetsConfig, Memory, Redis, Sqlite, place
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
-from qlens_plugins.cost.budgets.store import Need, Store, StoreAway
+from qlens_plugins.cost.budgets.store import Account, Need, Store, StoreAway
 from qlens_plugins.cost.budgets.tills import Purse, Till, Tills, describe
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Budgets:
     @property
     def shares(self) -> Literal["process", "store"]:
         """How far the budgets reach."""
-        return "store" if isinstance(self.config.store, Sqlite) else "process"
+        return "process" if isinstance(self.config.store, Memory) else "store"
 
     @property
     def tills(self) -> Tills:
@@ -117,47 +118,63 @@ class Budgets:
         if not gateway.url:  # a command runs, which opens the store itself
             yield
             return
-        if self._tills is None or not self._tills.users:
-            self._tills = await self._new_tills(gateway)
-        tills, metrics = self._tills, gateway.metrics
-        self._count = _Counters(
-            metrics.counter("qlens_budget_refusals_total", "Calls that a budget had no room for.", ("budget",)),
-            metrics.counter(
-                "qlens_budget_warnings_total", "Budgets that reached a share of their limit.", ("budget", "percent")
-            ),
-            metrics.counter(
-                "qlens_budget_overruns_total", "Calls that cost more than was reserved for them.", ("budget",)
-            ),
-        )
-        tills.warn = self._warn
-        await tills.open()
-        try:
-            yield
-        finally:
-            await tills.close()
+        async with AsyncExitStack() as stack:
+            store = await stack.enter_async_context(self.open_store(gateway))
+            if self._tills is None or not self._tills.users:
+                self._tills = await self._new_tills(store, gateway)
+            self._count = _counters(gateway)
+            self._tills.warn = self._warn
+            await self._tills.open()
+            try:
+                yield
+            finally:
+                await self._tills.close()
 
-    async def _new_tills(self, gateway: Gateway) -> Tills:
-        config, store = self.config.store, self.new_store(gateway)
-        if isinstance(store, SqliteStore):
+    async def _new_tills(self, store: Store, gateway: Gateway) -> Tills:
+        config = self.config.store
+        if isinstance(store, SqliteStore | RedisBudgets):
             try:
                 await store.open()
             except StoreAway as away:
                 log.error("budgets: the store does not answer: %s", away)
-        if isinstance(config, Sqlite):
-            return Tills(store, gateway.clock.time, self.zone, config.lease_seconds, config.crash_seconds, 100)
-        # Nobody else has a part: all that is free may be held in advance.
-        return Tills(store, gateway.clock.time, self.zone, 1, 1e12, 1)
+        if isinstance(config, Memory):
+            # Nobody else has a part: all that is free may be held in advance.
+            return Tills(store, gateway.clock.time, self.zone, 1, 1e12, 1)
+        tills = Tills(store, gateway.clock.time, self.zone, config.lease_seconds, config.crash_seconds, 100)
+        if isinstance(config, Redis):
+            tills.look_ticks = 2  # a Redis that was emptied is to hear of all that is held within GATHER_SECONDS
+        return tills
 
-    def new_store(self, gateway: Gateway) -> Store:
-        """A store, not yet open."""
-        if isinstance(self.config.store, Sqlite):
-            return SqliteStore(place(self.config.store.url, gateway.config.folder))
-        return MemoryStore()
+    @asynccontextmanager
+    async def open_store(self, gateway: Gateway) -> AsyncIterator[Store]:
+        """A store, which is asked nothing yet."""
+        config = self.config.store
+        if isinstance(config, Redis):
+            async with redis_store(gateway, config) as redis:
+                yield RedisBudgets(redis, self._spent(gateway))
+        elif isinstance(config, Sqlite):
+            yield SqliteStore(place(config.url, gateway.config.folder))
+        else:
+            yield MemoryStore()
+
+    def _spent(self, gateway: Gateway) -> Spent | None:
+        """What a ledger of the same gateway says of a budget, if there is one."""
+        if past.ledger_of(gateway) is None:
+            return None
+
+        async def spent(account: Account, start: int, end: int) -> int:
+            spending = past.ledger_of(gateway)
+            if spending is None:
+                raise StoreAway("there is no ledger any more")
+            line = next((line for line in self.lines if line.name == account.rule), None)
+            return await past.spent_of(spending, line, account, start, end)
+
+        return spent
 
     @hookimpl
     def banner(self) -> Iterable[str]:
         """Say it where a restart forgets what was spent."""
-        if not isinstance(self.config.store, Sqlite):
+        if isinstance(self.config.store, Memory):
             yield (
                 f"{self.name}: what is spent is kept in memory, and a restart forgets it; "
                 "`store: {kind: sqlite}` keeps it"
@@ -166,7 +183,7 @@ class Budgets:
     @hookimpl
     def health(self) -> Health:
         """Whether the store answers."""
-        if not isinstance(self.config.store, Sqlite):
+        if isinstance(self.config.store, Memory):
             return Health(True, "kept in memory: a restart forgets what was spent")
         trouble = self.tills.trouble
         return Health(not trouble, f"calls under hard budgets are refused: {trouble}" if trouble else "")
@@ -267,6 +284,7 @@ class Budgets:
         if self._count is not None:
             self._count.warned.labels(till.purse.line.name, str(percent)).inc()
         log.warning("%s: %d %% are spent (%s USD)", describe(till), percent, usd(till.all_spent))
+        reached.announce(self.gateway, till, percent)
 
     def _plan(self, call: Call) -> Plan:
         found = [
@@ -308,3 +326,14 @@ class Budgets:
             f"{account.per} {account.owner} ({usd(line.limit)} USD)"
             for line, account in lines_for(self.lines, call)
         ]
+
+
+def _counters(gateway: Gateway) -> _Counters:
+    metrics = gateway.metrics
+    return _Counters(
+        metrics.counter("qlens_budget_refusals_total", "Calls that a budget had no room for.", ("budget",)),
+        metrics.counter(
+            "qlens_budget_warnings_total", "Budgets that reached a share of their limit.", ("budget", "percent")
+        ),
+        metrics.counter("qlens_budget_overruns_total", "Calls that cost more than was reserved for them.", ("budget",)),
+    )

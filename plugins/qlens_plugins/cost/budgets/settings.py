@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from attrs import asdict, field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, le, min_len
 
-from qlens import Call, Caller, Url, fits, picos, sqlite_path
+from qlens import Call, Caller, RedisSettings, Url, fits, picos, sqlite_path
 from qlens_plugins.cost.budgets.windows import Period
 
 if TYPE_CHECKING:
@@ -82,6 +82,18 @@ class Sqlite:
     """After how long without a sign of life what a process had reserved is charged."""
 
 
+@frozen(kw_only=True)
+class Redis(RedisSettings):
+    """Keeps what is spent in a Redis that all replicas and workers share."""
+
+    kind: Literal["redis"]
+    """Where it is kept."""
+    lease_seconds: float = field(default=1, validator=[ge(0), le(60)])
+    """How long a process may hold a part of a budget that no call needs yet; 0: it asks for every call."""
+    crash_seconds: float = field(default=60, validator=ge(3))
+    """After how long without a sign of life what a process had reserved is charged."""
+
+
 @frozen
 class Match:
     """Narrows a budget to some callers and models; a pattern may end in `*`."""
@@ -139,7 +151,7 @@ class BudgetsConfig:
 
     limits: tuple[Rule, ...] = field(validator=min_len(1))
     """All budgets that fit a call must have room for it."""
-    store: Memory | Sqlite = field(factory=Memory)
+    store: Memory | Sqlite | Redis = field(factory=Memory)
     """Where it is kept what was spent."""
     time_zone: str = field(default="UTC", validator=_zone)
     """In which time zone days, weeks and months begin: `UTC`, `Europe/Berlin`."""

@@ -14,6 +14,15 @@ class StoreAway(Exception):
     """The store does not answer; what was asked may have happened all the same."""
 
 
+class StoreAnew(StoreAway):
+    """The store has begun anew, without what it knew: each process says again what it knows."""
+
+    def __init__(self, epoch: str) -> None:
+        """Take the name of what has begun."""
+        super().__init__("the store has lost its sums and begun anew")
+        self.epoch = epoch
+
+
 @frozen
 class Account:
     """Names a budget: the rule and whose it is."""
@@ -58,6 +67,8 @@ class Ask:
     """Tells the parts of one process apart: one that is forgotten never comes back."""
     is_known: bool = False
     """Whether the store has answered before: if it knows nothing of this process then, it has been given up."""
+    floor: int = 0
+    """What everybody had spent when the store last said so before it began anew; `spent` begins at 0 then."""
 
 
 @frozen
@@ -104,7 +115,7 @@ class State:
 
 
 class Store(Protocol):
-    """Implemented by memory and SQLite, in the same words."""
+    """Implemented by memory, SQLite and Redis, in the same words."""
 
     async def sync(self, process: str, asks: Sequence[Ask], now: float, crash_seconds: float) -> list[Told]:
         """Take what a process says and answer it, all in one transaction; the process is alive until `now` and more."""

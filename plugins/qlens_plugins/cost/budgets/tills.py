@@ -13,7 +13,7 @@ from attrs import define, field
 
 from qlens import usd
 from qlens_plugins.cost.budgets.lines import Line
-from qlens_plugins.cost.budgets.store import Account, Ask, Need, Store, StoreAway, Told
+from qlens_plugins.cost.budgets.store import Account, Ask, Need, Store, StoreAnew, StoreAway, Told
 from qlens_plugins.cost.budgets.windows import Window, window_of
 
 log = logging.getLogger("qlens.budgets")
@@ -50,6 +50,10 @@ class Till:
     """By this process, ever."""
     said: int = 0
     """What of that the store knows."""
+    before: int = 0
+    """What of that was said before the store began anew: it is in `floor`."""
+    floor: int = 0
+    """What everybody had spent then, as far as this process was told."""
     told: Told = field(factory=Told)
     until: int = 0
     """From when on the store is asked whatever there is: the window, or an increase, is over."""
@@ -91,7 +95,11 @@ class Tills:
     share: int
     """The most that is held in advance is the limit divided by this."""
     warn: Callable[[Till, int], None] = lambda till, percent: None
+    look_ticks: int = 8
+    """How often it is looked for processes that died, and for a store that has begun anew."""
     process: str = field(factory=lambda: uuid4().hex)
+    epoch: str = ""
+    """Names what the store knows, where it can lose that."""
     users: int = 0
     trouble: str = ""
     purses: WeakValueDictionary[str, Purse] = field(factory=WeakValueDictionary)
@@ -227,6 +235,13 @@ class Tills:
 
     async def _sync(self, tills: Sequence[Till], needs: Sequence[Need] = ()) -> list[Told]:
         """Tell the store all about some parts, and give all room back: it decides about what there is."""
+        try:
+            return await self._sync_once(tills, needs)
+        except StoreAnew as anew:
+            self._say_again(anew)
+            return await self._sync_once(tills, needs)
+
+    async def _sync_once(self, tills: Sequence[Till], needs: Sequence[Need]) -> list[Told]:
         process = self.process
         asks = [self._ask(till, needs) for till in tills]
         rooms = [till.room for till in tills]
@@ -236,6 +251,8 @@ class Tills:
         self._renewed = self.now()
         try:
             answers = await self.store.sync(process, asks, self._renewed, self.crash_seconds)
+        except StoreAnew:
+            raise
         except StoreAway as away:
             self._failed(away)
             raise
@@ -246,7 +263,7 @@ class Tills:
             self._given_up(process)
             return answers
         for till, ask, told in zip(tills, asks, answers, strict=True):
-            till.known, till.told, till.said = True, told, ask.spent
+            till.known, till.told, till.said = True, told, till.before + ask.spent
             till.room += told.spare
             till.until = min(till.window.end, told.until)
             till.warn_from = 0
@@ -264,14 +281,28 @@ class Tills:
             window,
             line.limit,
             line.tolerance,
-            till.spent,
+            till.spent - till.before,
             till.held,
             till.excess,
             needs,
             spare,
             till.number,
             till.known,
+            till.floor,
         )
+
+    def _say_again(self, anew: StoreAnew) -> None:
+        """Have all said again to a store that has lost it; nothing is held in advance there any more."""
+        if anew.epoch == self.epoch:
+            return
+        if self.epoch:
+            log.error("budgets: %s", anew)
+        self.epoch = anew.epoch
+        for till in [*self.dirty, *(purse.till for purse in self.purses.values())]:
+            if not till.given_up:
+                till.before, till.floor, till.known = till.said, till.told.spent, False
+                till.room, till.until = min(till.room, 0), 0
+                self.dirty[till] = None
 
     def _failed(self, away: StoreAway) -> None:
         if not self.trouble:
@@ -322,7 +353,7 @@ class Tills:
                 if ticks % max(1, round(self.lease_seconds / 2 / TICK_SECONDS)) == 0:
                     await self.flush()
                 # Others that died are looked for as often, too.
-                if self.now() - self._renewed >= self.crash_seconds / 4 or ticks % 8 == 0:
+                if self.now() - self._renewed >= self.crash_seconds / 4 or ticks % self.look_ticks == 0:
                     await self._renew()
             except StoreAway:
                 continue
@@ -333,16 +364,29 @@ class Tills:
         process, self._renewed = self.process, self.now()
         try:
             is_alive = await self.store.renew(process, self._renewed, self.crash_seconds)
+        except StoreAnew as anew:
+            self._say_again(anew)
+            await self.flush()
+            return
         except StoreAway as away:
             self._failed(away)
             raise
         if not is_alive and any(till.known for till in (*self.dirty, *(p.till for p in self.purses.values()))):
             self._given_up(process)
 
+    async def rested(self) -> None:
+        """Wait, for a moment at most, until no answer of the store is awaited: such tills are not flushed."""
+        for _ in range(20):
+            if not any(till.busy for till in self.dirty):
+                return
+            await asyncio.sleep(0.005)
+
     async def flush(self, tills: Iterable[Till] | None = None) -> None:
         """Tell the store what was spent, and give back what no call needed."""
         wanted = list(self.dirty) if tills is None else list(tills)
-        await self._flush([till for till in wanted if till.spent != till.said or till.room or not till.held])
+        await self._flush(
+            [till for till in wanted if till.spent != till.said or till.room or not (till.held and till.known)]
+        )
 
     async def _flush(self, tills: Sequence[Till], *, final: bool = False) -> None:
         idle = [till for till in tills if not till.busy and not till.given_up]
