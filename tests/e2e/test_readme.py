@@ -104,7 +104,7 @@ models: {gpt-4o-mini: {max_output_tokens: 100, targets: [{provider: echo, model:
 def test_commands_of_the_readme_exist(tmp_path: Path) -> None:
     config = tmp_path / "qlens.yaml"
     config.write_text(EVERY_COMMAND)
-    listed = set(re.findall(r"^qlens (\w+)", block_with("text", "qlens serve"), re.MULTILINE))
+    listed = set(re.findall(r"^qlens ([\w-]+)", block_with("text", "qlens serve"), re.MULTILINE))
     for command in listed:
         result = run_qlens(command, "--help", env={"QLENS_CONFIG": str(config)})
         assert result.returncode == 0, f"{command}: {result.stderr}"

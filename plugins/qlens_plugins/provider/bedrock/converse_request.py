@@ -33,6 +33,11 @@ _NO_EQUAL: Mapping[str, Any] = {
     "seed": None,
     "verbosity": "medium",
 }
+_PLAIN = frozenset(
+    {"model", "messages", "max_completion_tokens", "max_tokens", "n", "stop", "stream", "stream_options", "temperature"}
+    | {"top_p"}
+)
+"""The fields of a chat that asks for nothing but an answer."""
 _LATENCIES = {"standard", "optimized"}
 _ADDITIONAL = "additional_model_request_fields"
 
@@ -64,6 +69,8 @@ class Rules:
 
 def written(body: Block, params: Mapping[str, Any], family: Family, rules: Rules, *, stream: bool) -> Asked:
     """Write a chat for Converse; `params` are those fields of the body that the operator set."""
+    if body.keys() <= _PLAIN and rules.guardrail is None:
+        return _plain(body, family)
     _refuse_what_has_no_equal(body, family, rules.reject)
     names = Names()
     offered = tools.offered(body) if body.get("tools") or body.get("functions") else []
@@ -80,6 +87,41 @@ def written(body: Block, params: Mapping[str, Any], family: Family, rules: Rules
     one_tool = body.get("parallel_tool_calls") is False
     older = "functions" in body and "tools" not in body
     return Asked(draft.written(specs, limit, guardrail), names, form.helper, one_tool, older)
+
+
+def _plain(body: Block, family: Family) -> Asked:
+    """A chat that says nothing but how it is to be sampled, as most do: there is nothing else to look for."""
+    names = Names()
+    talk = Conversation(family, names)
+    talk.read(body["messages"])
+    if talk.marked:
+        caching.keep_within_limits([talk.system, *(turn["content"] for turn in talk.turns)])
+    asked: Block = {"messages": talk.turns}
+    if talk.system:
+        asked["system"] = talk.system
+    if config := _sampling(body, family, body.get("max_completion_tokens") or body.get("max_tokens")):
+        asked["inferenceConfig"] = config
+    if talk.has_tools and (specs := tools.from_history(talk.turns)):
+        asked["toolConfig"] = {"tools": specs}
+    return Asked(asked, names)
+
+
+def _sampling(body: Block, family: Family, limit: int | None, *, barred: bool = False) -> Block:
+    """What Converse's inferenceConfig says; `barred`: a model that thinks takes no sampling."""
+    config: Block = {}
+    if limit is not None:
+        config["maxTokens"] = limit
+    if family.sampling and not barred:
+        temperature, top_p = body.get("temperature"), body.get("top_p")
+        if temperature is not None:
+            config["temperature"] = min(temperature, 1)  # OpenAI's goes up to 2
+        if top_p is not None and not (family.one_sampler and temperature is not None):
+            config["topP"] = top_p
+    if stop := body.get("stop"):
+        texts = [stop] if isinstance(stop, str) else stop
+        if kept := [text for text in texts if text.strip() and re.fullmatch(family.stop, text, re.DOTALL)]:
+            config["stopSequences"] = kept
+    return config
 
 
 def _refuse_what_has_no_equal(body: Block, family: Family, reject: bool) -> None:
@@ -130,7 +172,7 @@ class _Draft:
         parts = {
             "messages": talk.turns,
             "system": talk.system,
-            "inferenceConfig": self._inference(limit),
+            "inferenceConfig": _sampling(body, self.family, limit, barred=self.mind.bars_sampling),
             "toolConfig": config,
             "guardrailConfig": guardrail,
             "additionalModelRequestFields": self._additional(config),
@@ -140,22 +182,6 @@ class _Draft:
             "performanceConfig": {"latency": body["latency"]} if body.get("latency") in _LATENCIES else None,
         }
         return dict(filter(itemgetter(1), parts.items()))
-
-    def _inference(self, limit: int | None) -> Block:
-        body, config = self.body, dict[str, Any]()
-        if limit is not None:
-            config["maxTokens"] = limit
-        if self.family.sampling and not self.mind.bars_sampling:
-            temperature, top_p = body.get("temperature"), body.get("top_p")
-            if temperature is not None:
-                config["temperature"] = min(temperature, 1)  # OpenAI's goes up to 2
-            if top_p is not None and not (self.family.one_sampler and temperature is not None):
-                config["topP"] = top_p
-        if stop := body.get("stop"):
-            texts = [stop] if isinstance(stop, str) else stop
-            if kept := [text for text in texts if text.strip() and re.fullmatch(self.family.stop, text, re.DOTALL)]:
-                config["stopSequences"] = kept
-        return config
 
     def _tool_config(self, specs: list[Block]) -> Block | None:
         body, form = self.body, self.form

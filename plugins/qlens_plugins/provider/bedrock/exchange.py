@@ -97,6 +97,8 @@ class ToldBy:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            return
         if isinstance(error, CallError):
             error.upstream_id = error.upstream_id or self.request_id
         elif isinstance(error, AttributeError | IndexError | KeyError | TypeError):
