@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import lru_cache
 from pathlib import Path
 
@@ -34,8 +34,8 @@ _CL100K = (
 )
 _FILES: Mapping[str, tuple[str, str]] = {"o200k_base": _O200K, "o200k_harmony": _O200K, "cl100k_base": _CL100K}
 
-Counter = Callable[[str], int]
-_loaded: dict[str, Counter] = {}
+Encode = Callable[[str], Sized]
+_loaded: dict[str, Encode] = {}
 """By the name of the vocabulary. Of the process: they never change, and one is tens of megabytes."""
 
 
@@ -46,35 +46,33 @@ def load(models: Iterable[str]) -> None:
             continue
         import tiktoken
 
-        encoding = tiktoken.get_encoding(name)
-        _loaded[name] = lambda text, encode=encoding.encode_ordinary: len(encode(text))  # type: ignore[misc]
+        _loaded[name] = tiktoken.get_encoding(name).encode_ordinary
         log.info("tokens of %s are counted by its vocabulary", name)
 
 
 def estimated_input(call: Call) -> int:
     """What a call's input is likely to count at the target that it was sent to last."""
-    count = _counter(call)
-    if count is None:
+    encode = _encoder(call)
+    if encode is None:
         return call.estimated_input
     text = "\n".join(text for _, text in call.texts())
     by_size = -(-len(text.encode(errors="replace")) // 3)
     # All else (images, tools, what stands around each message) is in the estimate by size.
-    return max(0, call.estimated_input - by_size) + _counted(count, text)
+    return max(0, call.estimated_input - by_size) + _counted(encode, text)
 
 
 def estimated_output(call: Call, text: str) -> int | None:
     """What a text that a target wrote is likely to count; None without its vocabulary."""
-    count = _counter(call)
-    return None if count is None else _counted(count, text)
+    encode = _encoder(call)
+    return None if encode is None else _counted(encode, text)
 
 
-def _counted(count: Counter, text: str) -> int:
-    if len(text) <= MOST_COUNTED:
-        return count(text)
-    return -(-count(text[:MOST_COUNTED]) * len(text) // MOST_COUNTED)
+def _counted(encode: Encode, text: str) -> int:
+    tokens = len(encode(text[:MOST_COUNTED]))
+    return tokens if len(text) <= MOST_COUNTED else -(-tokens * len(text) // MOST_COUNTED)
 
 
-def _counter(call: Call) -> Counter | None:
+def _encoder(call: Call) -> Encode | None:
     if not _loaded or not call.attempts:
         return None
     target = call.attempts[-1].target
