@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import orjson
@@ -32,12 +33,12 @@ _END_SECONDS = 1.0
 async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Reply:
     """Ask for whole answers; their usage adds up."""
     path, body = f"/model/{model.segment}/converse", dumped(asked.body)
-    answers = await gathered([lambda: wire.ask(path, body)] * choices)
+    answers = await gathered([partial(wire.ask, path, body)] * choices)
     request_id = answers[0].request_id
     head = Head.of(model.shown, request_id)
     with ToldBy(request_id):
         written = [choice_of(answer.body, asked, index) for index, answer in enumerate(answers)]
-    usage = usages.total(usages.read(answer.body.get("usage"), _tier(answer.body)) for answer in answers)
+    usage = usages.total([usages.read(answer.body.get("usage"), _tier(answer.body)) for answer in answers])
     content: Block = {
         "id": head.id,
         "object": "chat.completion",
@@ -166,7 +167,7 @@ async def _told(reply: Reply, streams: list[_Stream], head: Head) -> AsyncIterat
     async with aclosing(source):
         async for chunk in source:
             yield chunk
-    usage = usages.total(stream.writer.usage for stream in streams)
+    usage = usages.total([stream.writer.usage for stream in streams])
     if usage is not None:
         reply.usage = usage
         yield usage_chunk(head, usage)

@@ -26,6 +26,7 @@ _FINISH = {
     "pause_turn": "length",
 }
 _MALFORMED = {"malformed_model_output", "malformed_tool_use"}
+_BLOCKS = frozenset({dict})
 
 
 @frozen(slots=False)  # made for every call
@@ -76,10 +77,11 @@ def choice_of(answer: Block, asked: Asked, index: int) -> Block:
 
 
 def _content(answer: Block) -> list[Block]:
-    output = answer.get("output")
-    message = output.get("message") if isinstance(output, dict) else None
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
+    try:
+        content = answer["output"]["message"]["content"]
+    except (KeyError, TypeError):
+        content = None
+    if not isinstance(content, list) or not _BLOCKS.issuperset(map(type, content)):
         raise UpstreamInvalid("The provider's answer has no message.")
     return content
 

@@ -13,7 +13,7 @@ from qlens import InvalidRequest
 from qlens_plugins.provider.bedrock import caching, tools
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.formats import Format, format_of
-from qlens_plugins.provider.bedrock.messages import Conversation
+from qlens_plugins.provider.bedrock.messages import Conversation, spoken
 from qlens_plugins.provider.bedrock.reasoning import Thinking, thinking
 from qlens_plugins.provider.bedrock.settings import GuardrailSettings
 from qlens_plugins.provider.bedrock.tools import Names
@@ -56,7 +56,7 @@ class Asked:
     """Whether the client speaks of functions, not of tools."""
 
 
-@frozen(slots=False)  # made for every call
+@frozen
 class Rules:
     """What the operator says about every call of a target."""
 
@@ -69,8 +69,8 @@ class Rules:
 
 def written(body: Block, params: Mapping[str, Any], family: Family, rules: Rules, *, stream: bool) -> Asked:
     """Write a chat for Converse; `params` are those fields of the body that the operator set."""
-    if body.keys() <= _PLAIN and rules.guardrail is None:
-        return _plain(body, family)
+    if body.keys() <= _PLAIN and rules.guardrail is None and (said := spoken(body["messages"], family)):
+        return _plain(body, family, *said)
     _refuse_what_has_no_equal(body, family, rules.reject)
     names = Names()
     offered = tools.offered(body) if body.get("tools") or body.get("functions") else []
@@ -89,21 +89,14 @@ def written(body: Block, params: Mapping[str, Any], family: Family, rules: Rules
     return Asked(draft.written(specs, limit, guardrail), names, form.helper, one_tool, older)
 
 
-def _plain(body: Block, family: Family) -> Asked:
+def _plain(body: Block, family: Family, system: list[Block], turns: list[Block]) -> Asked:
     """A chat that says nothing but how it is to be sampled, as most do: there is nothing else to look for."""
-    names = Names()
-    talk = Conversation(family, names)
-    talk.read(body["messages"])
-    if talk.marked:
-        caching.keep_within_limits([talk.system, *(turn["content"] for turn in talk.turns)])
-    asked: Block = {"messages": talk.turns}
-    if talk.system:
-        asked["system"] = talk.system
+    asked: Block = {"messages": turns}
+    if system:
+        asked["system"] = system
     if config := _sampling(body, family, body.get("max_completion_tokens") or body.get("max_tokens")):
         asked["inferenceConfig"] = config
-    if talk.has_tools and (specs := tools.from_history(talk.turns)):
-        asked["toolConfig"] = {"tools": specs}
-    return Asked(asked, names)
+    return Asked(asked, Names())
 
 
 def _sampling(body: Block, family: Family, limit: int | None, *, barred: bool = False) -> Block:

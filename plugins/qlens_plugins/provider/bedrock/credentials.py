@@ -10,7 +10,7 @@ from attrs import define, field
 
 from qlens import UpstreamAuth
 from qlens_plugins.provider.bedrock.settings import BedrockConfig
-from qlens_plugins.provider.bedrock.signing import Keys, Signer, bearer_headers
+from qlens_plugins.provider.bedrock.signing import Keys, Proof, Signer, bearer
 
 BEARER_VARIABLE = "AWS_BEARER_TOKEN_BEDROCK"
 
@@ -21,11 +21,11 @@ class Bearer:
 
     _key: str = field(repr=False)
 
-    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
+    def prove(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> Proof:
         """The headers of a request."""
-        return bearer_headers(self._key, host, accept, own)
+        return bearer(self._key, host, accept, own)
 
-    async def renew(self, refused: Mapping[str, str]) -> bool:
+    async def renew(self, refused: Proof) -> bool:
         """There is no other key."""
         return False
 
@@ -59,17 +59,17 @@ class Signed:
     signer: Signer
     source: Source
 
-    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
+    def prove(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> Proof:
         """The headers of a request; raises UpstreamAuth while no access key was found."""
         keys = self.source.keys
         if keys is None:
             raise UpstreamAuth("The gateway has no credentials for AWS.")
-        return self.signer.headers(keys, host, path, body, accept, own=own)
+        return self.signer.sign(keys, host, path, body, accept, own=own)
 
-    async def renew(self, refused: Mapping[str, str]) -> bool:
+    async def renew(self, refused: Proof) -> bool:
         """Get a fresh access key, unless there is another one than that of the refused request already."""
         keys = self.source.keys
-        if keys is not None and f"Credential={keys.access_key}/" not in refused["authorization"]:
+        if keys is not None and f"Credential={keys.access_key}/" not in refused.authorization:
             return True
         return await self.source.renew()
 

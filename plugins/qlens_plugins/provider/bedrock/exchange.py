@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import orjson
@@ -10,7 +11,7 @@ from attrs import define, field, frozen
 
 from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected
 from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
-from qlens_plugins.provider.bedrock.signing import NOTHING
+from qlens_plugins.provider.bedrock.signing import NOTHING, Proof
 
 _ERROR_BODY_BYTES = 64 * 1024
 
@@ -18,10 +19,10 @@ _ERROR_BODY_BYTES = 64 * 1024
 class Credentials(Protocol):
     """What proves to Bedrock who asks."""
 
-    def headers(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
+    def prove(self, host: str, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> Proof:
         """The headers of a request, Bedrock's own among them; raises UpstreamAuth when there is no credential."""
 
-    async def renew(self, refused: Mapping[str, str]) -> bool:
+    async def renew(self, refused: Proof) -> bool:
         """Get a fresh credential, because that of a request with these headers has expired; False: there is none."""
 
 
@@ -61,33 +62,36 @@ class Wire:
         except CallError as error:
             error.upstream_id = request_id
             raise
-        finally:
-            await answer.close()
 
     async def post(self, path: str, body: bytes, accept: str, own: Mapping[str, str] = NOTHING) -> Answer:
         """Post JSON and return the answer once its status says that it is one; raises the error it is otherwise.
 
         Credentials that were refused as expired are renewed, and the request is sent once more.
         """
-        headers = self._headers(path, body, accept, own)
+        prove = partial(self.credentials.prove, self._host, self._prefix + path, body, accept, own)
+        proof = prove()
         try:
-            return await self._post(path, body, headers)
+            return await self._post(path, body, proof)
         except CredentialsExpired:
-            if not await self.credentials.renew(headers):
+            if not await self.credentials.renew(proof):
                 raise
-        return await self._post(path, body, self._headers(path, body, accept, own))
+        return await self._post(path, body, prove())
 
-    def _headers(self, path: str, body: bytes, accept: str, own: Mapping[str, str]) -> dict[str, str]:
-        return self.credentials.headers(self._host, self._prefix + path, body, accept, own)
-
-    async def _post(self, path: str, body: bytes, headers: dict[str, str]) -> Answer:
-        answer = await self.http.open("POST", self.base + path, headers=headers, body=body, deadlines=self.deadlines)
+    async def _post(self, path: str, body: bytes, proof: Proof) -> Answer:
+        answer = await self.http.open(
+            "POST",
+            self.base + path,
+            headers=proof.headers,
+            authorization=proof.authorization,
+            body=body,
+            deadlines=self.deadlines,
+        )
         if answer.status == 200:
             return answer
         raise await _refusal(answer)
 
 
-@frozen
+@define(eq=False)
 class ToldBy:
     """Around the reading of an answer: what is wrong with it is told with AWS's id of its request."""
 

@@ -16,7 +16,7 @@ AT_ONCE = 8
 async def gathered(requests: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
     """The results in the order of the requests; the first failure cancels the rest and is raised."""
     if len(requests) < 2:
-        return [await request() for request in requests]
+        return [await requests[0]()] if requests else []
     turnstile = asyncio.Semaphore(AT_ONCE)
 
     async def run(request: Callable[[], Awaitable[T]]) -> T:

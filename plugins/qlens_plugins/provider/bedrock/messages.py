@@ -16,8 +16,41 @@ from qlens_plugins.provider.bedrock.tools import Names, call_id
 Message = dict[str, Any]
 
 _OPENING = frozenset({"system", "developer"})
-_PROMPTS = _OPENING | {"user"}
-"""Who speaks in texts and parts alone."""
+_SPEAKERS = frozenset({"user", "assistant"})
+
+
+def spoken(messages: list[Message], family: Family) -> tuple[list[Block], list[Block]] | None:
+    """The system prompts and turns of a chat of texts alone that user begins and ends, as most are.
+
+    None for every other chat, which takes a Conversation.
+    """
+    system: list[Block] = []
+    turns: list[Block] = []
+    for message in messages:
+        role, blocks = message["role"], _texts(message)
+        if blocks is None:
+            return None
+        if role in _SPEAKERS:
+            if turns and turns[-1]["role"] == role:
+                turns[-1]["content"] += blocks
+            else:
+                turns.append({"role": role, "content": blocks})
+        elif role in _OPENING and not turns and family.system:
+            system += blocks
+        else:
+            return None
+    return (system, turns) if turns and turns[0]["role"] == turns[-1]["role"] == "user" else None
+
+
+def _texts(message: Message) -> list[Block] | None:
+    content = message.get("content")
+    if len(message) != 2 or not content:
+        return None
+    if isinstance(content, str):
+        return [{"text": content}] if content.strip() else None
+    if all(len(part) == 2 and part["type"] == "text" and part["text"].strip() for part in content):
+        return [{"text": part["text"]} for part in content]
+    return None
 
 
 @define(eq=False)
@@ -58,15 +91,12 @@ class Conversation:
     # --- one message ---------------------------------------------------------------------------
 
     def _read(self, message: Message, position: int) -> None:
-        role, content = message["role"], message.get("content")
-        if len(message) == 2 and role in _PROMPTS and isinstance(content, str):  # most are: no parts, no mark
-            entries: list[Entry] = [({"text": content}, None)] if content.strip() else []
-        else:
-            entries = self._entries(message, f"messages[{position}]")
-            ttl = mark(message)
-            if ttl is not None and entries:
-                self.marked = True
-                entries[-1] = (entries[-1][0], ttl)
+        role = message["role"]
+        entries = self._entries(message, f"messages[{position}]")
+        ttl = mark(message)
+        if ttl is not None and entries:
+            self.marked = True
+            entries[-1] = (entries[-1][0], ttl)
         if not self._turns and role in _OPENING:
             self._system += entries
         else:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 from attrs import define, field
 
@@ -33,6 +34,7 @@ from qlens_plugins.provider.bedrock.embeddings import embed
 from qlens_plugins.provider.bedrock.exchange import Credentials, Wire
 from qlens_plugins.provider.bedrock.families import family_of
 from qlens_plugins.provider.bedrock.images import Images
+from qlens_plugins.provider.bedrock.model_ids import ModelId
 from qlens_plugins.provider.bedrock.pictures import paint
 from qlens_plugins.provider.bedrock.rerank import rerank
 from qlens_plugins.provider.bedrock.settings import BedrockConfig
@@ -56,11 +58,17 @@ class Bedrock:
     _wire: Wire | None = field(default=None, init=False, repr=False)
     _chain: Chain | None = field(default=None, init=False, repr=False)
     _images: Images | None = field(default=None, init=False, repr=False)
+    _rules: dict[str, Rules] = field(init=False, repr=False)
+    """By the way in which answers are made to fit a schema."""
     _by_tool: set[str] = field(factory=set, init=False, repr=False)
     """The models that refused to make an answer fit a schema by themselves."""
 
     Config = BedrockConfig
     takes_extensions = True
+
+    def __attrs_post_init__(self) -> None:
+        guardrail, reject = self.config.guardrail, self.config.unsupported == "reject"
+        self._rules = {way: Rules(guardrail, reject, way) for way in _SCHEMA_WAYS}
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The one dialect spoken for a target: a model either chats, or makes embeddings or images, or ranks."""
@@ -124,25 +132,27 @@ class Bedrock:
         if self._images is not None:
             await self._images.put_in(outgoing.body["messages"])
         way = target.params.get("structured_output") or family.schema
-        if way != "native" or model.base in self._by_tool or not outgoing.body.get("response_format"):
-            return await self._chat(target, outgoing, "tool" if way == "native" else way)
+        if way == "native" and model.base in self._by_tool:
+            way = "tool"
+        body = outgoing.fields()  # what is written for Bedrock is new
+        if way != "native" or not body.get("response_format"):
+            return await self._chat(target, model, body, way, stream=outgoing.stream)
         # Which models make an answer fit a schema by themselves is not written down everywhere, nor what schemas.
         try:
-            return await self._chat(target, outgoing, way)
+            return await self._chat(target, model, body, way, stream=outgoing.stream)
         except UpstreamRejected as error:
             if not _NO_NATIVE_FORM.search(error.message):
                 raise
             if _NOT_AT_ALL.search(error.message):
                 self._by_tool.add(model.base)
-        return await self._chat(target, outgoing, "tool")
+        return await self._chat(target, model, body, "tool", stream=outgoing.stream)
 
-    async def _chat(self, target: Target, outgoing: Outgoing, way: str) -> Reply:
+    def _chat(
+        self, target: Target, model: ModelId, body: dict[str, Any], way: str, *, stream: bool
+    ) -> Awaitable[Reply]:
         assert self._wire is not None, "the lifespan is not open"
-        model, body = _model(target), outgoing.body
-        rules = Rules(self.config.guardrail, reject=self.config.unsupported == "reject", schema=way)
-        asked = written(body, target.params, family_of(model.base), rules, stream=outgoing.stream)
-        ask = converse_stream if outgoing.stream else converse
-        return await ask(self._wire, model, asked, body.get("n") or 1)
+        asked = written(body, target.params, family_of(model.base), self._rules[way], stream=stream)
+        return (converse_stream if stream else converse)(self._wire, model, asked, body.get("n") or 1)
 
     def _credentials(self, region: str) -> Credentials:
         config = self.config
@@ -164,7 +174,7 @@ class Bedrock:
         return region
 
 
-def _model(target: Target) -> model_ids.ModelId:
+def _model(target: Target) -> ModelId:
     return model_ids.read(target.model, target.base_model)
 
 

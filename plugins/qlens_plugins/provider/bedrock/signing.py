@@ -15,6 +15,8 @@ from attrs import define, field, frozen
 SERVICE = "bedrock"
 NOTHING: Mapping[str, str] = {}
 _JSON = "application/json"
+_BLOCK_BYTES = sha256().block_size
+_INNER, _OUTER = (bytes(byte ^ pad for byte in range(256)) for pad in (0x36, 0x5C))
 
 
 @frozen
@@ -27,15 +29,27 @@ class Keys:
     """The session token of temporary credentials."""
 
 
+@frozen(slots=False)  # made for every call
+class Proof:
+    """What a request's head says of who asks, and of what."""
+
+    headers: Mapping[str, str] = field(repr=False)
+    """Those that other requests have as well."""
+    authorization: str = field(repr=False)
+    """The value of one more, which may be this request's alone."""
+
+
 @frozen
 class _Alike:
-    """The part of a signature that does not depend on the body."""
+    """The part of a signature that does not depend on the body: what is hashed with it, as far as it goes."""
 
-    begun: Any
-    """The hash of the canonical request up to the body's own."""
-    text: str
-    authorization: str
     headers: Mapping[str, str] = field(repr=False)
+    authorization: str
+    request: Any
+    """The canonical request, up to the body's own hash."""
+    inner: Any = field(repr=False)
+    """The inner hash of the signature's HMAC, up to the request's hash."""
+    outer: Any = field(repr=False)
 
 
 @define(eq=False)
@@ -50,33 +64,42 @@ class Signer:
     clock: Callable[[], float] = time.time
     _second: int = field(init=False, default=-1)
     _stamp: str = field(init=False, default="")
-    _scope: str = field(init=False, default="")
-    _key_of: tuple[str, Keys] | None = field(init=False, default=None, repr=False)
-    _key: bytes = field(init=False, default=b"", repr=False)
+    _keys: Keys | None = field(init=False, default=None, repr=False)
+    _signing_of: tuple[str, Keys] | None = field(init=False, default=None, repr=False)
+    _signing: tuple[Any, Any] = field(init=False, repr=False)
+    """The HMAC with the day's key."""
     _alike: dict[tuple[object, ...], _Alike] = field(init=False, factory=dict, repr=False)
     """What the requests of this second have in common: most differ in nothing but their body."""
 
-    def headers(
+    def sign(
         self, keys: Keys, host: str, path: str, body: bytes, accept: str, *, own: Mapping[str, str] = NOTHING
-    ) -> dict[str, str]:
-        """The headers of a POST of JSON; `path` is as it stands in the request line, without a query.
+    ) -> Proof:
+        """Sign a POST of JSON; `path` is as it stands in the request line, without a query.
 
         The names of Bedrock's `own` headers are lowercase, in order, and come after `x-amz-`; no value has spaces.
         """
-        self._tick()
-        like = (path, host, accept, keys.access_key, keys.token, *own.items())
+        second = int(self.clock())
+        if second != self._second or keys is not self._keys:
+            self._begin(second, keys)
+        like = (path, host, accept, *own.items())
         alike = self._alike.get(like)
         if alike is None:
             alike = self._alike[like] = self._begun(keys, host, path, accept, own)
-        request = alike.begun.copy()
+        request, inner, outer = alike.request.copy(), alike.inner.copy(), alike.outer.copy()
         request.update(sha256(body).hexdigest().encode())
-        text = f"{alike.text}{request.hexdigest()}"
-        signature = hmac.digest(self._signing_key(keys), text.encode(), "sha256").hex()
-        return {**alike.headers, "authorization": f"{alike.authorization}{signature}"}
+        inner.update(request.hexdigest().encode())
+        outer.update(inner.digest())
+        return Proof(alike.headers, alike.authorization + outer.hexdigest())
+
+    def _begin(self, second: int, keys: Keys) -> None:
+        self._alike.clear()
+        self._second, self._keys = second, keys
+        self._stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
 
     def _begun(self, keys: Keys, host: str, path: str, accept: str, own: Mapping[str, str]) -> _Alike:
         """What all requests like this have in common as long as the second lasts."""
         stamp, token = self._stamp, keys.token
+        scope = f"{stamp[:8]}/{self.region}/{SERVICE}/aws4_request"
         headers = {"content-type": _JSON, "accept": accept, "host": host, "x-amz-date": stamp, **own}
         security, names = "", "content-type;host;x-amz-date"
         if token is not None:
@@ -87,29 +110,28 @@ class Signer:
         request = (
             f"POST\n{_canonical(path)}\n\ncontent-type:{_JSON}\nhost:{host}\nx-amz-date:{stamp}\n{security}\n{names}\n"
         )
+        inner, outer = self._hmac(keys)
+        inner = inner.copy()
+        inner.update(f"AWS4-HMAC-SHA256\n{stamp}\n{scope}\n".encode())
         return _Alike(
-            sha256(request.encode()),
-            f"AWS4-HMAC-SHA256\n{stamp}\n{self._scope}\n",
-            f"AWS4-HMAC-SHA256 Credential={keys.access_key}/{self._scope}, SignedHeaders={names}, Signature=",
             headers,
+            f"AWS4-HMAC-SHA256 Credential={keys.access_key}/{scope}, SignedHeaders={names}, Signature=",
+            sha256(request.encode()),
+            inner,
+            outer,
         )
 
-    def _tick(self) -> None:
-        second = int(self.clock())
-        if second != self._second:
-            self._alike.clear()
-            self._second = second
-            self._stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(second))
-            self._scope = f"{self._stamp[:8]}/{self.region}/{SERVICE}/aws4_request"
-
-    def _signing_key(self, keys: Keys) -> bytes:
+    def _hmac(self, keys: Keys) -> tuple[Any, Any]:
+        """The two hashes that an HMAC consists of (RFC 2104), begun: to copy them costs a fifth of `hmac.digest`."""
         day = self._stamp[:8]
-        if self._key_of != (day, keys):
+        if self._signing_of != (day, keys):
             key = f"AWS4{keys.secret_key}".encode()
             for part in (day, self.region, SERVICE, "aws4_request"):
                 key = hmac.digest(key, part.encode(), "sha256")
-            self._key_of, self._key = (day, keys), key
-        return self._key
+            block = key.ljust(_BLOCK_BYTES, b"\0")
+            self._signing_of = day, keys
+            self._signing = sha256(block.translate(_INNER)), sha256(block.translate(_OUTER))
+        return self._signing
 
 
 # A gateway asks for few models, again and again.
@@ -119,6 +141,6 @@ def _canonical(path: str) -> str:
     return quote(path, safe="/~")
 
 
-def bearer_headers(api_key: str, host: str, accept: str, own: Mapping[str, str] = NOTHING) -> dict[str, str]:
-    """The headers of a request with a Bedrock API key."""
-    return {"content-type": _JSON, "accept": accept, "host": host, "authorization": f"Bearer {api_key}", **own}
+def bearer(api_key: str, host: str, accept: str, own: Mapping[str, str] = NOTHING) -> Proof:
+    """What a request with a Bedrock API key says."""
+    return Proof({"content-type": _JSON, "accept": accept, "host": host, **own}, f"Bearer {api_key}")

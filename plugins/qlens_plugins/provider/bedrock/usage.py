@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from qlens import Usage
@@ -18,6 +18,8 @@ def read(raw: object, tier: str | None = None) -> Usage | None:
     fresh, output = _count(raw, "inputTokens"), _count(raw, "outputTokens")
     if fresh is None or output is None:
         return None
+    if raw.keys().isdisjoint(_CACHED):
+        return Usage(input=fresh, output=output, source="provider", tier=tier)
     details = raw.get("cacheDetails")
     hour, short = _written(details) if details else (0, 0)
     written = _count(raw, "cacheWriteInputTokens")
@@ -41,6 +43,8 @@ _OLDER = {
     for name in ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
 }
 """The other spelling of each count."""
+_CACHED = frozenset({"cacheDetails", *(name for pair in _OLDER.items() for name in pair if name.startswith("cache"))})
+"""What says something of a cache."""
 
 
 def _written(details: object) -> tuple[int, int]:
@@ -56,18 +60,17 @@ def _written(details: object) -> tuple[int, int]:
 
 def _count(raw: dict[str, Any], name: str) -> int | None:
     value = raw.get(name)
-    if value is None and (value := raw.get(_OLDER[name])) is None:
-        return None
+    if value is None:
+        value = raw.get(_OLDER[name])
     return value if type(value) is int and 0 <= value < _MOST else None
 
 
-def total(usages: Iterable[Usage | None]) -> Usage | None:
+def total(usages: Sequence[Usage | None]) -> Usage | None:
     """The sum over the answers of one call; None when one of them does not say."""
-    found = list(usages)
-    if len(found) == 1:
-        return found[0]
-    known = [usage for usage in found if usage is not None]
-    if not known or len(known) != len(found):
+    if len(usages) == 1:
+        return usages[0]
+    known = [usage for usage in usages if usage is not None]
+    if not known or len(known) != len(usages):
         return None
     return Usage(
         input=sum(usage.input for usage in known),

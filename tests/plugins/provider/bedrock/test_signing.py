@@ -14,7 +14,7 @@ from botocore.credentials import Credentials
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlens_plugins.provider.bedrock.signing import Keys, Signer, bearer_headers
+from qlens_plugins.provider.bedrock.signing import Keys, Proof, Signer, bearer
 
 HOST = "bedrock-runtime.us-east-1.amazonaws.com"
 PATH = "/model/us.amazon.nova-lite-v1%3A0/converse"
@@ -36,19 +36,19 @@ def _at(stamp: str) -> float:
 def test_known_requests_have_known_signatures(token: str | None, signature: str) -> None:
     assert sha256(BODY).hexdigest() == "c3335e07d6e89650bf94cb98664be69f8774dbc3198df221f113db0a59ea14f0"
     keys = Keys("AKIDEXAMPLE", "wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY", token)
-    headers = Signer("us-east-1", lambda: _at(STAMP)).headers(keys, HOST, PATH, BODY, "application/json")
-    assert headers["authorization"].endswith(f"Signature={signature}")
-    assert headers.get("x-amz-security-token") == token
-    assert headers["x-amz-date"] == STAMP
+    proof = Signer("us-east-1", lambda: _at(STAMP)).sign(keys, HOST, PATH, BODY, "application/json")
+    assert proof.authorization.endswith(f"Signature={signature}")
+    assert proof.headers.get("x-amz-security-token") == token
+    assert proof.headers["x-amz-date"] == STAMP
 
 
-def _judged(keys: Keys, region: str, url: str, body: bytes, headers: dict[str, str]) -> str:
+def _judged(keys: Keys, region: str, url: str, body: bytes, proof: Proof) -> str:
     auth = SigV4Auth(Credentials(keys.access_key, keys.secret_key, keys.token), "bedrock", region)
     request = AWSRequest("POST", url, data=body)
     for name in ("content-type", "host", "x-amz-date", "x-amz-security-token"):
-        if name in headers:
-            request.headers[name] = headers[name]
-    request.context["timestamp"] = headers["x-amz-date"]
+        if name in proof.headers:
+            request.headers[name] = proof.headers[name]
+    request.context["timestamp"] = proof.headers["x-amz-date"]
     signature = auth.signature(auth.string_to_sign(request, auth.canonical_request(request)), request)
     scope = auth.scope(request)
     names = auth.signed_headers(auth.headers_to_sign(request))
@@ -80,8 +80,8 @@ def test_every_signature_equals_that_of_the_sdk(
 ) -> None:
     path = f"/model/{quote(model.encode(errors='replace'), safe='')}/converse"
     keys = Keys(access_key, secret, token)
-    headers = Signer(region, lambda: second).headers(keys, host, path, body, "application/json")
-    assert headers["authorization"] == _judged(keys, region, f"https://{host}{path}", body, headers)
+    proof = Signer(region, lambda: second).sign(keys, host, path, body, "application/json")
+    assert proof.authorization == _judged(keys, region, f"https://{host}{path}", body, proof)
 
 
 def test_what_is_remembered_does_not_outlive_the_day_nor_the_key() -> None:
@@ -90,17 +90,17 @@ def test_what_is_remembered_does_not_outlive_the_day_nor_the_key() -> None:
     first, second = Keys("AKIDEXAMPLE", "one"), Keys("AKIDEXAMPLE", "other")
     for keys, stamp in ((first, "20260102T235959Z"), (first, "20260103T000000Z"), (second, "20260103T000000Z")):
         now[0] = _at(stamp)
-        headers = signer.headers(keys, HOST, PATH, BODY, "application/json")
-        assert headers["authorization"] == _judged(keys, "us-east-1", f"https://{HOST}{PATH}", BODY, headers)
+        proof = signer.sign(keys, HOST, PATH, BODY, "application/json")
+        assert proof.authorization == _judged(keys, "us-east-1", f"https://{HOST}{PATH}", BODY, proof)
 
 
 def test_secrets_do_not_show() -> None:
     keys = Keys("AKIDEXAMPLE", "the-secret", "the-token")
     signer = Signer("us-east-1")
-    signer.headers(keys, HOST, PATH, BODY, "application/json")
+    signer.sign(keys, HOST, PATH, BODY, "application/json")
     assert "the-secret" not in f"{keys!r}{signer!r}"
     assert "the-token" not in f"{keys!r}{signer!r}"
 
 
 def test_an_api_key_is_sent_as_bearer() -> None:
-    assert bearer_headers("example", HOST, "*/*")["authorization"] == "Bearer example"
+    assert bearer("example", HOST, "*/*").authorization == "Bearer example"
