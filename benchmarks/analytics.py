@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import os
 import resource
 import statistics
 import tempfile
@@ -40,12 +41,19 @@ MONTH = f"start_time={START}&end_time={START + DAYS * 86_400}&limit=31"
 QUESTIONS = {
     "a month by day and model": f"/v1/organization/usage/completions?{MONTH}&group_by=model",
     "costs of a month by day and project": f"/v1/organization/costs?{MONTH}&group_by=project_id",
+    "costs of a month by day and line item": f"/v1/organization/costs?{MONTH}&group_by=line_item",
+    "a month by day and key": f"/v1/organization/usage/completions?{MONTH}&group_by=api_key_id",
     "a month by day, one key": f"/v1/organization/usage/completions?{MONTH}&api_key_ids=key-7-1",
     "a day by hour and model": f"/v1/organization/usage/completions?start_time={START}"
     f"&end_time={START + 86_400}&bucket_width=1h&group_by=model",
     "summary of a month by model, with latencies": f"/v1/usage/summary?start_time={START}"
     f"&end_time={START + DAYS * 86_400}&group_by=model",
+    "the same by key": f"/v1/usage/summary?start_time={START}&end_time={START + DAYS * 86_400}&group_by=api_key_id",
+    "the same of one key": f"/v1/usage/summary?start_time={START}&end_time={START + DAYS * 86_400}&api_key_ids=key-7-1",
     "the newest 100 calls": "/v1/usage/calls?limit=100",
+    "100 calls from the middle of the month": f"/v1/usage/calls?limit=100&end_time={START + DAYS * 43_200}",
+    "the newest 100 calls of a key": "/v1/usage/calls?limit=100&api_key_ids=key-7-1",
+    "the calls of a key that has made none": "/v1/usage/calls?limit=100&api_key_ids=key-0",
 }
 
 # Made in SQLite: a hundred thousand rows at once, spread over the month by the millisecond (a row's number times
@@ -179,6 +187,8 @@ def measure(url: str, receipts: int) -> None:
     print(
         f"{receipts:,} receipts in {type(store).__name__} in {seconds:.1f} s, {days[0] if days else 0:,} rows by day\n"
     )
+    # What others do on the machine meanwhile is in the times too.
+    print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs\n")
     print("| question | median ms | slowest ms |\n|---|---|---|")
     for name, took in asyncio.run(asked(url)).items():
         print(f"| {name} | {statistics.median(took):.1f} | {max(took):.1f} |")

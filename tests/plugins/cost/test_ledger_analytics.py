@@ -23,8 +23,10 @@ import orjson
 import pytest
 from ledgers import Place, SqlitePlace
 
+from qlens import Caller, Cost, Receipt, Target, Usage
 from qlens.testing import Running, running
 from qlens_plugins.cost.ledger import rows as ledger_rows
+from qlens_plugins.cost.ledger.store import Batch
 
 KEYS = {
     "search": ("acme", "web", "member"),
@@ -231,7 +233,7 @@ async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(place:
         assert {row["outcome"] for row in rows} == {"complete", "cached", "failed", "abandoned"}
         assert len(rows) > 2000
         cost = sum(row["cost_picos"] or 0 for row in rows)
-        for table in ("usage_hours", "usage_days"):
+        for table in ("usage_hours", "usage_days", "usage_coarse_days"):
             sums = rolled(place, table)
             assert sums["calls"] == len(rows)
             assert sums["cost"] == cost > 0
@@ -242,7 +244,8 @@ async def test_receipts_roll_ups_and_the_api_agree_to_the_last_picodollar(place:
             assert sums["abandoned"] == sum(row["outcome"] == "abandoned" for row in rows) > 0
             for name in ("input", "output", "reasoning", "cached_input"):
                 assert sums[name] == sum(row[name] for row in rows)
-        assert rolled(place, "usage_latencies")["calls"] == len(rows)
+        for table in ("usage_latencies", "usage_coarse_latencies"):
+            assert rolled(place, table)["calls"] == len(rows)
 
         # From the roll-ups, from the receipts (a minute, a user) and over pages: the same.
         chats = [row for row in rows if row["operation"] in CHAT]
@@ -330,8 +333,9 @@ async def test_money_beyond_64_bits_and_beyond_floats_is_written_in_its_digits(t
         await written(gateway)
     with opened(path) as database:
         database.execute("UPDATE receipts SET cost_picos = ?, input = ?", (2**63 - 1, 2**62))
-        for table in ("usage_groups", "usage_hours", "usage_days", "usage_latencies"):
-            database.execute(f"DELETE FROM {table}")
+        for (table,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            if table.startswith("usage_") and table != "usage_rolled":
+                database.execute(f"DELETE FROM {table}")
         # As if an older version had written them.
         database.execute("UPDATE usage_rolled SET receipt = 0")
         database.execute("DELETE FROM writers")
@@ -427,6 +431,67 @@ async def test_walking_through_calls_loses_and_doubles_none_while_new_ones_arriv
         assert set(seen) == before
 
 
+def of_many_days() -> list[Receipt]:
+    """Calls of a busy key and of a rare one over a hundred days, several at once and at the ends of hours and days."""
+    hour_ns, day_ns = 3600 * 10**9, 86_400 * 10**9
+    first = time.time_ns() // day_ns * day_ns - 100 * day_ns
+    busy = [("busy", first + n * 8 * hour_ns + (n % 3) * 10**9) for n in range(300)]
+    rare = [
+        *(("rare", first + day * day_ns + n // 2) for day in (0, 1, 30, 31, 62, 99) for n in range(-3, 3)),
+        *(("rare", first + 40 * day_ns + hour * hour_ns) for hour in range(5)),
+    ]
+    return [
+        Receipt(
+            id=f"call-{n:04}", caller=Caller("acme", "bob", "keys", None, key), operation="chat",
+            model=f"model-{n % 2}", target=Target("echo", "m", "m"), outcome="complete", status=200, error=None,
+            usage=Usage(input=n), cost=Cost(n), saved_picos=0, cache="off", streamed=False, attempts=(), tags={},
+            wall_ns=wall_ns, ttft_us=None, total_us=n, overhead_us=0, bytes_out=0, config_version="v",
+        )
+        for n, (key, wall_ns) in enumerate((*busy, *rare))
+    ]  # fmt: skip
+
+
+def kept(place: Place, made: list[Receipt]) -> None:
+    store = place.store()
+    store.write("made", Batch(1, list(map(ledger_rows.row, made)), {}))
+    store.close()
+
+
+async def test_few_calls_among_many_are_all_found_in_their_order(place: Place) -> None:
+    made = of_many_days()
+    await asyncio.to_thread(kept, place, made)
+    made.sort(key=lambda one: (one.wall_ns, one.id), reverse=True)
+    middle = made[len(made) // 2].wall_ns // 10**9
+    rare = [one for one in made if one.caller.key_id == "rare"]
+    even = [one for one in made if one.model == "model-0"]
+    root = key_of("root")
+    async with serving(place) as gateway:
+        for query, meant in (
+            ({"api_key_ids": "rare"}, rare),
+            ({"api_key_ids": "rare", "models": "model-0"}, [one for one in rare if one in even]),
+            (
+                {"api_key_ids": ["rare", "busy"], "end_time": middle},
+                [one for one in made if one.wall_ns < middle * 10**9],
+            ),
+            ({"tenants": "acme", "start_time": middle}, [one for one in made if one.wall_ns >= middle * 10**9]),
+            ({"models": "model-0", "user_ids": "bob"}, even),
+            ({"user_ids": "ann", "tenants": "acme"}, []),
+            ({"api_key_ids": "none"}, []),
+        ):
+            seen: list[str] = []
+            after: dict[str, str] = {}
+            while True:
+                page = await ask(gateway, "/v1/usage/calls", limit=7, **query, **after)
+                seen += [row["id"] for row in page["data"]]
+                if not page["has_more"]:
+                    break
+                after = {"after": page["last_id"]}
+            assert seen == [one.id for one in meant]
+            words = urlencode({**query, "format": "jsonl"}, doseq=True)
+            export = await gateway.get(f"/v1/usage/export?{words}", key=root)
+            assert [json.loads(line)["id"] for line in export.body.splitlines()] == seen
+
+
 async def test_buckets_follow_each_other_without_a_gap_over_all_pages(tmp_path: Path) -> None:
     async with serving(SqlitePlace(tmp_path / "x.db")) as gateway:
         await gateway.post("/v1/chat/completions", chat(1), key=key_of("search"))
@@ -505,10 +570,10 @@ async def test_wrong_parameters_are_refused_by_name(place: Place) -> None:
 
 async def test_a_ledger_that_cannot_be_read_is_said_to_be_and_harms_no_call(place: Place) -> None:
     async with serving(place) as gateway:
-        place.execute("ALTER TABLE usage_days RENAME TO hidden")
+        place.execute("ALTER TABLE usage_coarse_days RENAME TO hidden")
         answer = await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))
         assert (answer.status, answer.json()["error"]["code"]) == (503, "ledger_unavailable")
-        place.execute("ALTER TABLE hidden RENAME TO usage_days")
+        place.execute("ALTER TABLE hidden RENAME TO usage_coarse_days")
         assert (await gateway.get(f"{USAGE}?start_time=0", key=key_of("root"))).status == 200
 
 

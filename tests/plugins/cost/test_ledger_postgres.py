@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import signal
 import sys
@@ -25,11 +26,11 @@ from qlens.testing.postgres import PostgresServer, postgres_server
 from qlens_plugins.cost.ledger import reader as reading
 from qlens_plugins.cost.ledger import rows, sums, verifying, writer
 from qlens_plugins.cost.ledger.plugin import LedgerConfig
-from qlens_plugins.cost.ledger.postgres import PostgresStore, schema, store
+from qlens_plugins.cost.ledger.postgres import PostgresStore, line, schema, store
 from qlens_plugins.cost.ledger.postgres.schema import MIGRATIONS, Migration, Month
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import GROUPS
-from qlens_plugins.cost.ledger.store import Batch, StoreAway, TookTooLong
+from qlens_plugins.cost.ledger.store import Batch, Database, StoreAway, TookTooLong
 from qlens_plugins.cost.ledger.sums import Question
 
 PASSWORD = "example-password"
@@ -106,7 +107,7 @@ def exact(place: PostgresPlace, statuses: list[int]) -> None:
     """Receipts, roll-ups and counts of refused calls are those of the calls, each once."""
     found = place.rows("SELECT count(*) AS n, count(DISTINCT id) AS ids, sum(cost_picos) AS cost FROM receipts")[0]
     assert found["n"] == found["ids"] == statuses.count(200) > 0
-    for table in ("usage_hours", "usage_days"):
+    for table in ("usage_hours", "usage_days", "usage_coarse_days"):
         rolled = place.rows(f"SELECT sum(calls) AS n, sum(cost) AS cost FROM {table}")[0]
         assert (rolled["n"], rolled["cost"]) == (found["n"], found["cost"])
     assert place.rows("SELECT sum(calls) AS n FROM rejections")[0]["n"] == statuses.count(404) > 0
@@ -240,9 +241,10 @@ def test_writers_of_the_same_groups_never_wait_for_each_other(place: PostgresPla
         for done in [threads.submit(write, number) for number in range(writers)]:
             done.result()
     assert place.rows("SELECT count(*) AS n FROM receipts") == [{"n": calls}]
-    assert place.rows("SELECT sum(calls) AS n, sum(cost) AS cost FROM usage_hours") == [
-        {"n": calls, "cost": sum(10**18 + n for n in range(calls))}
-    ]
+    for table in ("usage_hours", "usage_coarse_days"):
+        assert place.rows(f"SELECT sum(calls) AS n, sum(cost) AS cost FROM {table}") == [
+            {"n": calls, "cost": sum(10**18 + n for n in range(calls))}
+        ]
     assert place.rows("SELECT sum(calls) AS n FROM rejections") == [{"n": 8 * writers}]
     assert place.rows("SELECT count(*) AS n FROM usage_groups") == [{"n": 35}]
 
@@ -355,6 +357,22 @@ async def test_a_question_that_nobody_waits_for_ends_at_the_server_too(place: Po
     assert all(isinstance(one, asyncio.CancelledError) for one in found)
     await until(lambda: place.rows(asking) == [{"n": 0}])
     assert await questions.ask(lambda database: tuple(database.one("SELECT 7") or ())) == (7,)
+
+
+def test_a_command_may_take_its_time_between_two_statements(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(line, "_SETTINGS", "SET idle_in_transaction_session_timeout = '100ms'")
+    ledger = place.store()
+
+    def slow(database: Database) -> Any:
+        time.sleep(0.5)
+        return database.one("SELECT 1")
+
+    with pytest.raises(StoreAway):
+        ledger.reading(10).run(slow)
+    assert tuple(ledger.reading(math.inf).run(slow)) == (1,)
+    ledger.close()
 
 
 async def test_a_connection_that_was_lost_while_it_waited_costs_no_question(

@@ -81,9 +81,18 @@ def made() -> sqlite3.Connection:
     return database
 
 
-def migrate(database: sqlite3.Connection, versions: int) -> None:
-    for statement in (statement for version in schema.MIGRATIONS[:versions] for statement in version):
+def migrate(database: sqlite3.Connection, versions: int, present: int = 0) -> None:
+    for statement in (statement for version in schema.MIGRATIONS[present:versions] for statement in version):
         database.execute(statement)
+
+
+def without_coarse(database: sqlite3.Connection) -> None:
+    """As a file of version 5 is."""
+    for kind, name in database.execute(
+        "SELECT type, name FROM sqlite_master WHERE name LIKE 'usage\\_coarse\\_%' ESCAPE '\\' OR type = 'trigger'"
+    ).fetchall():
+        if kind in {"table", "trigger"}:
+            database.execute(f"DROP {kind} {name}")
 
 
 def write(database: sqlite3.Connection, receipts: list[Receipt]) -> None:
@@ -111,6 +120,8 @@ def expected(receipts: list[Receipt], question: Question, key: Callable[[Receipt
     return {group: tuple(values) for group, values in found.items()}
 
 
+GROUPS = ("usage_groups", "usage_coarse_groups")
+TABLES = ("usage_hours", "usage_days", "usage_latencies", "usage_coarse_days", "usage_coarse_latencies")
 NAMES = ("calls", "failed", "cached", "unpriced", "input", "audio_out", "images", "cost", "saved")
 
 
@@ -147,12 +158,17 @@ def test_sums_are_those_of_the_receipts_that_were_inserted(
     owners = {(one.caller.tenant, one.caller.project) for one in inserted}
     assert len(projects) == len(owners)
     # Without the roll-ups, from the receipts alone: as a file of an older version is upgraded.
-    before = {table: contents(database, table) for table in ("usage_hours", "usage_days", "usage_latencies")}
-    for table in ("usage_groups", *before):
+    before = {table: contents(database, table) for table in TABLES}
+    for table in (*GROUPS, *before):
         database.execute(f"DELETE FROM {table}")
     database.execute("UPDATE usage_rolled SET receipt = 0")
     writing.roll_up(database, writing.last_row(database))
     assert {table: contents(database, table) for table in before} == before
+    # The coarse ones alone, from the others: as a file of the version before them is upgraded.
+    without_coarse(database)
+    migrate(database, len(schema.MIGRATIONS), 5)
+    upgraded = {table: contents(database, table) for table in before}
+    assert upgraded == before
     database.close()
 
 
@@ -171,9 +187,7 @@ class Both:
         self.postgres.connect()
 
     def emptied(self) -> tuple[SqliteStore, PostgresStore]:
-        self.place.execute(
-            "TRUNCATE receipts, rejections, writers, usage_groups, usage_hours, usage_days, usage_latencies"
-        )
+        self.place.execute(f"TRUNCATE receipts, rejections, writers, {', '.join((*GROUPS, *TABLES))}")
         self._examples += 1
         self.sqlite = SqliteStore(self.folder / f"{self._examples}.db")
         return self.sqlite, self.postgres
@@ -190,7 +204,14 @@ def answers(database: Database, start: int, length: int, width: int | None) -> l
     """What each kind of question finds."""
     found: list[Any] = [[tuple(row) for row in database.rows(f"SELECT {PLAIN} FROM receipts ORDER BY id")]]
     narrow = {"tenant": ("acme", "a/b"), "operation": ("chat",), "project_id": ("acme/web", "a%2Fb")}
-    for by in (rollups.GROUPS, ("project_id",), ("subject", "outcome"), ("tag:a.b", "provider")):
+    for by in (
+        rollups.GROUPS,
+        rollups.COARSE,
+        ("model",),
+        ("project_id",),
+        ("subject", "outcome"),
+        ("tag:a.b", "provider"),
+    ):
         for where in ({}, narrow, {"tag:team": ("x",), "model": ()}):
             question = Question(start, start + length, width, by, where)
             found.append({group: added.values for group, added in sums.read(database, question).items()})
@@ -231,10 +252,17 @@ def test_both_databases_give_the_same_answers(
 
 
 def contents(database: sqlite3.Connection, table: str) -> list[Any]:
+    """What is in a roll-up, with its groups; what is kept in two halves, added up."""
     names = [row[1] for row in database.execute(f"PRAGMA table_info({table})") if row[1] != "group_id"]
-    groups = ", ".join(rollups.GROUPS)
-    sql = f"SELECT {', '.join(names)}, {groups} FROM {table} JOIN usage_groups ON id = group_id"
-    return sorted(database.execute(sql))
+    groups, of = ("usage_coarse_groups", rollups.COARSE) if "coarse" in table else ("usage_groups", rollups.GROUPS)
+    sql = f"SELECT {', '.join((*of, *names))} FROM {table} JOIN {groups} ON id = group_id"
+    found = []
+    for row in database.execute(sql):
+        told = dict(zip((*of, *names), row, strict=True))
+        for name in [name.removesuffix("_high") for name in names if name.endswith("_high")]:
+            told[name] = told.pop(f"{name}_high") * rollups.HALF + told.pop(f"{name}_low")
+        found.append(tuple(told.values()))
+    return sorted(found)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 10**6), st.sampled_from([None, 60, 3600, 86_400]), st.booleans())

@@ -17,7 +17,12 @@ class NothingThere(CallError):
 
 def json(found: object) -> Reply:
     """An answer that nobody on the way may keep."""
-    return Reply(headers={"content-type": "application/json", "cache-control": "no-store"}, body=written(found))
+    return reply(written(found))
+
+
+def reply(body: bytes) -> Reply:
+    """The same of JSON that is written already: a large answer is made on the thread that reads, beside the calls."""
+    return Reply(headers={"content-type": "application/json", "cache-control": "no-store"}, body=body)
 
 
 def written(found: object) -> bytes:

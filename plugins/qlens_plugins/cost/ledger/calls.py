@@ -15,6 +15,7 @@ from attrs import frozen
 from qlens import Call, InvalidRequest, Reply, usd
 from qlens_plugins.cost.ledger import parameters
 from qlens_plugins.cost.ledger.answers import NothingThere, json, written
+from qlens_plugins.cost.ledger.hours import pieces
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rows import BUCKETS, LARGEST
 from qlens_plugins.cost.ledger.store import Database, Found
@@ -119,15 +120,22 @@ def _page(asked: Asked, own: Where, after: str | None, limit: int, database: Dat
             raise InvalidRequest("There is no call that is called as `after` says.", param="after")
         place = (found[0], after)
     conditions, values = where(asked.where, database.dialect, receipts=True)
-    given: list[str | int] = [asked.start_ns, asked.end_ns, *values]
+    given: list[str | int] = [*values]
+    end_ns = asked.end_ns
     if place is not None:
-        conditions += " AND wall_ns <= ? AND (wall_ns < ? OR id < ?)"
-        given += [place[0], *place]
-    return database.rows(
+        conditions += " AND (wall_ns < ? OR id < ?)"
+        given += place
+        end_ns = min(end_ns, place[0] + 1)
+    sql = (
         f"SELECT {_COLUMNS} FROM receipts WHERE wall_ns >= ? AND wall_ns < ?{conditions} "  # noqa: S608 - names
-        "ORDER BY wall_ns DESC, id DESC LIMIT ?",
-        [*given, limit],
+        "ORDER BY wall_ns DESC, id DESC LIMIT ?"
     )
+    rows: list[Found] = []
+    for piece in pieces(database, asked.where, asked.start_ns, end_ns):
+        rows += database.rows(sql, [*piece, *given, limit - len(rows)])
+        if len(rows) == limit:
+            break
+    return rows
 
 
 def _whole(row: Sequence[Any]) -> Row:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from functools import partial
 from typing import Any
 
 import orjson
@@ -15,7 +14,7 @@ from attrs import evolve, frozen
 
 from qlens import Call, InvalidRequest, Reply, usd
 from qlens_plugins.cost.ledger import parameters, sums
-from qlens_plugins.cost.ledger.answers import json
+from qlens_plugins.cost.ledger.answers import reply, written
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, HOUR
 from qlens_plugins.cost.ledger.rows import BUCKETS
@@ -174,7 +173,13 @@ async def answer(kind: Kind, call: Call, reader: Reader, own: Where) -> Reply:
     asked = parameters.asked(call, _ones(kind), _lists(kind))
     page, by = _page(asked, kind), asked.get("group_by", ())
     question = _question(kind, asked, page, own)
-    found = {} if question is None else await reader.ask(partial(sums.read, question=question))
+    if question is None:
+        return reply(_written(kind, by, page, {}))
+    return reply(await reader.ask(lambda database: _written(kind, by, page, sums.read(database, question))))
+
+
+def _written(kind: Kind, by: tuple[str, ...], page: Page, found: sums.Found) -> bytes:
+    """The page as JSON."""
     results: dict[int, list[Result]] = {}
     for (start, group), added in sorted(found.items(), key=lambda item: item[0]):
         results.setdefault(start, []).append(_result(kind, by, group, added))
@@ -187,7 +192,7 @@ async def answer(kind: Kind, call: Call, reader: Reader, own: Where) -> Reply:
         }
         for start, end in page.buckets()
     ]
-    return json({"object": "page", "data": buckets, "has_more": page.next is not None, "next_page": page.next})
+    return written({"object": "page", "data": buckets, "has_more": page.next is not None, "next_page": page.next})
 
 
 def _ones(kind: Kind) -> dict[str, parameters.Reader]:

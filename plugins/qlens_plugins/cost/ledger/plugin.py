@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attrs import define, field, frozen, validators
 
 from qlens import Call, Command, Endpoint, Health, Receipt, Unavailable, Url, hookimpl
-from qlens_plugins.cost.ledger import analytics, reconcile, upkeep, usage, what_if
+from qlens_plugins.cost.ledger import analytics
 from qlens_plugins.cost.ledger.journal import Journal
 from qlens_plugins.cost.ledger.places import check, store_at
 from qlens_plugins.cost.ledger.reader import Reader
@@ -185,6 +185,7 @@ class Ledger:
     @hookimpl
     def commands(self) -> Iterable[Command]:
         """`qlens ledger`, `qlens usage`, `qlens reconcile` and `qlens what-if`."""
+        from qlens_plugins.cost.ledger import reconcile, upkeep, usage, what_if  # not for those that serve
 
         async def run(gateway: Gateway, args: Namespace) -> int:
             return await usage.run(self.writer.store, args)

@@ -17,6 +17,10 @@ GROUPS = ("tenant", "project", "key_id", "operation", "model", "provider")
 """What calls are told apart by. Groups have no NULL, so that they are found again: there nothing is an empty text."""
 GROUPED = (*GROUPS, "tags")
 """The columns of a group. Tags belong to keys, so that there are hardly more groups for them."""
+COARSE = ("tenant", "operation", "model", "provider")
+"""Days and latencies are summed up by these alone, too: of such groups there are few, however many keys there are."""
+COARSE_TABLES = {"usage_days": "usage_coarse_days", "usage_latencies": "usage_coarse_latencies"}
+"""By the table that has the same by all of GROUPED. The database keeps them itself, whoever writes: a trigger does."""
 COUNTS = {
     "calls": "1 = 1",
     "failed": "outcome IN ('failed', 'cut')",

@@ -39,6 +39,10 @@ class Dialect(Protocol):
     def join(self) -> str:
         """A join that begins with the table on its left."""
 
+    @property
+    def sorts_groups(self) -> bool:
+        """Whether it groups many rows by sorting all of them."""
+
     def tag(self, name: str) -> tuple[str, str]:
         """The text of a receipt's tag, with one `?` in it, and the value for that; NULL where there is none."""
 

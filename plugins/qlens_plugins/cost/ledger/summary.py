@@ -9,13 +9,13 @@ from typing import Any
 
 from qlens import Call, Reply, usd
 from qlens_plugins.cost.ledger import parameters, sums
-from qlens_plugins.cost.ledger.answers import json
+from qlens_plugins.cost.ledger.answers import reply, written
 from qlens_plugins.cost.ledger.calls import FILTERS, LISTS, TIMES, asked_of
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, middle
 from qlens_plugins.cost.ledger.rows import BUCKETS
 from qlens_plugins.cost.ledger.store import Database
-from qlens_plugins.cost.ledger.sums import Group, Question, Sums
+from qlens_plugins.cost.ledger.sums import Question, Sums
 from qlens_plugins.cost.ledger.view import Where
 
 DAYS = 30
@@ -24,7 +24,6 @@ _BY = {FILTERS[name]: name.removesuffix("s") for name in FILTERS if name != "out
 _DIMENSIONS = {shown: name for name, shown in _BY.items()}
 PERCENTILES = (50, 95, 99)
 Latencies = Mapping[int, int]
-Found = tuple[dict[Group, Sums], dict[Group, dict[int, int]]]
 
 
 async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
@@ -33,8 +32,14 @@ async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
     by = parameters.some_of(_DIMENSIONS, tags=True)
     asked = parameters.asked(call, ones, {**LISTS, "group_by": by})
     question = _question(asked, own)
-    groups, latencies = await reader.ask(partial(_read, question))
     names, limit = asked.get("group_by", ()), asked.get("limit", ROWS)
+    return reply(await reader.ask(partial(_written, question, names, limit)))
+
+
+def _written(question: Question, names: tuple[str, ...], limit: int, database: Database) -> bytes:
+    """The summary as JSON."""
+    groups = {group: added for (_, group), added in sums.read(database, question).items()}
+    latencies = sums.latencies(database, question)
     first = sorted(groups, key=lambda group: (-groups[group]["calls"], group))
     data = [
         {**{name: value or None for name, value in zip(names, group, strict=True)}}
@@ -46,7 +51,7 @@ async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
         total.add(found)
         for number, calls in latencies.get(group, {}).items():
             all_latencies[number] = all_latencies.get(number, 0) + calls
-    return json(
+    return written(
         {
             "object": "usage.summary",
             "start_time": question.start,
@@ -67,11 +72,6 @@ def _question(asked: Mapping[str, Any], own: Where) -> Question:
         raise parameters.wrong("end_time", "must be after `start_time`")
     by = tuple(_DIMENSIONS.get(name, name) for name in asked.get("group_by", ()))
     return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, asked_of(asked, own).where)
-
-
-def _read(question: Question, database: Database) -> Found:
-    found = sums.read(database, question)
-    return {group: added for (_, group), added in found.items()}, sums.latencies(database, question)
 
 
 def _row(found: Sums, latencies: Latencies) -> dict[str, Any]:

@@ -6,13 +6,25 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from attrs import define, field, frozen
 
-from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HOUR, LATENCY, SUMS, TABLES, terms
+from qlens_plugins.cost.ledger.rollups import (
+    COARSE,
+    COARSE_TABLES,
+    COUNTS,
+    DAY,
+    GROUPS,
+    HOUR,
+    LATENCY,
+    SUMS,
+    TABLES,
+    terms,
+)
 from qlens_plugins.cost.ledger.store import Database, Dialect
 
 SECOND_NS = 10**9
 LAST_SECOND = 2**33
 """A time beyond all calls, in Unix seconds (the year 2242): nanoseconds up to it fit 64 bits."""
 
+PROJECT_ID = "project_id"
 # An id of OpenAI's kind: `acme/search`, or `acme` where the key says no project. Escaped, so that it has one meaning.
 _PROJECT_ID = (
     "replace(replace({tenant}, '%', '%25'), '/', '%2F') || CASE {project} WHEN '' THEN '' ELSE '/' || {project} END"
@@ -23,7 +35,7 @@ _IN_RECEIPTS = {
 }
 _IN_ROLLUPS = {name: name for name in GROUPS}
 for _columns in (_IN_RECEIPTS, _IN_ROLLUPS):
-    _columns["project_id"] = _PROJECT_ID.format_map(_columns)
+    _columns[PROJECT_ID] = _PROJECT_ID.format_map(_columns)
 TAG = "tag:"
 """Before the name of a tag, where a dimension is named."""
 
@@ -90,13 +102,13 @@ def parts(question: Question) -> Iterator[tuple[int | None, int, int]]:
     if start >= end:
         return
     dimensions = {*question.by, *question.where}
-    if (width is not None and width < HOUR) or not all(map(_is_rolled, dimensions)):
+    if (width is not None and width < HOUR) or not all(map(is_rolled, dimensions)):
         yield None, start, end
         return
     yield from _cut(start, end, (HOUR,) if width == HOUR else (DAY, HOUR))
 
 
-def _is_rolled(dimension: str) -> bool:
+def is_rolled(dimension: str) -> bool:
     """Whether the roll-ups know it."""
     return dimension in _IN_ROLLUPS or dimension.startswith(TAG)
 
@@ -128,7 +140,7 @@ def part(
     unit, time, source = (
         (SECOND_NS, "wall_ns", "receipts")
         if table is None
-        else (1, "start", f"{TABLES[table]} {dialect.join} usage_groups ON usage_groups.id = group_id")
+        else (1, "start", with_groups(TABLES[table], question, dialect))
     )
     bucket = "0" if question.width is None else f"{time} / {question.width * unit} * {question.width}"
     counts = [name for name in question.names if name in COUNTS]
@@ -143,13 +155,26 @@ def part(
         columns += dialect.rolled(amounts)
     rows = database.rows(
         f"SELECT {', '.join(columns)} FROM {source} WHERE {time} >= ? AND {time} < ?{conditions} "  # noqa: S608 - names
-        f"GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
+        f"GROUP BY {', '.join(['1', *_grouped_by(question.by, 2, receipts=table is None)])}",
         [*tags, start * unit, end * unit, *values],
     )
     width = 1 + len(dimensions)
     for row in rows:
         added = (*row[width : width + len(counts)], *dialect.whole(row[width + len(counts) :]))
         yield (row[0], tuple(row[1:width])), Sums(dict(zip((*counts, *amounts), added, strict=True)))
+
+
+def with_groups(table: str, question: Question, dialect: Dialect) -> str:
+    """Roll-ups and their groups, joined."""
+    table, groups = _tables(table, question)
+    return f"{table} {dialect.join} {groups} ON id = group_id"
+
+
+def _tables(table: str, question: Question) -> tuple[str, str]:
+    """Roll-ups and their groups: the coarse ones, of which there are fewer, where they know all dimensions."""
+    if table in COARSE_TABLES and {*question.by, *question.where} <= set(COARSE):
+        return COARSE_TABLES[table], "usage_coarse_groups"
+    return table, "usage_groups"
 
 
 def _dimensions(names: Sequence[str], dialect: Dialect, *, receipts: bool) -> tuple[list[str], list[str]]:
@@ -164,6 +189,15 @@ def _dimensions(names: Sequence[str], dialect: Dialect, *, receipts: bool) -> tu
             found.append(f"coalesce({text}, '')")
             values.append(value)
     return found, values
+
+
+def _grouped_by(names: Sequence[str], first: int, *, receipts: bool) -> list[str]:
+    """What to group by; columns of dimensions begin with the first. An id of a project is made once for each group."""
+    known = _IN_RECEIPTS if receipts else _IN_ROLLUPS
+    return [
+        f"{known['tenant']}, {known['project']}" if name == PROJECT_ID else str(place)
+        for place, name in enumerate(names, first)
+    ]
 
 
 def where(conditions: Mapping[str, tuple[str, ...]], dialect: Dialect, *, receipts: bool) -> tuple[str, list[str]]:
@@ -187,26 +221,34 @@ def latencies(database: Database, question: Question, *, receipts: bool | None =
     Without a word about it, from receipts where the roll-ups do not know.
     """
     if receipts is None:
-        receipts = not all(map(_is_rolled, {*question.by, *question.where}))
+        receipts = not all(map(is_rolled, {*question.by, *question.where}))
     dialect = database.dialect
     conditions, values = where(question.where, dialect, receipts=receipts)
     dimensions, tags = _dimensions(question.by, dialect, receipts=receipts)
-    unit = SECOND_NS if receipts else 1
-    # By numbers first, which is quicker than by names.
-    source = (
-        f"(SELECT *, {LATENCY} AS latency, 1 AS calls FROM receipts "  # noqa: S608 - only names from above
-        "WHERE wall_ns >= ? AND wall_ns < ?) AS found"
-        if receipts
-        else "(SELECT group_id, latency, sum(calls) AS calls FROM usage_latencies "  # noqa: S608 - a word of the dialect
-        "WHERE start >= ? AND start < ? "
-        f"GROUP BY group_id, latency) AS found {dialect.join} usage_groups ON id = group_id"
-    )
+    if receipts:
+        unit, latency, calls = SECOND_NS, LATENCY, "count(*)"
+        source = f"receipts WHERE wall_ns >= ? AND wall_ns < ?{conditions}"
+    else:
+        unit, latency, calls = 1, "latency", "sum(calls)"
+        source = _latencies_of("usage_latencies", question, dialect, conditions)
     rows = database.rows(
-        f"SELECT {', '.join([*dimensions, 'latency', 'sum(calls)'])} FROM {source} "  # noqa: S608 - only names from above
-        f"WHERE 1 = 1{conditions} GROUP BY {', '.join(str(place + 1) for place in range(1 + len(dimensions)))}",
+        f"SELECT {', '.join([latency, calls, *dimensions])} FROM {source} "  # noqa: S608 - only names from above
+        f"GROUP BY {', '.join(['1', *_grouped_by(question.by, 3, receipts=receipts)])}",
         [*tags, question.start * unit, question.end * unit, *values],
     )
     found: dict[Group, dict[int, int]] = {}
-    for *group, number, count in rows:
+    for number, count, *group in rows:
         found.setdefault(tuple(group), {})[number] = count
     return found
+
+
+def _latencies_of(table: str, question: Question, dialect: Dialect, conditions: str) -> str:
+    """Roll-ups of latencies with their groups, of a time."""
+    if conditions or not dialect.sorts_groups:
+        return f"{with_groups(table, question, dialect)} WHERE start >= ? AND start < ?{conditions}"
+    # By numbers first, of which sorting is quicker than of names.
+    table, groups = _tables(table, question)
+    return (
+        f"(SELECT group_id, latency, sum(calls) AS calls FROM {table} WHERE start >= ? AND start < ? "  # noqa: S608
+        f"GROUP BY 1, 2) AS counted {dialect.join} {groups} ON id = group_id"
+    )

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 
 from attrs import define, evolve, field
 
 from qlens import usd
 from qlens_plugins.cost.ledger import sums
-from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPS, HOUR, SUMS
+from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, GROUPS, HOUR, SUMS
 from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.store import Database
 from qlens_plugins.cost.ledger.sums import SECOND_NS, Group, Question, Sums
 
 NAMES = (*COUNTS, *SUMS)
 MONEY = ("cost", "saved")
+HOURS, DAYS = "%Y-%m-%d %H:00", "%Y-%m-%d"
 SHOWN = 100
 """Differences that are told one by one."""
 
@@ -37,7 +39,7 @@ class Verdict:
 
 
 def verify(database: Database) -> Verdict:
-    """Add up the receipts of each day, and compare: with its hours, with the day, with its latencies."""
+    """Add up the receipts of each day, and compare: with its hours, with the day and its latencies, also the coarse."""
     verdict = Verdict()
     for start in _days(database):
         question = Question(start, start + DAY, HOUR, GROUPS)
@@ -45,14 +47,21 @@ def verify(database: Database) -> Verdict:
         for found in receipts.values():
             verdict.receipts += found["calls"]
             verdict.cost_picos += found["cost"]
-        _compare(verdict, receipts, dict(sums.part(database, question, HOUR, start, start + DAY)), "%Y-%m-%d %H:00")
-        by_day: dict[tuple[int, Group], Sums] = {}
-        for (_, group), found in receipts.items():
-            by_day.setdefault((start, group), Sums.none()).add(found)
-        day = evolve(question, width=DAY)
-        _compare(verdict, by_day, dict(sums.part(database, day, DAY, start, start + DAY)), "%Y-%m-%d")
-        _compare_latencies(verdict, database, evolve(question, width=None))
+        _compare(verdict, GROUPS, receipts, dict(sums.part(database, question, HOUR, start, start + DAY)), HOURS)
+        latencies = sums.latencies(database, question, receipts=True)
+        for names in (GROUPS, COARSE):
+            by_day: dict[tuple[int, Group], Sums] = {}
+            for (_, group), found in receipts.items():
+                by_day.setdefault((start, _fewer(group, names)), Sums.none()).add(found)
+            day = evolve(question, width=DAY, by=names)
+            _compare(verdict, names, by_day, dict(sums.part(database, day, DAY, start, start + DAY)), DAYS)
+            _compare_latencies(verdict, database, day, latencies)
     return verdict
+
+
+def _fewer(group: Group, names: Sequence[str]) -> Group:
+    """A group's values of some of GROUPS."""
+    return tuple(value for name, value in zip(GROUPS, group, strict=True) if name in names)
 
 
 def _days(database: Database) -> list[int]:
@@ -70,7 +79,11 @@ def _days(database: Database) -> list[int]:
 
 
 def _compare(
-    verdict: Verdict, receipts: Mapping[tuple[int, Group], Sums], rolled: Mapping[tuple[int, Group], Sums], format_: str
+    verdict: Verdict,
+    names: Sequence[str],
+    receipts: Mapping[tuple[int, Group], Sums],
+    rolled: Mapping[tuple[int, Group], Sums],
+    format_: str,
 ) -> None:
     for key in sorted({*receipts, *rolled}):
         start, group = key
@@ -79,22 +92,28 @@ def _compare(
             if mine[name] != other[name]:
                 when = datetime.fromtimestamp(start, UTC).strftime(format_)
                 verdict.add(
-                    f"{when} {_named(group)}: {name} is {_shown(name, mine[name])} in the receipts, "
+                    f"{when} {_named(names, group)}: {name} is {_shown(name, mine[name])} in the receipts, "
                     f"{_shown(name, other[name])} in the roll-ups"
                 )
 
 
-def _compare_latencies(verdict: Verdict, database: Database, question: Question) -> None:
-    receipts = sums.latencies(database, question, receipts=True)
+def _compare_latencies(
+    verdict: Verdict, database: Database, question: Question, receipts: Mapping[Group, Mapping[int, int]]
+) -> None:
+    fewer: dict[Group, Counter[int]] = {}
+    for group, counts in receipts.items():
+        fewer.setdefault(_fewer(group, question.by), Counter()).update(counts)
     rolled = sums.latencies(database, question, receipts=False)
-    for group in sorted({*receipts, *rolled}):
-        if receipts.get(group) != rolled.get(group):
-            day = datetime.fromtimestamp(question.start, UTC)
-            verdict.add(f"{day:%Y-%m-%d} {_named(group)}: the latencies in the roll-ups are not those of the receipts")
+    for group in sorted({*fewer, *rolled}):
+        if fewer.get(group) != rolled.get(group):
+            when = datetime.fromtimestamp(question.start, UTC).strftime(DAYS)
+            verdict.add(
+                f"{when} {_named(question.by, group)}: the latencies in the roll-ups are not those of the receipts"
+            )
 
 
-def _named(group: Group) -> str:
-    return ", ".join(f"{name} {value!r}" for name, value in zip(GROUPS, group, strict=True) if value)
+def _named(names: Sequence[str], group: Group) -> str:
+    return ", ".join(f"{name} {value!r}" for name, value in zip(names, group, strict=True) if value)
 
 
 def _shown(name: str, value: int) -> str:

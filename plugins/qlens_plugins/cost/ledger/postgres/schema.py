@@ -10,7 +10,8 @@ from typing import Any
 from attrs import frozen
 
 from qlens import StartupError
-from qlens_plugins.cost.ledger.rollups import COUNTS, SUMS
+from qlens_plugins.cost.ledger.postgres import writing
+from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, SUMS, of_none
 from qlens_plugins.cost.ledger.rows import DAY_NS
 
 OWNER = "ledger"
@@ -43,6 +44,27 @@ _SUMS_1 = f"""
 """
 # Rows of roll-ups are changed often: with room left on their pages, no index has to follow.
 _ROOM = "WITH (fillfactor = 70)"
+_SUMMED_1 = (*COUNTS, *SUMS)
+_COARSE_2 = ", ".join(COARSE)
+_SAME_2 = " AND ".join(f"coarse.{name} = {of_none(name, 'added.')}" for name in COARSE)
+# One trigger on the receipts and not several on the other roll-ups: all gateways go in the order of the keys, so that
+# they never wait for each other in a circle.
+_ADD_COARSE_2 = f"""
+CREATE FUNCTION usage_coarse_add() RETURNS trigger LANGUAGE plpgsql SET search_path FROM CURRENT AS $$
+BEGIN
+    INSERT INTO usage_coarse_groups ({_COARSE_2})
+    SELECT DISTINCT {", ".join(map(of_none, COARSE))} FROM added
+    WHERE NOT EXISTS (SELECT FROM usage_coarse_groups AS coarse WHERE {_SAME_2})
+    ORDER BY 1, 2, 3, 4 ON CONFLICT DO NOTHING;
+
+    WITH grouped AS MATERIALIZED (
+        SELECT {", ".join(f"added.{name}" for name in writing.ADDED)}, coarse.id AS group_id
+        FROM added JOIN usage_coarse_groups AS coarse ON {_SAME_2}
+    ), days AS ({writing.add_sums("usage_coarse_days", DAY)})
+    {writing.add_latencies("usage_coarse_latencies")};
+    RETURN NULL;
+END $$
+"""  # noqa: S608
 MIGRATIONS = (
     Migration(
         (
@@ -131,6 +153,50 @@ MIGRATIONS = (
             """,
             "CREATE TABLE receipts_kept (since_ns bigint NOT NULL)",
             "INSERT INTO receipts_kept (since_ns) VALUES (0)",
+        ),
+        oldest=1,
+    ),
+    # Days and latencies by fewer dimensions. A trigger keeps them, so that an older version may go on writing.
+    Migration(
+        (
+            f"""
+            CREATE TABLE usage_coarse_groups (
+                id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                {", ".join(f'{name} text COLLATE "C" NOT NULL' for name in COARSE)},
+                UNIQUE ({_COARSE_2})
+            )
+            """,
+            f"CREATE TABLE usage_coarse_days ({_SUMS_1}) {_ROOM}",
+            f"""
+            CREATE TABLE usage_coarse_latencies (
+                start bigint NOT NULL,
+                group_id bigint NOT NULL,
+                latency bigint NOT NULL,
+                calls bigint NOT NULL,
+                PRIMARY KEY (start, group_id, latency)
+            ) {_ROOM}
+            """,
+            _ADD_COARSE_2,
+            # From here on nobody adds receipts before this is over.
+            """
+            CREATE TRIGGER usage_coarse_add AFTER INSERT ON receipts REFERENCING NEW TABLE AS added
+            FOR EACH STATEMENT EXECUTE FUNCTION usage_coarse_add()
+            """,
+            f"INSERT INTO usage_coarse_groups ({_COARSE_2}) SELECT DISTINCT {_COARSE_2} FROM usage_groups",  # noqa: S608
+            f"""
+            INSERT INTO usage_coarse_days (start, group_id, {", ".join(_SUMMED_1)})
+            SELECT start, coarse.id, {", ".join(f"sum({name})" for name in _SUMMED_1)}
+            FROM usage_days JOIN usage_groups ON usage_groups.id = group_id
+                JOIN usage_coarse_groups AS coarse USING ({_COARSE_2})
+            GROUP BY 1, 2 ORDER BY 1, 2
+            """,  # noqa: S608
+            f"""
+            INSERT INTO usage_coarse_latencies (start, group_id, latency, calls)
+            SELECT start, coarse.id, latency, sum(calls)
+            FROM usage_latencies JOIN usage_groups ON usage_groups.id = group_id
+                JOIN usage_coarse_groups AS coarse USING ({_COARSE_2})
+            GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+            """,  # noqa: S608
         ),
         oldest=1,
     ),

@@ -39,7 +39,8 @@ def meter(name: str) -> str:
     )
 
 
-def _add(seconds: int) -> str:
+def add_sums(table: str, seconds: int) -> str:
+    """Add receipts that were inserted, by their groups, to a roll-up of so many seconds, in SQL."""
     amounts = terms(meter)
     columns = ["start", "group_id", *COUNTS, *amounts]
     values = [
@@ -50,8 +51,18 @@ def _add(seconds: int) -> str:
     changes = ", ".join(f"{name} = kept.{name} + excluded.{name}" for name in (*COUNTS, *SUMS))
     # In the order of the keys, in which every gateway changes rows: two never wait for each other.
     return (
-        f"INSERT INTO {TABLES[seconds]} AS kept ({', '.join(columns)}) SELECT {', '.join(values)} FROM grouped "  # noqa: S608
+        f"INSERT INTO {table} AS kept ({', '.join(columns)}) SELECT {', '.join(values)} FROM grouped "  # noqa: S608
         f"GROUP BY 1, 2 ORDER BY 1, 2 ON CONFLICT (start, group_id) DO UPDATE SET {changes}"
+    )
+
+
+def add_latencies(table: str) -> str:
+    """The same for how many took how long."""
+    return (
+        f"INSERT INTO {table} AS kept (start, group_id, latency, calls) "  # noqa: S608
+        f"SELECT wall_ns / {DAY * 10**9} * {DAY}, group_id, {LATENCY}, count(*) FROM grouped "
+        "GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 "
+        "ON CONFLICT (start, group_id, latency) DO UPDATE SET calls = kept.calls + excluded.calls"
     )
 
 
@@ -71,18 +82,16 @@ _ADD_GROUPS = (
 )
 _ROLLED = ("wall_ns", *GROUPED, "outcome", "cache", "cost_state", "cost_picos", "saved_picos", "total_us", "meters")
 _BUCKETS = tuple(name for name in SUMS if name in COLUMNS)
+ADDED = (*_ROLLED, *_BUCKETS)
+"""The columns of a receipt that roll-ups need."""
 _ADD = f"""
 WITH given AS (
     INSERT INTO receipts ({", ".join(COLUMNS)}) SELECT {", ".join(COLUMNS)} FROM {GIVEN} ORDER BY id
-    ON CONFLICT (id) DO NOTHING RETURNING {", ".join((*_ROLLED, *_BUCKETS))}
+    ON CONFLICT (id) DO NOTHING RETURNING {", ".join(ADDED)}
 ), grouped AS MATERIALIZED (
     SELECT given.*, usage_groups.id AS group_id FROM given JOIN usage_groups ON {_SAME}
-), hours AS ({_add(HOUR)}), days AS ({_add(DAY)}), latencies AS (
-    INSERT INTO usage_latencies AS kept (start, group_id, latency, calls)
-    SELECT wall_ns / {DAY * 10**9} * {DAY}, group_id, {LATENCY}, count(*) FROM grouped
-    GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
-    ON CONFLICT (start, group_id, latency) DO UPDATE SET calls = kept.calls + excluded.calls
-) SELECT count(*) FROM given
+), hours AS ({add_sums(TABLES[HOUR], HOUR)}), days AS ({add_sums(TABLES[DAY], DAY)}),
+latencies AS ({add_latencies("usage_latencies")}) SELECT count(*) FROM given
 """  # noqa: S608
 _COUNT = """
 INSERT INTO rejections AS kept (day, tenant, operation, model, status, error, calls)

@@ -36,6 +36,7 @@ class SqliteDialect:
 
     # CROSS: it never turns the tables round.
     join: str = "CROSS JOIN"
+    sorts_groups: bool = True
 
     def tag(self, name: str) -> tuple[str, str]:
         """Read it from the JSON; the name has no quotes in it, which is checked where it comes from."""

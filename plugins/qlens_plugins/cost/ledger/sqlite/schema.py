@@ -51,6 +51,23 @@ _SUMS_3 = """
     saved_low INTEGER NOT NULL,
     PRIMARY KEY (start, group_id)
 """
+_SUMMED_3 = [
+    *("calls", "failed", "abandoned", "blocked", "cached", "estimated", "unpriced"),
+    *(
+        f"{name}_{half}"
+        for name in (
+            *("input", "cached_input", "cache_write_5m", "cache_write_1h", "output", "reasoning", "audio_in"),
+            *("audio_out", "images", "seconds", "characters", "cost", "saved"),
+        )
+        for half in ("high", "low")
+    ),
+]
+"""The columns of _SUMS_3 that are added up."""
+_COARSE_6 = "tenant, operation, model, provider"
+# From the coarse group of what a trigger was called for.
+_FROM_COARSE_6 = f"""
+    FROM usage_groups CROSS JOIN usage_coarse_groups USING ({_COARSE_6}) WHERE usage_groups.id = NEW.group_id
+"""
 _ALL_KEPT = "(SELECT max(since_ns) FROM receipts_kept) = 0"
 MIGRATIONS = (
     (
@@ -181,6 +198,80 @@ MIGRATIONS = (
         f"DELETE FROM usage_days WHERE {_ALL_KEPT}",  # noqa: S608
         f"DELETE FROM usage_latencies WHERE {_ALL_KEPT}",  # noqa: S608
         f"UPDATE usage_rolled SET receipt = 0 WHERE {_ALL_KEPT}",  # noqa: S608
+    ),
+    # Days and latencies by fewer dimensions. Triggers keep them, so that they have what a gateway of an older version
+    # still writes. Each column is the sum of this column over the groups: here a `_low` may be 10**9 and more.
+    (
+        """
+        CREATE TABLE usage_coarse_groups (
+            id INTEGER PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            operation TEXT NOT NULL,
+            model TEXT NOT NULL,
+            provider TEXT NOT NULL,
+            UNIQUE (tenant, operation, model, provider)
+        )
+        """,
+        f"CREATE TABLE usage_coarse_days ({_SUMS_3}) WITHOUT ROWID",
+        """
+        CREATE TABLE usage_coarse_latencies (
+            start INTEGER NOT NULL,
+            group_id INTEGER NOT NULL,
+            latency INTEGER NOT NULL,
+            calls INTEGER NOT NULL,
+            PRIMARY KEY (start, group_id, latency)
+        ) WITHOUT ROWID
+        """,
+        f"INSERT INTO usage_coarse_groups ({_COARSE_6}) SELECT DISTINCT {_COARSE_6} FROM usage_groups",  # noqa: S608
+        f"""
+        INSERT INTO usage_coarse_days (start, group_id, {", ".join(_SUMMED_3)})
+        SELECT start, usage_coarse_groups.id, {", ".join(f"sum({name})" for name in _SUMMED_3)}
+        FROM usage_days CROSS JOIN usage_groups ON usage_groups.id = group_id
+            CROSS JOIN usage_coarse_groups USING ({_COARSE_6})
+        GROUP BY 1, 2
+        """,  # noqa: S608
+        f"""
+        INSERT INTO usage_coarse_latencies (start, group_id, latency, calls)
+        SELECT start, usage_coarse_groups.id, latency, sum(calls)
+        FROM usage_latencies CROSS JOIN usage_groups ON usage_groups.id = group_id
+            CROSS JOIN usage_coarse_groups USING ({_COARSE_6})
+        GROUP BY 1, 2, 3
+        """,  # noqa: S608
+        f"""
+        CREATE TRIGGER usage_groups_added AFTER INSERT ON usage_groups BEGIN
+            INSERT INTO usage_coarse_groups ({_COARSE_6})
+            VALUES (NEW.tenant, NEW.operation, NEW.model, NEW.provider) ON CONFLICT DO NOTHING;
+        END
+        """,  # noqa: S608
+        f"""
+        CREATE TRIGGER usage_days_added AFTER INSERT ON usage_days BEGIN
+            INSERT INTO usage_coarse_days (start, group_id, {", ".join(_SUMMED_3)})
+            SELECT NEW.start, usage_coarse_groups.id, {", ".join(f"NEW.{name}" for name in _SUMMED_3)} {_FROM_COARSE_6}
+            ON CONFLICT (start, group_id)
+            DO UPDATE SET {", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMMED_3)};
+        END
+        """,
+        f"""
+        CREATE TRIGGER usage_days_changed AFTER UPDATE ON usage_days BEGIN
+            UPDATE usage_coarse_days
+            SET {", ".join(f"{name} = {name} + NEW.{name} - OLD.{name}" for name in _SUMMED_3)}
+            WHERE start = NEW.start AND group_id = (SELECT usage_coarse_groups.id {_FROM_COARSE_6});
+        END
+        """,  # noqa: S608
+        f"""
+        CREATE TRIGGER usage_latencies_added AFTER INSERT ON usage_latencies BEGIN
+            INSERT INTO usage_coarse_latencies (start, group_id, latency, calls)
+            SELECT NEW.start, usage_coarse_groups.id, NEW.latency, NEW.calls {_FROM_COARSE_6}
+            ON CONFLICT (start, group_id, latency) DO UPDATE SET calls = calls + excluded.calls;
+        END
+        """,
+        f"""
+        CREATE TRIGGER usage_latencies_changed AFTER UPDATE ON usage_latencies BEGIN
+            UPDATE usage_coarse_latencies SET calls = calls + NEW.calls - OLD.calls
+            WHERE start = NEW.start AND latency = NEW.latency
+                AND group_id = (SELECT usage_coarse_groups.id {_FROM_COARSE_6});
+        END
+        """,  # noqa: S608
     ),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
