@@ -30,6 +30,8 @@ _FRAMING = frozenset({"connection", "content-length", "expect", "te", "trailer",
 _OURS = _FRAMING | {"accept", "accept-encoding", "content-encoding", "content-type", "host", "keep-alive"}
 _HEADER_NAME = re.compile(r"[A-Za-z0-9-]+")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+_IDEMPOTENT = _WITHOUT_BODY | {"PUT", "TRACE"}
+"""To be asked twice is no more to a peer than to be asked once. (RFC 9110, 9.2.2)"""
 # Requests by method, URL and headers: those of a configuration are few, those that change with the call may be many.
 _MAX_KNOWN = 256
 _DEFAULTS = (("user-agent", f"qlens/{__version__}"), ("accept", "*/*"), ("accept-encoding", "identity"))
@@ -110,22 +112,28 @@ class Upstream:
         url: str,
         *,
         headers: Mapping[str, str],
+        authorization: str | None = None,
         body: bytes | Upload | None,
         deadlines: Deadlines,
         tls: Tls | None = None,
     ) -> Answer:
         """Send a request and wait for the head of its answer, of whatever status; whoever gets an Answer closes it.
 
+        `authorization` is for a header of this name that no other request has, as a signature: it is one more than
+        `headers`, which most requests have in common and of which the head is kept.
+        What a kept connection loses is sent once more if it cannot have arrived whole, or its method may be repeated.
         An Upload is read as fast as the provider takes it, and from its beginning again if it must be sent again.
         Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
         origin, head = self._known_request(method, url, headers, tls)
+        if authorization is not None:
+            head += _authorizing(authorization)
         if body is None and method in _WITHOUT_BODY:
             head += b"\r\n"
         else:
             head = b"%bcontent-length: %d\r\n\r\n" % (head, len(body or b""))
         try:
-            return await self._peer(origin).send(head, body or b"", deadlines, bare=method == "HEAD")
+            return await self._peer(origin).send(method, head, body or b"", deadlines)
         except UpstreamError as error:
             # For logs only: the message goes to clients, whom the provider's address does not concern.
             error.add_note(f"host: {origin.host}")
@@ -292,7 +300,7 @@ class _Known(NamedTuple):
 
 
 def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) -> bytes:
-    # A signed request has other headers every time: no step of Python for each of them.
+    # A signed request has another date every second: no step of Python for each header.
     fields = dict(zip(map(str.lower, headers), headers.values(), strict=True))
     if not _FRAMING.isdisjoint(fields):
         raise ValueError(f"header {min(_FRAMING & fields.keys())!r} follows from the body: leave it out")
@@ -307,6 +315,12 @@ def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) ->
     if text.count("\n") != len(fields) or text.count("\r") != len(fields) or "\0" in text:
         raise _broken_header(fields)
     return f"{method} {path} HTTP/1.1\r\n{text}".encode("utf-8", "surrogateescape")
+
+
+def _authorizing(value: str) -> bytes:
+    if "\n" in value or "\r" in value or "\0" in value:
+        raise _broken_header({"authorization": value})
+    return b"authorization: %b\r\n" % value.encode("utf-8", "surrogateescape")
 
 
 def _broken_header(fields: Mapping[str, str]) -> ValueError:
@@ -351,7 +365,8 @@ class _Peer:
     def is_unused(self) -> bool:
         return not self._users and not self._connections
 
-    async def send(self, head: bytes, body: bytes | Upload, deadlines: Deadlines, *, bare: bool) -> Answer:
+    async def send(self, method: str, head: bytes, body: bytes | Upload, deadlines: Deadlines) -> Answer:
+        bare = method == "HEAD"
         if self._slots is not None:
             await self._take_slot(self._slots, deadlines)
         self._users += 1
@@ -365,7 +380,11 @@ class _Peer:
             except UpstreamUnreachable:
                 if not connection.reused or connection.answered:
                     raise
-                # The peer had closed the idle connection before the request arrived there: nobody has read it.
+                # A peer may close an idle connection at any moment. What has not reached it whole it has not begun,
+                # and will not bill; whatever may have is an attempt of its own, which the receipt is to show.
+                if not connection.unheard and method not in _IDEMPOTENT:
+                    raise
+                connection.abort()
                 connection = await self._dial(deadlines)
                 until = asyncio.get_running_loop().time() + deadlines.first_byte_seconds
                 await connection.ask(head, body, until, bare=bare)

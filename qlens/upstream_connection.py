@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import sys
+import termios
 import zlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
 from contextlib import aclosing
@@ -136,6 +139,8 @@ class Connection(asyncio.BufferedProtocol):
     """Whether the exchange is not the first one here."""
     answered: bool = field(init=False, default=False)
     """Whether a byte of the answer has arrived."""
+    unheard: bool = field(init=False, default=False)
+    """Whether it broke before the peer can have had the whole request."""
     status: int = field(init=False, default=0)
     headers: Headers = field(init=False, factory=Headers, repr=False)
     fault: tuple[type[UpstreamError], str] | None = field(init=False, default=None)
@@ -175,12 +180,12 @@ class Connection(asyncio.BufferedProtocol):
             raise self._broken() if self.fault else UpstreamUnreachable(_UNANSWERED)
         self._begin(bare)
         if not isinstance(body, bytes):
-            self._transport.write(head)
+            self._write(head)
             await self._write_pieces(body, until)
         elif len(body) <= _WRITE_BYTES:
-            self._transport.write(head + body)
+            self._write(head + body)
         else:
-            self._transport.write(head)
+            self._write(head)
             await self._write_in_parts(body, until)
         while self._is_unanswered():
             await self.wait(until)
@@ -272,8 +277,17 @@ class Connection(asyncio.BufferedProtocol):
         self._undrained = False
         self._wake()
 
+    def eof_received(self) -> None:
+        """Asyncio's callback, before the transport closes; with TLS, before that says goodbye in turn."""
+        if self._stage == _HEAD:
+            self.unheard = bool(self._transport.get_write_buffer_size() or _unacknowledged(self._transport))
+            self._lose()
+            self._wake()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Asyncio's callback; also at the end of a body without a length."""
+        if self._stage == _HEAD and isinstance(exc, BrokenPipeError):
+            self.unheard = True  # as in `_write`: TLS does not tell there
         self._stop_watching()
         self._reusable = False
         if self._stage == _BODY and self._to_the_end and exc is None and self._is_whole():
@@ -351,19 +365,25 @@ class Connection(asyncio.BufferedProtocol):
         self._fields.clear()  # trailers
         self._inflater = None
 
+    def _write(self, data: bytes | memoryview) -> None:
+        self._transport.write(data)
+        if self._transport.is_closing():
+            self.unheard = True  # the kernel has not taken it
+
     async def _write_in_parts(self, body: bytes, until: float) -> None:
         view = memoryview(body)
         for start in range(0, len(body), _WRITE_BYTES):
             if not await self._takes_more(until):
                 return
-            self._transport.write(view[start : start + _WRITE_BYTES])
+            self._write(view[start : start + _WRITE_BYTES])
 
     async def _write_pieces(self, body: Upload, until: float) -> None:
+        self._until = math.inf  # a kept connection is not idle any more, though a piece may be waited for first
         async with aclosing(body.__aiter__()) as pieces:
             async for piece in pieces:
                 if not await self._takes_more(until):
                     return
-                self._transport.write(piece)
+                self._write(piece)
 
     async def _takes_more(self, until: float) -> bool:
         """Wait until the peer has read what was written; whether it wants the rest of the request."""
@@ -371,7 +391,8 @@ class Connection(asyncio.BufferedProtocol):
             await self.wait(until)
         if self._is_unanswered():
             return True
-        self._reusable = False  # answered, or gone, before it has read the request
+        # Answered, or gone, before it has read the request.
+        self._reusable, self.unheard = False, not self.answered
         return False
 
     def _break(self, error: Exception) -> None:
@@ -444,6 +465,18 @@ class Connection(asyncio.BufferedProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _unacknowledged(transport: asyncio.Transport) -> int:
+    """How many bytes were sent that the peer has not acknowledged; 0 where the system does not say.
+
+    The segment that closes a connection acknowledges all that had arrived when the peer closed it.
+    """
+    try:
+        found = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(found, sys.byteorder)
 
 
 # Their names are few, and come again with every answer.

@@ -121,6 +121,11 @@ class FakeUpstream:
             await self._arrived.wait_for(lambda: len(self.requests) >= count)
         return self.requests
 
+    def hang_up(self) -> None:
+        """End all connections, as if they had idled for too long; a client learns of it when its loop next looks."""
+        for transport in self._transports:
+            transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+
     async def _record(self, request: Recorded) -> Scripted:
         async with self._arrived:
             self.requests.append(request)

@@ -8,7 +8,7 @@ import hashlib
 import os
 import resource
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from yamls import config, probe
 
+from qlens import Reply, Target
 from qlens.spool import MEMORY_BYTES, Spool
 from qlens.testing import Running, Scripted, running, upstream
 from qlens.testing.upstreams import FakeUpstream, error
@@ -99,13 +100,19 @@ async def test_another_target_gets_the_whole_file() -> None:
 
 @pytest.mark.parametrize("content", [b"small", LARGE], ids=["small", "large"])
 async def test_a_connection_that_died_idle_costs_no_attempt(content: bytes) -> None:
-    async with _gateway() as (gateway, up):
+    async with _gateway({"route": [{"plugin": "puppets:Puppet", "name": "puppet"}]}) as (gateway, up):
         assert (await gateway.post_form(PATH, FIELDS, {"file": b"first"})).status == 200
-        up.script(Scripted(raw=b""))  # closed without an answer, as by a peer whose patience had ended
+
+        def too_late(target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Awaitable[Reply]:
+            up.hang_up()
+            return proceed(target)
+
+        gateway.plugin("route", "puppet").does["wrap_send"] = too_late
         assert (await gateway.post_form(PATH, FIELDS, {"file": content})).status == 200
         assert _file_of(up) == content
         receipts = await gateway.settled(2)
         assert len(receipts[1].attempts) == 1
+        assert up.connections == 2
 
 
 async def test_an_upload_that_is_abandoned_leaves_nothing() -> None:
@@ -116,7 +123,7 @@ async def test_an_upload_that_is_abandoned_leaves_nothing() -> None:
         part = '--xyz\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
         writer.write(f"{head}content-length: 9000000\r\n\r\n{part}".encode() + LARGE)
         await writer.drain()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while not _open_spools():
                 await asyncio.sleep(0.01)
         writer.close()

@@ -272,23 +272,6 @@ async def test_150_streams_are_open_at_once(http: Upstream, up: FakeUpstream) ->
         await answer.close()
 
 
-async def test_kept_connection_that_died_is_replaced_once(http: Upstream, up: FakeUpstream) -> None:
-    body = b"x" * 3_000_000
-    up.script(Scripted(body=b"first"), Scripted(raw=b""), Scripted(body=b"second"))
-    await fetch(http, up.url)
-    assert await fetch(http, up.url, body=body) == b"second"
-    assert [request.connection for request in up.requests] == [1, 1, 2]
-    assert up.requests[2].content == body
-
-
-async def test_second_death_is_not_hidden(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(body=b"first"), Scripted(raw=b""), Scripted(raw=b""), Scripted(body=b"never"))
-    await fetch(http, up.url)
-    with pytest.raises(UpstreamUnreachable):
-        await fetch(http, up.url)
-    assert len(up.requests) == 3
-
-
 async def test_new_connection_that_dies_is_not_tried_again(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(raw=b""))
     with pytest.raises(UpstreamUnreachable):
@@ -519,6 +502,28 @@ async def test_headers_of_the_caller_win_over_the_usual_ones(http: Upstream, up:
     await answer.close()
     headers = up.requests[0].headers
     assert (headers["user-agent"], headers["host"], headers.get("content-length")) == ("me", "provider.example", None)
+
+
+async def test_signatures_go_with_their_own_request_and_are_not_remembered(http: Upstream, up: FakeUpstream) -> None:
+    shared = {"x-amz-date": "20260102T030405Z"}
+    for signature in ("one", None, "two"):
+        answer = await http.open("POST", up.url, headers=shared, authorization=signature, body=b"{}", deadlines=PATIENT)
+        await answer.read()
+    assert [request.headers.get("authorization") for request in up.requests] == ["one", None, "two"]
+    assert [(request.headers["x-amz-date"], request.content) for request in up.requests] == [
+        ("20260102T030405Z", b"{}")
+    ] * 3
+    assert len(http._known) == 1
+
+
+@pytest.mark.parametrize("value", ["a\r\nx-injected: 1", "a\nb", "a\rb", "a\0b"])
+async def test_signature_with_a_line_break_is_refused_without_showing_it(
+    http: Upstream, up: FakeUpstream, value: str
+) -> None:
+    with pytest.raises(ValueError, match="'authorization'") as caught:
+        await http.open("POST", up.url, headers={}, authorization=value, body=b"{}", deadlines=PATIENT)
+    assert value not in str(caught.value)
+    assert not up.requests
 
 
 async def test_requests_that_differ_in_one_header_or_the_body_are_told_apart(http: Upstream, up: FakeUpstream) -> None:
