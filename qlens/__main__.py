@@ -10,7 +10,9 @@ def main() -> int:
     # tenth of the time.
     gc.set_threshold(10_000, 10, 10)
     from qlens.cli import main as run
+    from qlens.crashes import guard_output
 
+    guard_output()
     return run()
 
 

@@ -290,6 +290,7 @@ def _file(path: Path) -> bytes:
 
 
 async def _explaining(registration: Registration, raw: bytes, args: argparse.Namespace) -> int:
+    guard_loop()
     gateway = Gateway()
     gateway.view(registration)
     try:
@@ -379,6 +380,7 @@ def _commands(registration: Registration, chosen: str | None) -> dict[str, list[
 
 
 async def _running(registration: Registration, key: str, command: Command, args: argparse.Namespace) -> int:
+    guard_loop()
     gateway = Gateway()
     try:
         async with gateway.only(registration, key):

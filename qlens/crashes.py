@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import attrs
 
@@ -62,6 +63,8 @@ def guard_output() -> None:
         log.error("an error that nobody could be told of: %s", told(what.exc_value))
 
     sys.excepthook, threading.excepthook, sys.unraisablehook = excepthook, of_thread, unraisable
+    if logging.lastResort is not None:  # what is logged by a command, which sets up no log
+        logging.lastResort.setFormatter(Lines("%(message)s"))
 
 
 def guard_loop() -> None:
@@ -75,8 +78,26 @@ def _unhandled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None
     log.error("%s%s: %s", context["message"], name, "" if error is None else frames(error))
 
 
+def _passwords(url: str) -> set[str]:
+    """The password in a URL, as it is written and as it is meant, and those in its query."""
+    try:
+        parts = urlsplit(url)
+        written = {parts.password or ""}
+    except ValueError:
+        return set()
+    if not parts.scheme or "://" not in url:
+        return set()
+    for name, _, value in (each.partition("=") for each in parts.query.split("&")):
+        if name.lower().endswith(("password", "token", "secret", "api_key")):
+            written.add(value)
+    return {form for each in written for form in (each, unquote(each)) if form}
+
+
 def censored(text: str, config: object) -> str:
-    """A text without the secrets of a plugin's settings, for what it says of itself when it cannot start."""
+    """A text without the secrets of a plugin's settings, passwords in URLs among them.
+
+    For what a plugin says of itself when it cannot start.
+    """
     for secret in sorted(_secrets(config), key=len, reverse=True):
         if len(secret) >= _LEAST_CHARS:
             text = text.replace(secret, str(Secret(secret)))
@@ -86,6 +107,8 @@ def censored(text: str, config: object) -> str:
 def _secrets(value: Any) -> set[str]:
     if isinstance(value, Secret):
         return {value.reveal()}
+    if isinstance(value, str):
+        return _passwords(value)
     if isinstance(value, Mapping):
         return set().union(*map(_secrets, value.values()))
     if isinstance(value, tuple | list):

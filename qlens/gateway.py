@@ -99,9 +99,9 @@ class _Lifespan:
             async with manager:
                 opened.set_result(None)
                 await self._closing.wait()
-        except (Exception, asyncio.CancelledError) as error:
+        except BaseException as error:  # whatever it is: somebody waits for it, and one plugin ends no process
             if not opened.done():
-                opened.set_exception(error if isinstance(error, Exception) else RuntimeError("it was cancelled"))
+                opened.set_exception(error if isinstance(error, Exception) else _as_exception(error))
             elif not opened.cancelled():
                 log.exception("%s failed while closing", self.instance.key)
 
@@ -119,6 +119,14 @@ class _Lifespan:
         assert self._task is not None
         self._task.cancel()
         await asyncio.wait({self._task}, timeout=1)
+
+
+def _as_exception(error: BaseException) -> Exception:
+    """What is no Exception, as one."""
+    cancelled = isinstance(error, asyncio.CancelledError)
+    found = RuntimeError("it was cancelled" if cancelled else f"it raised {type(error).__name__}")
+    found.__cause__ = error
+    return found
 
 
 def _keepers(registration: Registration) -> dict[str, Instance]:
@@ -339,7 +347,10 @@ class Gateway:
                 await lifespan.open(hook.fn(self))
         except StartupError as error:
             raise StartupError(
-                [Fault(fault.path or instance.entry.path, fault.message) for fault in error.faults]
+                [
+                    Fault(fault.path or instance.entry.path, censored(fault.message, instance.config))
+                    for fault in error.faults
+                ]
             ) from error
         except Exception as error:
             log.exception("%s failed to open", instance.key)

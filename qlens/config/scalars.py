@@ -139,7 +139,9 @@ def url(value: Any) -> str:
     written = text(value)
     if isinstance(value, MissingText) or _is_url(written):
         return written
-    raise Mismatch(f"found {found(value)}, expected a URL such as https://example.com")
+    # Nobody can tell where a user and password begin in it: nothing up to the last @ is shown.
+    shown = value if isinstance(value, EnvText) else re.sub("^.*@", "***@", written, flags=re.S)
+    raise Mismatch(f"found {found(shown)}, expected a URL such as https://example.com")
 
 
 def _is_url(written: str) -> bool:
@@ -218,4 +220,4 @@ def quoted(value: str) -> str:
 
 
 def _without_password(value: str) -> str:
-    return re.sub(r"://\S*@", "://***@", value)
+    return re.sub(r"://.*@", "://***@", value, flags=re.S)

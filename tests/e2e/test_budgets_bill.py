@@ -23,7 +23,7 @@ from qlens.testing.redis import RedisServer, redis_server
 from qlens.testing.upstreams import Event, FakeUpstream, Recorded
 from qlens.testing.upstreams import serving as playing
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 REPLICAS = 3
 CLIENTS = 64

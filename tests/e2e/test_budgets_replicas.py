@@ -20,7 +20,7 @@ import pytest_asyncio
 from attrs import define
 from e2e.serving import Served, receipts, serving
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 REPLICAS = 3
 CRASH_SECONDS = 3

@@ -6,23 +6,20 @@ import asyncio
 import itertools
 import json
 import signal
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 import pytest_asyncio
-from attrs import define, field
-from e2e.serving import Served, serving
+from e2e.replicas import Fault, Replicas, freeze, kill, quick, replicated, restart, slow, thaw
 
-from qlens.testing.faults import FaultProxy, fault_proxy
+from qlens.testing.faults import FaultProxy
 from qlens.testing.redis import RedisServer, redis_server
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.alone, pytest.mark.asyncio(loop_scope="module")]
 
 REPLICAS = 3
 LIMITS: Mapping[str, Mapping[str, float]] = {
@@ -35,87 +32,6 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
     "share": {"requests_per_minute": 60},
     "workers": {"requests_per_minute": 6},
 }
-
-
-@define(eq=False)
-class Answered:
-    """One call: when it was sent and answered, and how."""
-
-    sent: float
-    ended: float
-    status: int
-
-
-@define(eq=False)
-class Replicas:
-    """Gateways that reach one Redis, each through a proxy of its own."""
-
-    redis: RedisServer
-    proxies: list[FaultProxy]
-    served: list[Served]
-    session: aiohttp.ClientSession
-    calls: list[tuple[str, Answered]] = field(factory=list)
-
-    async def call(self, model: str, replica: int) -> Answered:
-        served, sent = self.served[replica % len(self.served)], time.monotonic()
-        body = {"model": model, "max_tokens": 10, "messages": [{"role": "user", "content": "hello"}]}
-        async with self.session.post(
-            f"{served.url}/v1/chat/completions", json=body, headers={"authorization": f"Bearer {served.key}"}
-        ) as answer:
-            await answer.read()
-            done = Answered(sent, time.monotonic(), answer.status)
-        self.calls.append((model, done))
-        return done
-
-    async def together(self, model: str, count: int) -> Counter[int]:
-        """The statuses of so many calls at once, spread over all replicas."""
-        answers = await asyncio.gather(*(self.call(model, number) for number in range(count)))
-        return Counter(answer.status for answer in answers)
-
-    @asynccontextmanager
-    async def load(self, *models: str, pause: float = 0.02) -> AsyncIterator[None]:
-        """Keep calling each model through each replica meanwhile."""
-        self.calls.clear()
-
-        async def keep(model: str, replica: int) -> None:
-            while True:
-                await self.call(model, replica)
-                await asyncio.sleep(pause)
-
-        tasks = [asyncio.create_task(keep(model, n)) for model in models for n in range(len(self.served))]
-        try:
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            ended = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
-
-    async def metric(self, replica: int, line: str) -> float:
-        served = self.served[replica]
-        async with self.session.get(f"{served.admin_url}/metrics") as answer:
-            text = await answer.text()
-        return sum(float(row.rsplit(" ", 1)[1]) for row in text.splitlines() if row.startswith(line))
-
-    async def is_ok(self, replica: int) -> bool:
-        async with self.session.get(f"{self.served[replica].url}/readyz") as answer:
-            assert answer.status == 200  # a store that is away makes nobody unready
-            plugins: dict[str, Any] = (await answer.json())["plugins"]
-            return bool(plugins["rate_limit.token_bucket"]["ok"])
-
-    async def until_ok(self, *, ok: bool, replicas: tuple[int, ...] = tuple(range(REPLICAS)), seconds: float) -> None:
-        async with asyncio.timeout(seconds):
-            for replica in replicas:
-                while await self.is_ok(replica) is not ok:
-                    await asyncio.sleep(0.02)
-
-    async def asked(self) -> float:
-        """How often the store was asked by all replicas together."""
-        line = 'qlens_limit_calls_total{limiter="token_bucket",way="asked"}'
-        return sum([await self.metric(n, line) for n in range(REPLICAS)])
-
-    def passed(self, model: str) -> list[Answered]:
-        return [answer for name, answer in self.calls if name == model and answer.status == 200]
 
 
 def changes(redis: RedisServer, proxy: FaultProxy, count: int, **server: Any) -> dict[str, Any]:
@@ -139,19 +55,8 @@ def changes(redis: RedisServer, proxy: FaultProxy, count: int, **server: Any) ->
 
 @asynccontextmanager
 async def started(folder: Path, redis: RedisServer, count: int, **server: Any) -> AsyncIterator[Replicas]:
-    async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
-        proxies = [await stack.enter_async_context(fault_proxy(redis.port)) for _ in range(count)]
-        processes = ExitStack()
-        stack.push_async_callback(asyncio.to_thread, processes.close)
-
-        def start(number: int) -> Served:
-            place = folder / f"{number}"
-            place.mkdir()
-            return processes.enter_context(serving(place, changes=changes(redis, proxies[number], count, **server)))
-
-        served = await asyncio.gather(*(asyncio.to_thread(start, number) for number in range(count)))
-        yield Replicas(redis, proxies, list(served), session)
+    async with replicated(folder, redis, count, lambda _, proxy: changes(redis, proxy, count, **server)) as found:
+        yield found
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -194,35 +99,6 @@ async def test_leases_make_calls_to_the_store_rare(replicas: Replicas) -> None:
         asked = await replicas.asked() - asked
     assert {answer.status for _, answer in replicas.calls} == {200}
     assert asked <= calls * 0.05
-
-
-Fault = Callable[[Replicas], Awaitable[None]]
-
-
-async def kill(replicas: Replicas) -> None:
-    replicas.redis.kill()
-
-
-async def restart(replicas: Replicas) -> None:
-    await replicas.redis.start()
-
-
-async def freeze(replicas: Replicas) -> None:
-    replicas.redis.signal(signal.SIGSTOP)
-
-
-async def thaw(replicas: Replicas) -> None:
-    replicas.redis.signal(signal.SIGCONT)
-
-
-async def slow(replicas: Replicas) -> None:
-    for proxy in replicas.proxies:
-        proxy.latency = 0.2
-
-
-async def quick(replicas: Replicas) -> None:
-    for proxy in replicas.proxies:
-        proxy.latency = 0
 
 
 @pytest.mark.parametrize(("fault", "mend"), [(kill, restart), (freeze, thaw), (slow, quick)])
@@ -295,8 +171,86 @@ async def test_a_replica_that_is_cut_off_takes_its_share_and_nobody_else_notices
     seconds = alone[-1].ended - alone[0].sent
     assert 20 <= sum(answer.status == 200 for answer in alone) <= 21 + seconds
     for replica in (1, 2):
-        assert await replicas.is_ok(replica)
+        assert await replicas.is_ok(replica, "rate_limit.token_bucket")
         assert (await replicas.call("share", replica)).status == 200
+
+
+KILLED_ROOM, KILLED_RATE = 400, 1
+"""What the bucket holds from which a gateway has a lease when it is killed, and what comes back a second."""
+SLOT_SECONDS = 3
+
+
+def killed_changes(redis: RedisServer, number: int) -> dict[str, Any]:
+    store = {"kind": "redis", "url": redis.url, "replicas": 2, "timeout_ms": 5000, "slot_seconds": SLOT_SECONDS}
+    leased = {"requests_per_minute": 60 * KILLED_RATE, "burst_seconds": KILLED_ROOM // KILLED_RATE}
+    limits = [
+        {"per": "tenant", "match": {"model": ["leased"]}, **leased},
+        {"per": "tenant", "match": {"model": ["held"]}, "concurrency": 2},
+    ]
+
+    def model(first_byte_ms: int) -> dict[str, Any]:
+        target = {"provider": "twin", "model": "x", "params": {"first_byte_ms": first_byte_ms}}
+        return {"max_output_tokens": 100, "targets": [target]}
+
+    return {
+        "pipeline": {
+            "rate_limit": [{"plugin": "token_bucket", "store": {**store, "prefix": "killed"}, "limits": limits}],
+            "cache": [],
+            "cost": [],
+        },
+        "providers": {"twin": {"plugin": "echo"}},
+        "models": {"leased": model(0), "held": model(0 if number else 60_000)},
+    }
+
+
+async def test_what_a_killed_gateway_held_in_advance_is_used_by_nobody_and_its_places_come_back(
+    tmp_path: Path, replicas: Replicas
+) -> None:
+    redis = replicas.redis
+
+    async def missing() -> int:
+        """Of how many units the bucket is short: those that calls took, and those that are held in advance."""
+        (key,) = [key for key in await redis.command("KEYS", "killed:*") if ":requests" in key]
+        return int((await redis.command("GET", key)).split()[1]) * KILLED_RATE // 10**12
+
+    async def places() -> list[str]:
+        """How many each process has that has any."""
+        keys = [key for key in await redis.command("KEYS", "killed:*") if ":concurrency" in key]
+        rows = [await redis.command("HVALS", key) for key in keys]
+        return [value.split()[0] for row in rows for value in row]
+
+    async with replicated(tmp_path, redis, 2, lambda number, _: killed_changes(redis, number)) as two:
+        victim = two.served[0]
+        running = [asyncio.create_task(two.call("held", 0)) for _ in range(2)]
+        async with asyncio.timeout(10):
+            while await places() != ["2"]:
+                await asyncio.sleep(0.05)
+        # All that is held in advance is the victim's: nobody else has called yet.
+        while (await two.call("leased", 0)).status == 200:
+            leased = await missing() - len(two.passed("leased"))
+            if leased > 3:
+                break
+        victim.told_to_stop, victim.leaves_with = True, -signal.SIGKILL
+        victim.process.kill()
+        await asyncio.gather(*running, return_exceptions=True)
+        leased = await missing() - len(two.passed("leased"))
+        assert 3 < leased <= KILLED_ROOM // 40
+        assert (await two.call("held", 1)).status == 429
+
+        # The other one gets all the rest and what comes back, and nothing of what was held.
+        while (await two.call("leased", 1)).status == 200:
+            pass
+        passed = two.passed("leased")
+        seconds = passed[-1].ended - passed[0].sent
+        assert len(passed) + leased <= KILLED_ROOM + KILLED_RATE * seconds
+        assert len(passed) + leased >= KILLED_ROOM - 5  # as much less room as a leased unit may be used later
+
+        # Later it comes back at the rate, like all that was used, and places are free.
+        await asyncio.sleep(2 / KILLED_RATE)
+        assert (await two.call("leased", 1)).status == 200
+        async with asyncio.timeout(SLOT_SECONDS + 10):
+            while (await two.call("held", 1)).status == 429:
+                await asyncio.sleep(0.05)
 
 
 async def test_workers_share_the_store_too(tmp_path: Path, replicas: Replicas) -> None:

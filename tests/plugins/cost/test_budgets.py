@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -24,7 +25,6 @@ from qlens.cli import main
 from qlens.gateway import Gateway
 from qlens.testing import ManualClock, Response, Running, Scripted, running, upstream
 from qlens.testing.redis import RedisServer
-from qlens_plugins.cost.budgets import redis as redis_module
 from qlens_plugins.cost.budgets.memory import MemoryStore
 from qlens_plugins.cost.budgets.redis import RedisBudgets
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
@@ -59,27 +59,26 @@ async def redis_budgets(server: RedisServer) -> AsyncIterator[RedisBudgets]:
     """An empty Redis of which an operator has said that nothing was spent."""
     await server.command("FLUSHALL")
     async with redis_store(Gateway(), RedisSettings(url=Url(server.url), timeout_ms=2000)) as redis:
-        store = RedisBudgets(redis)
+        store = RedisBudgets(redis, gather_seconds=0)
         assert await store.begin([])
         yield store
 
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
-def store(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def store(request: pytest.FixtureRequest) -> str:
     """Each place where budgets may be, as a configuration says it."""
     if request.param == "memory":
         return MEMORY
     if request.param == "sqlite":
         return '{kind: sqlite, url: "sqlite:///budgets.db"}'
     server: RedisServer = request.getfixturevalue("server")
-    monkeypatch.setattr(redis_module, "GATHER_SECONDS", 0)
 
     async def begin() -> None:
         async with redis_budgets(server):
             pass
 
     asyncio.run(begin())
-    return f'{{kind: redis, url: "{server.url}", timeout_ms: 2000}}'
+    return f'{{kind: redis, url: "{server.url}", timeout_ms: 2000, gather_seconds: 0}}'
 
 
 def key_file() -> dict[str, str]:
@@ -393,12 +392,87 @@ async def test_the_list_of_budgets_comes_in_pages() -> None:
             assert (await gateway.get(f"/admin/budgets?{wrong}", key="sk-example-ops")).status == 400
 
 
-async def test_in_memory_windows_that_are_over_are_forgotten_though_nobody_comes_back() -> None:
-    store = MemoryStore()
-    for day in range(50):
-        account = Account(f"budget-{day}", "tenant day", "tenant", f"t{day}", f"t{day}", "day")
-        await store.sync("a", [Ask(account, day * 86_400, LIMIT, 0, 7)], day * 86_400, 10**9)
-    assert len(store.sheets) <= 4
+def patient(store: str) -> str:
+    """A store that takes no process for dead because the clock was turned."""
+    return store if store == MEMORY else store.replace("}", ", crash_seconds: 100000000}")
+
+
+async def test_windows_that_are_long_over_are_forgotten_and_no_money_with_them(
+    store: str, request: pytest.FixtureRequest
+) -> None:
+    clock = ManualClock(1_700_000_000.0)  # past: what is over by this clock alone stays
+    store = patient(store)
+    limits = "{per: key, usd: 1, window: day}, {per: tenant, usd: 1, window: total}"
+    long: dict[str, Any] = {"messages": [{"role": "user", "content": "x " * 40}]}
+
+    async def listed(gateway: Running) -> list[tuple[str, str]]:
+        rows = (await gateway.get("/admin/budgets", key="sk-example-ops")).json()["data"]
+        return sorted((row["window"], row["owner"]) for row in rows)
+
+    async def until(gateway: Running, *rows: tuple[str, str]) -> None:
+        async with asyncio.timeout(5):
+            while await listed(gateway) != sorted(rows):
+                await asyncio.sleep(0.05)
+
+    totals = [("total", "acme"), ("total", "bolt")]
+    async with serving(limits, store, clock=clock, params="{first_byte_ms: 1500}") as gateway:
+        for key in ("sk-example-a1", "sk-example-b"):
+            assert (await call(gateway, key, **long)).status == 200
+        await until(gateway, *totals, ("day", "a1"), ("day", "b"))
+        last = asyncio.create_task(call(gateway, **long))
+        await asyncio.sleep(0.3)
+        clock.advance(4 * 86_400)
+        await until(gateway, *totals, ("day", "a1"))  # something is held in it
+        assert (await last).status == 200
+        clock.advance(3601)
+        await until(gateway, *totals)
+        spent = {
+            row["owner"]: row["spent_usd"]
+            for key in ("a1", "b")
+            for row in await budgets(gateway, f"sk-example-{key}")
+            if row["window"] == "total"
+        }
+        assert spent == {"acme": "0.00002", "bolt": "0.00001"}
+        if "redis" in store:
+            server: RedisServer = request.getfixturevalue("server")
+            for name in ("sums", "accounts", "windows"):
+                assert await server.command("HLEN", f"qlens:{{budgets}}:{name}") == 2
+            (process,) = await server.command("KEYS", "qlens:{budgets}:process:*")
+            async with asyncio.timeout(5):
+                while any(key.split()[1] != "0" for key in await server.command("HKEYS", process)):
+                    await asyncio.sleep(0.05)
+        # Whoever comes back begins anew.
+        assert (await call(gateway, **long)).status == 200
+        assert {row["window"]: row["spent_usd"] for row in await budgets(gateway)} == {
+            "day": "0.00001",
+            "total": "0.00003",
+        }
+
+
+async def test_a_window_is_not_forgotten_because_one_clock_runs_ahead(server: RedisServer) -> None:
+    now = int(time.time())
+    async with redis_budgets(server) as store:
+        account = evolve(ACCOUNT, period="day")
+        await store.sync("a", [Ask(account, now // 86_400 * 86_400, LIMIT, 0, 7)], now, 60)
+        assert not await store.sweep("a", await store.sweep("a", "", now + 10**9), now + 10**9)
+        (state,) = await store.states(now)
+        assert state.spent == 7
+
+
+async def test_a_budget_that_is_raised_stays_until_that_is_over(store: str) -> None:
+    clock = ManualClock(1_700_000_000.0)
+    async with serving("{per: tenant, usd: 0.000010, window: day}", patient(store), clock=clock) as gateway:
+        assert (await call(gateway, messages=[{"role": "user", "content": "x " * 40}])).status == 200
+        place = f"/admin/budgets/{(await budget(gateway))['id']}"
+        ask = {"usd": "1", "expires_at": 1_700_000_000 + 5 * 86_400, "reason": "launch"}
+        assert (await gateway.post(f"{place}/increase", ask, key="sk-example-ops")).status == 200
+        clock.advance(4 * 86_400)
+        await asyncio.sleep(0.8)
+        assert (await gateway.get(place, key="sk-example-ops")).json()["limit_usd"] == "1.00001"
+        clock.advance(2 * 86_400)
+        async with asyncio.timeout(5):
+            while (await gateway.get(place, key="sk-example-ops")).status != 404:
+                await asyncio.sleep(0.05)
 
 
 async def test_what_is_spent_outlasts_a_restart_and_the_command_shows_it(
@@ -631,6 +705,9 @@ class Large:
     async def increase(self, increase: Increase) -> None:
         await self.store.increase(evolve(increase, picos=increase.picos * LARGE))
 
+    async def sweep(self, process: str, after: str, now: float) -> str:
+        return await self.store.sweep(process, after, now)
+
     async def close(self) -> None:
         await self.store.close()
 
@@ -646,12 +723,10 @@ def test_redis_answers_as_memory_does_and_is_exact_with_large_sums(
     server: RedisServer, moves: list[tuple[str, int, int, int]]
 ) -> None:
     async def both() -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(redis_module, "GATHER_SECONDS", 0)
-            async with redis_budgets(server) as store:
-                with suppress(StoreAnew):  # it learns what it is to believe in
-                    await store.sync("x", [], 0, 60)
-                assert await play(Large(store), moves) == await play(MemoryStore(), moves)
+        async with redis_budgets(server) as store:
+            with suppress(StoreAnew):  # it learns what it is to believe in
+                await store.sync("x", [], 0, 60)
+            assert await play(Large(store), moves) == await play(MemoryStore(), moves)
 
     asyncio.run(both())
 

@@ -107,7 +107,8 @@ async def _begin(plugin: Budgets, gateway: Gateway, file: str) -> str:
             raise StartupError("only a Redis loses what was spent: these budgets are kept elsewhere")
         if not await store.begin(sums):
             raise StartupError("Redis knows what was spent: nothing is to be set")
-    return f"{len(sums)} budgets are set, all others have spent nothing; calls are admitted in a second\n"
+        seconds = store.gather_seconds
+    return f"{len(sums)} budgets are set, all others have spent nothing; calls are admitted in {seconds:g} s\n"
 
 
 def _sum(each: dict[str, Any]) -> tuple[Account, int, int, int]:

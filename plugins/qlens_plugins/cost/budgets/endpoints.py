@@ -82,7 +82,7 @@ class BudgetApi:
 
     async def increase(self, call: Call) -> Reply:
         """Raise a budget until a moment."""
-        state, now, gateway = await self._state(call), self._now, self.plugin.gateway
+        state, now, gateway, tills = await self._state(call), self._now, self.plugin.gateway, self.plugin.tills
         amount, expires_at, reason = await _asked(call, now)
         raised = Increase(
             *(f"increase-{uuid4().hex}", state.account.id, amount, expires_at, reason),
@@ -94,7 +94,7 @@ class BudgetApi:
             *(call, "budgets.increase", state.account.id), before=before, after=after, tenant=state.account.tenant
         )
         try:
-            await self.plugin.tills.store.increase(raised)
+            await tills.through(lambda: tills.store.increase(raised))
         except StoreAway as away:
             raise refusals.away() from away
         return _json(self._row(await self._state(call)))
@@ -111,7 +111,7 @@ class BudgetApi:
                 till.want = 0
             await tills.rested()
             await tills.flush()
-            return await tills.store.states(self._now, id_)
+            return await tills.through(lambda: tills.store.states(self._now, id_))
         except StoreAway as away:
             raise refusals.away() from away
 

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from attrs import define, field
 
 from qlens_plugins.cost.budgets.store import Account, Ask, Increase, State, Told
-
-_DAYS = {"day": 1, "week": 7, "month": 31}
-_SWEEP_SECONDS = 3600
+from qlens_plugins.cost.budgets.windows import is_over
 
 
 @define(eq=False)
@@ -53,7 +51,6 @@ class MemoryStore:
     alive: dict[str, float] = field(factory=dict)
     """Until when each process is believed to live."""
     increases: list[Increase] = field(factory=list)
-    _swept: float = 0
 
     async def sync(self, process: str, asks: Sequence[Ask], now: float, crash_seconds: float) -> list[Told]:
         """Implements `Store`."""
@@ -69,9 +66,6 @@ class MemoryStore:
         if sheet is None:
             sheet = self.sheets[key] = Sheet(ask.account, ask.window, ask.limit)
             self._forget(ask)
-            if now - self._swept >= _SWEEP_SECONDS:
-                self._swept = now
-                self._sweep(now)
         part = sheet.parts.setdefault((process, ask.part), Part())
         sheet.limit = ask.limit
         part.spent, part.held, part.excess = ask.spent, ask.held, ask.excess
@@ -97,13 +91,14 @@ class MemoryStore:
             if not self.sheets[ask.account.id, window].held:
                 del self.sheets[ask.account.id, window]
 
-    def _sweep(self, now: float) -> None:
-        """Drop what nobody has used for a window and more, and increases that are over."""
+    async def sweep(self, process: str, after: str, now: float) -> str:
+        """Implements `Store`."""
         self.increases = [each for each in self.increases if each.expires_at > now]
         for key, sheet in list(self.sheets.items()):
-            days = _DAYS.get(sheet.account.period)
-            if days is not None and sheet.window + 2 * days * 86_400 < now and not sheet.held:
+            is_raised = any(each.account == key[0] for each in self.increases)
+            if is_over(sheet.account.period, sheet.window, now) and not (sheet.held or sheet.excess or is_raised):
                 del self.sheets[key]
+        return ""
 
     def reap(self, now: float) -> None:
         """Charge what processes held that show no sign of life."""

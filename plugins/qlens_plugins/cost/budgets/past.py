@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlens import CallError, fits
 from qlens_plugins.cost.budgets.lines import Line
-from qlens_plugins.cost.budgets.store import Account, StoreAway
+from qlens_plugins.cost.budgets.store import Account, PastUnknown
 
 if TYPE_CHECKING:
     from qlens import Gateway
@@ -27,14 +27,14 @@ def ledger_of(gateway: Gateway) -> Spending | None:
 
 
 async def spent_of(spending: Spending, line: Line | None, account: Account, start: int, end: int) -> int:
-    """What a budget has spent by the ledger; raises StoreAway when that cannot be read."""
+    """What a budget has spent by the ledger; raises PastUnknown when that cannot be read."""
     where = _conditions(line, account)
     patterns = {} if line is None else {name: getattr(line.match, name) for name in _COLUMNS}
     narrowed = {_COLUMNS[name]: each for name, each in patterns.items() if each is not None}
     try:
         groups = await spending(start, end, tuple(narrowed), where)
     except (CallError, AssertionError) as error:  # it is not open yet, or away
-        raise StoreAway(f"the ledger cannot be read: {error}") from error
+        raise PastUnknown(f"the ledger cannot be read: {error}") from error
     return sum(
         cost
         for group, cost in groups.items()

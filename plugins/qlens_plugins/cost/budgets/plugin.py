@@ -12,7 +12,6 @@ from zoneinfo import ZoneInfo
 from attrs import define, field, frozen
 
 from qlens import Call, Command, Endpoint, Health, Receipt, hookimpl, redis_store, usd
-from qlens_plugins.cost.budgets import commands as budget_commands
 from qlens_plugins.cost.budgets import past, reached, refusals
 from qlens_plugins.cost.budgets.endpoints import BudgetApi
 from qlens_plugins.cost.budgets.lines import Line, lines_for, lines_of
@@ -20,7 +19,7 @@ from qlens_plugins.cost.budgets.memory import MemoryStore
 from qlens_plugins.cost.budgets.redis import RedisBudgets, Spent
 from qlens_plugins.cost.budgets.settings import BudgetsConfig, Memory, Redis, Sqlite, place
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
-from qlens_plugins.cost.budgets.store import Account, Need, Store, StoreAway
+from qlens_plugins.cost.budgets.store import Account, Need, PastUnknown, Store, StoreAway
 from qlens_plugins.cost.budgets.tills import Purse, Till, Tills, describe
 
 if TYPE_CHECKING:
@@ -142,7 +141,7 @@ class Budgets:
             return Tills(store, gateway.clock.time, self.zone, 1, 1e12, 1)
         tills = Tills(store, gateway.clock.time, self.zone, config.lease_seconds, config.crash_seconds, 100)
         if isinstance(config, Redis):
-            tills.look_ticks = 2  # a Redis that was emptied is to hear of all that is held within GATHER_SECONDS
+            tills.look_ticks = 2  # a Redis that was emptied is to hear of all that is held within `gather_seconds`
         return tills
 
     @asynccontextmanager
@@ -151,7 +150,7 @@ class Budgets:
         config = self.config.store
         if isinstance(config, Redis):
             async with redis_store(gateway, config) as redis:
-                yield RedisBudgets(redis, self._spent(gateway))
+                yield RedisBudgets(redis, self._spent(gateway), config.gather_seconds)
         elif isinstance(config, Sqlite):
             yield SqliteStore(place(config.url, gateway.config.folder))
         else:
@@ -165,7 +164,7 @@ class Budgets:
         async def spent(account: Account, start: int, end: int) -> int:
             spending = past.ledger_of(gateway)
             if spending is None:
-                raise StoreAway("there is no ledger any more")
+                raise PastUnknown("there is no ledger any more")
             line = next((line for line in self.lines if line.name == account.rule), None)
             return await past.spent_of(spending, line, account, start, end)
 
@@ -314,7 +313,9 @@ class Budgets:
     @hookimpl
     def commands(self) -> Iterable[Command]:
         """`qlens budgets`."""
-        yield budget_commands.command(self)
+        from qlens_plugins.cost.budgets.commands import command  # not for those that serve
+
+        yield command(self)
 
     @hookimpl
     def explain(self, call: Call) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlens import Script
 
 _COMMON = """\
--- KEYS: epoch, sums, accounts, windows, raised, alive, and how the keys of processes begin.
+-- KEYS: epoch, sums, accounts, windows, raised, alive, how the keys of processes begin, and when one was heard last.
 -- Sums go beyond 2^53, where a double is not exact: each is a pair of high and low, in units of 10^9 and of 1.
 local BASE = 1000000000
 local function pair(high, low)
@@ -74,6 +74,13 @@ local function charge(process)
   redis.call('ZREM', KEYS[6], process)
 end
 local function reap()
+  local heard = tonumber(redis.call('GET', KEYS[8]) or now)
+  if now - heard >= 1000 or heard == now then redis.call('SET', KEYS[8], string.format('%.0f', now)) end
+  if now - heard > 5000 then -- nobody was heard: the server was away, and nobody need be dead
+    for _, process in ipairs(redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', now + 5000)) do
+      redis.call('ZADD', KEYS[6], now + 5000, process)
+    end
+  end
   local dead = redis.call('ZRANGEBYSCORE', KEYS[6], '-inf', now, 'LIMIT', 0, 20)
   for i = 1, #dead do charge(dead[i]) end
 end
@@ -143,8 +150,8 @@ for _, ask in ipairs(asks) do
   local my_held, my_excess = num(ask[6]), num(ask[7])
   r.spent = add(r.spent, sub(num(ask[5]), spent))
   r.held, r.excess = add(r.held, sub(my_held, held)), add(r.excess, sub(my_excess, excess))
-  local limit, till, raised = num(ask[3]), '9007199254740992', redis.call('HGET', KEYS[5], ask[1])
-  if raised then
+  local limit, till, raised = num(ask[3]), '9007199254740992', redis.call('HGET', KEYS[5], ask[1]) or ''
+  if raised ~= '' then
     for _, each in ipairs(cjson.decode(raised)) do
       if each[3] > tonumber(ARGV[5]) then
         limit = add(limit, num(each[2]))
@@ -168,7 +175,7 @@ for _, ask in ipairs(asks) do
   r.held, my_held = add(r.held, spare), add(my_held, spare)
   write(place, r)
   redis.call('HSET', key, ask.mine, table.concat({ask[5], text(my_held), text(my_excess), ARGV[3]}, ' '))
-  told[#told + 1] = {granted, text(spare), text(add(r.base, r.spent)), text(r.held), text(limit), till}
+  told[#told + 1] = {granted, text(spare), text(add(r.base, r.spent)), text(r.held), text(limit), till, raised}
 end
 return told
 """,
@@ -182,9 +189,10 @@ RENEW = Script(
 if not epoch then return {'lost'} end
 if epoch ~= ARGV[1] then return {'epoch', epoch} end
 reap()
-if not redis.call('ZSCORE', KEYS[6], ARGV[2]) then return {'given up'} end
-redis.call('ZADD', KEYS[6], now + tonumber(ARGV[3]), ARGV[2])
-return {'told'}
+local is_alive = redis.call('ZSCORE', KEYS[6], ARGV[2])
+if is_alive then redis.call('ZADD', KEYS[6], now + tonumber(ARGV[3]), ARGV[2]) end
+if now < opens then return {'wait'} end
+return {is_alive and 'told' or 'given up'}
 """,
 )
 
@@ -252,16 +260,62 @@ RAISE = Script(
     "budgets raise",
     _COMMON
     + """\
--- ARGV: account, the increase as JSON, the time in which increases end.
+-- ARGV: epoch, account, the increase as JSON, the time in which increases end.
 if not epoch then return {'lost'} end
-local all, new = {}, cjson.decode(ARGV[2])
-for _, each in ipairs(cjson.decode(redis.call('HGET', KEYS[5], ARGV[1]) or '[]')) do
+if epoch ~= ARGV[1] then return {'epoch', epoch} end
+local all, new = {}, cjson.decode(ARGV[3])
+for _, each in ipairs(cjson.decode(redis.call('HGET', KEYS[5], ARGV[2]) or '[]')) do
   if each[1] == new[1] then return {'told'} end
-  if each[3] > tonumber(ARGV[3]) then all[#all + 1] = each end
+  if each[3] > tonumber(ARGV[4]) then all[#all + 1] = each end
 end
 all[#all + 1] = new
-redis.call('HSET', KEYS[5], ARGV[1], cjson.encode(all))
+redis.call('HSET', KEYS[5], ARGV[2], cjson.encode(all))
 return {'told'}
+""",
+)
+
+SWEEP = Script(
+    "budgets sweep",
+    _COMMON
+    + """\
+-- ARGV: epoch, process, the time, what is swept, where to go on, how many.
+-- A window is dropped when it is over by the clock here and by the gateway's, for as long as it lasted and more: what
+-- is spent in it counts for nothing any more. One in which something is held is kept until that is settled or charged.
+if not epoch then return {'lost'} end
+if epoch ~= ARGV[1] then return {'epoch', epoch} end
+local time, days = math.min(tonumber(ARGV[3]), now / 1000), {day = 1, week = 7, month = 31}
+if ARGV[4] == 'parts' then -- what this process has said of windows that are gone
+  local found = redis.call('HSCAN', KEYS[7] .. ARGV[2], ARGV[5], 'COUNT', ARGV[6])
+  for i = 1, #found[2], 2 do
+    if not row(string.match(found[2][i], '^(.+) %d+$')) then redis.call('HDEL', KEYS[7] .. ARGV[2], found[2][i]) end
+  end
+  return {'told', found[1]}
+end
+local found = redis.call('HSCAN', KEYS[4], ARGV[5], 'COUNT', ARGV[6])
+for i = 1, #found[2], 2 do
+  local id, kept, raised = found[2][i], {}, {}
+  local length = days[cjson.decode(redis.call('HGET', KEYS[3], id) or '[0,0,0,0,0,""]')[6]]
+  for _, each in ipairs(cjson.decode(redis.call('HGET', KEYS[5], id) or '[]')) do
+    if each[3] > time then raised[#raised + 1] = each end
+  end
+  for window in string.gmatch(found[2][i + 1], '%d+') do
+    local r = row(id .. ' ' .. window)
+    local is_free = not r or (r.held[1] == 0 and r.held[2] == 0 and r.excess[1] == 0 and r.excess[2] == 0)
+    if length and #raised == 0 and is_free and tonumber(window) + 2 * length * 86400 < time then
+      redis.call('HDEL', KEYS[2], id .. ' ' .. window)
+    else
+      kept[#kept + 1] = window
+    end
+  end
+  if #raised == 0 then redis.call('HDEL', KEYS[5], id) end
+  if #kept == 0 then
+    redis.call('HDEL', KEYS[3], id)
+    redis.call('HDEL', KEYS[4], id)
+  else
+    redis.call('HSET', KEYS[4], id, table.concat(kept, ' '))
+  end
+end
+return {'told', found[1]}
 """,
 )
 

@@ -92,6 +92,9 @@ class Redis(RedisSettings):
     """How long a process may hold a part of a budget that no call needs yet; 0: it asks for every call."""
     crash_seconds: float = field(default=60, validator=ge(3))
     """After how long without a sign of life what a process had reserved is charged."""
+    gather_seconds: float = field(default=1, validator=[ge(0), le(3000)])
+    """How long hard budgets refuse calls after Redis has lost its sums, so that all gateways can say again what their
+    running calls hold."""
 
 
 @frozen

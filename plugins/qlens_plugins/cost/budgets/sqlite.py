@@ -13,8 +13,10 @@ from attrs import define, field, frozen
 
 from qlens import StartupError, file_identity, open_sqlite, sqlite_transaction
 from qlens_plugins.cost.budgets.store import Account, Ask, Increase, State, StoreAway, Told
+from qlens_plugins.cost.budgets.windows import is_over
 
 OWNER = "budgets"
+_PAGE = 200
 MIGRATIONS = (
     (
         """
@@ -117,6 +119,15 @@ class SqliteStore:
                 _charge(database, process)
 
         await self._ask(work)
+
+    async def sweep(self, process: str, after: str, now: float) -> str:
+        """Implements `Store`."""
+
+        def work(database: Database) -> str:
+            with sqlite_transaction(database):
+                return _sweep(database, after, now)
+
+        return await self._ask(work)
 
     async def states(self, now: int, account: str | None = None) -> list[State]:
         """Implements `Store`."""
@@ -247,6 +258,27 @@ def _charge(database: Database, process: str) -> None:
         )
     database.execute("DELETE FROM budget_parts WHERE process = ?", (process,))
     database.execute("DELETE FROM budget_processes WHERE process = ?", (process,))
+
+
+def _sweep(database: Database, after: str, now: float) -> str:
+    """Drop windows of some budgets, those of this process among them; what it says late makes them anew."""
+    database.execute("DELETE FROM budget_increases WHERE expires_at <= ?", (now,))
+    ids = [
+        id_
+        for (id_,) in database.execute(
+            "SELECT DISTINCT id FROM budgets WHERE id > ? ORDER BY id LIMIT ?", (after, _PAGE)
+        )
+    ]
+    rows = database.execute(
+        "SELECT id, window, period FROM budgets WHERE id > ? AND id <= ? AND held = 0 AND excess = 0 "
+        "AND id NOT IN (SELECT budget FROM budget_increases)",
+        (after, ids[-1] if ids else after),
+    ).fetchall()
+    for id_, window, period in rows:
+        if is_over(period, window, now):
+            database.execute("DELETE FROM budgets WHERE id = ? AND window = ?", (id_, window))
+            database.execute("DELETE FROM budget_parts WHERE id = ? AND window = ?", (id_, window))
+    return ids[-1] if len(ids) == _PAGE else ""
 
 
 def _states(database: Database, now: int, account: str | None) -> list[State]:

@@ -14,6 +14,10 @@ class StoreAway(Exception):
     """The store does not answer; what was asked may have happened all the same."""
 
 
+class PastUnknown(StoreAway):
+    """The store answers, but must be told what was spent before, and nobody says so."""
+
+
 class StoreAnew(StoreAway):
     """The store has begun anew, without what it knew: each process says again what it knows."""
 
@@ -125,6 +129,9 @@ class Store(Protocol):
 
     async def leave(self, process: str) -> None:
         """Forget a process that has given back all it held."""
+
+    async def sweep(self, process: str, after: str, now: float) -> str:
+        """Drop some of the budgets whose windows are long over, and increases; where to go on, "" at the end."""
 
     async def states(self, now: int, account: str | None = None) -> list[State]:
         """All budgets, each in its latest window."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import tzinfo
+from typing import TypeVar
 from uuid import uuid4
 from weakref import WeakValueDictionary
 
@@ -13,12 +14,15 @@ from attrs import define, field
 
 from qlens import usd
 from qlens_plugins.cost.budgets.lines import Line
-from qlens_plugins.cost.budgets.store import Account, Ask, Need, Store, StoreAnew, StoreAway, Told
+from qlens_plugins.cost.budgets.store import Account, Ask, Need, PastUnknown, Store, StoreAnew, StoreAway, Told
 from qlens_plugins.cost.budgets.windows import Window, window_of
 
+T = TypeVar("T")
 log = logging.getLogger("qlens.budgets")
 
 TICK_SECONDS = 0.25
+SWEEP_SECONDS = 3600
+"""How often it is looked for windows that are long over."""
 _TOGETHER = 256
 """How many calls of one budget are decided in one step."""
 
@@ -105,8 +109,12 @@ class Tills:
     purses: WeakValueDictionary[str, Purse] = field(factory=WeakValueDictionary)
     dirty: dict[Till, None] = field(factory=dict)
     """Those of which the store does not know the latest, or that hold something in advance."""
+    _lacks_past: bool = False
+    """Whether the trouble is one that the store answers all the same."""
     _renewed: float = 0
     _opened: int = 0
+    _sweep_at: float = 0
+    _swept_to: str = ""
     _tending: asyncio.Task[None] | None = None
     _tasks: set[asyncio.Task[None]] = field(factory=set)
 
@@ -307,7 +315,7 @@ class Tills:
     def _failed(self, away: StoreAway) -> None:
         if not self.trouble:
             log.error("budgets: the store does not answer: %s", away)
-        self.trouble = str(away)
+        self.trouble, self._lacks_past = str(away), isinstance(away, PastUnknown)
 
     def _given_up(self, process: str) -> None:
         """Begin anew: this process showed no sign of life for so long that all it held was charged."""
@@ -355,6 +363,7 @@ class Tills:
                 # Others that died are looked for as often, too.
                 if self.now() - self._renewed >= self.crash_seconds / 4 or ticks % self.look_ticks == 0:
                     await self._renew()
+                await self._sweep()
             except StoreAway:
                 continue
             except Exception:
@@ -371,8 +380,27 @@ class Tills:
         except StoreAway as away:
             self._failed(away)
             raise
+        if not self._lacks_past:
+            self.trouble = ""
         if not is_alive and any(till.known for till in (*self.dirty, *(p.till for p in self.purses.values()))):
             self._given_up(process)
+
+    async def _sweep(self) -> None:
+        """Drop a page of what is long over; after the last one wait an hour."""
+        now = self.now()
+        if not self._swept_to and now < self._sweep_at <= now + SWEEP_SECONDS:
+            return
+        self._swept_to = await self.through(lambda: self.store.sweep(self.process, self._swept_to, now))
+        self._sweep_at = now + SWEEP_SECONDS
+
+    async def through(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Ask the store something else. One that has begun anew then is told first what this process knows."""
+        try:
+            return await ask()
+        except StoreAnew as anew:
+            self._say_again(anew)
+            await self.flush()
+            return await ask()
 
     async def rested(self) -> None:
         """Wait, for a moment at most, until no answer of the store is awaited: such tills are not flushed."""

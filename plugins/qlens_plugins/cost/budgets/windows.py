@@ -13,6 +13,9 @@ NEVER = 2**53
 """The end of what has none, in Unix seconds."""
 
 
+_LONGEST_DAYS = {"day": 1, "week": 7, "month": 31}
+
+
 @frozen
 class Window:
     """From its first second up to, but without, its end; Unix seconds."""
@@ -36,6 +39,12 @@ def window_of(period: Period, now: float, zone: tzinfo) -> Window:
         return Window(_begin(monday, zone), _begin(monday + timedelta(days=7), zone))
     first = day.replace(day=1)
     return Window(_begin(first, zone), _begin((first + timedelta(days=32)).replace(day=1), zone))
+
+
+def is_over(period: Period, start: int, now: float) -> bool:
+    """Whether the window that began then is over for as long as it lasted, and more: nobody asks for it again."""
+    days = _LONGEST_DAYS.get(period)
+    return days is not None and start + 2 * days * 86_400 < now
 
 
 def _begin(midnight: datetime, zone: tzinfo) -> int:

@@ -12,7 +12,7 @@ TAKE = Script(
     "token_bucket",
     """\
 -- KEYS: buckets, then places. ARGV: the number of buckets, the process, the milliseconds its places outlast it;
--- for each bucket: unit, room, 1 if it counts tokens, owed, extra, lost; for each place: most, running, spare;
+-- for each bucket: unit, room, 1 if it counts tokens, owed, extra, lost, alone; for each place: most, running, spare;
 -- then for each call its tokens.
 -- A bucket is "time missing": at a time in microseconds so many picoseconds were missing until it is full. Both are
 -- whole numbers below 2^53, and written by %.0f: tostring() would round them to 14 digits.
@@ -23,9 +23,9 @@ local unit, room, tokens, extra, missing, granted = {}, {}, {}, {}, {}, {}
 local n = 3
 for i = 1, buckets do
   unit[i], room[i], tokens[i] = tonumber(ARGV[n + 1]), tonumber(ARGV[n + 2]), ARGV[n + 3] == '1'
-  local owed, lost = tonumber(ARGV[n + 4]), tonumber(ARGV[n + 6])
+  local owed, lost, alone = tonumber(ARGV[n + 4]), tonumber(ARGV[n + 6]), tonumber(ARGV[n + 7])
   extra[i], granted[i] = tonumber(ARGV[n + 5]), 0
-  n = n + 6
+  n = n + 7
   local left = lost -- a key outlives every process' knowledge of it: where there is none, the server has lost it
   local kept = redis.call('GET', KEYS[i])
   if kept then
@@ -33,7 +33,11 @@ for i = 1, buckets do
     -- The clock of another server after a failover may be behind: nothing comes back then, and nothing is lost.
     left = tonumber(was) - math.max(0, now - tonumber(at)) * 1000000
   end
-  missing[i] = math.max(0, math.max(0, left) + owed)
+  left = math.max(0, left)
+  -- All that was let pass alone is no more than the bucket gives: so what is said twice, after an answer that came too
+  -- late, empties it, and no more than that.
+  if alone > 0 then left = math.max(left, math.min(room[i], left + alone)) end
+  missing[i] = math.max(0, left + owed)
 end
 local places = #KEYS - buckets
 local most, mine, others, spare = {}, {}, {}, {}
@@ -121,6 +125,8 @@ class AskedBucket:
     """Units that are wanted in advance."""
     lost: int = 0
     """Picoseconds that were missing as far as is known, in case the store has lost it."""
+    alone: int = 0
+    """Picoseconds for what was let pass while the store was away."""
 
 
 @frozen
@@ -141,7 +147,7 @@ def arguments(
     """The script's keys and arguments."""
     args: list[str | int] = [len(buckets), me, ttl_ms]
     for bucket in buckets:
-        args += [bucket.unit, bucket.room, int(bucket.tokens), bucket.owed, bucket.extra, bucket.lost]
+        args += [bucket.unit, bucket.room, int(bucket.tokens), bucket.owed, bucket.extra, bucket.lost, bucket.alone]
     for place in places:
         args += [place.most, place.running, place.spare]
     keys = [*(bucket.key for bucket in buckets), *(place.key for place in places)]

@@ -16,9 +16,9 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 
 from attrs import define, field
 
-from qlens import CallError, Limit, Receipt, RedisStore, StoreUnavailable
+from qlens import CallError, Receipt, RedisStore, StoreUnavailable
 from qlens_plugins.rate_limit.token_bucket.meters import SECOND, Meter
-from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, standing, tightest
+from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, owed_to
 from qlens_plugins.rate_limit.token_bucket.purses import Purse, Purses, Seats
 from qlens_plugins.rate_limit.token_bucket.refusals import crowded, limited, too_large
 from qlens_plugins.rate_limit.token_bucket.script import TAKE, AskedBucket, AskedPlace, arguments
@@ -77,18 +77,30 @@ class Shared:
 
     # --- taking --------------------------------------------------------------------------------
 
-    async def take(self, plan: Plan[Purse, Seats], tokens: int) -> CallError | None:
+    def take(self, plan: Plan[Purse, Seats], tokens: int) -> Coroutine[object, object, CallError | None] | None:
+        """Take what a call may use from what is held, as nearly every call does; or else return what asks for it."""
+        parts = plan.parts or groups(plan)
+        if not parts or (len(parts) == 1 and self.store.ok and _from_held(parts[0], tokens, self.now())):
+            return None
+        return self._asked(plan, tokens)
+
+    async def _asked(self, plan: Plan[Purse, Seats], tokens: int) -> CallError | None:
         """Take what a call may use, or nothing; what refuses it is returned."""
-        parts = groups(plan)
-        if len(parts) == 1 and self.store.ok and _from_held(parts[0], tokens, self.now()):
-            return None  # the way of nearly every call
-        for share in plan.shares if tokens else plan.requests:
-            quantity = tokens if share.meter.kind == "tokens" else 1
+        try:
+            return await self._take_all(plan, tokens)
+        finally:
+            now = self.now()
+            for share in plan.shares:
+                share.missing = _missing(share, now)
+
+    async def _take_all(self, plan: Plan[Purse, Seats], tokens: int) -> CallError | None:
+        for share in plan.taking(tokens):
+            quantity = share.quantity(tokens)
             if quantity * share.unit > share.room:
                 return too_large(share.meter, share.key, quantity, share.room // share.unit)
         taken: list[_Group] = []
         try:
-            for group in parts:
+            for group in groups(plan):
                 refusal = await self._take(group, tokens)
                 if refusal is not None:
                     self._give_back(taken, tokens)
@@ -115,7 +127,7 @@ class Shared:
             place = group.places[refused - len(group.shares) - 1]
             return crowded(place.cap, place.key, place.cap.most)
         share = group.shares[refused - 1]
-        quantity = tokens if share.meter.kind == "tokens" else 1
+        quantity = share.quantity(tokens)
         left = (share.room - max(0, share.level.full_at - self.now())) // share.unit
         return limited(share.meter, share.key, quantity, max(0, left), wait)
 
@@ -167,8 +179,8 @@ class Shared:
         now = self.now()
         for group in taken:
             for share in group.shares:
-                self.owe(share, -(tokens if share.meter.kind == "tokens" else 1), now, is_urgent=True)
-            self.leave(group.places)
+                self._owe(share, -share.quantity(tokens), now, is_urgent=True)
+            self._leave(group.places)
 
     # --- the store -----------------------------------------------------------------------------
 
@@ -189,7 +201,7 @@ class Shared:
             for share, (debt, alone_at) in zip(shares, debts, strict=True):
                 if alone_at is not None:
                     share.level.alone_at = max(alone_at, share.level.alone_at or 0)
-                self.owe(share, debt, self.now())
+                self._owe(share, debt, self.now())
             return None
         self._learn(shares, told, now)
         for number, place in enumerate(places, len(shares)):
@@ -204,13 +216,13 @@ class Shared:
         purse = share.level
         known = max(0, purse.full_at - now)
         owed_ps = (purse.owed - purse.units) * share.unit
+        alone_ps = 0
         if purse.alone_at is not None:  # what this process let pass alone and has not come back yet
-            owed_ps += max(0, purse.alone_at - now - known) // self.processes
+            alone_ps = max(0, purse.alone_at - now - known) // self.processes
             purse.alone_at = None
         purse.owed = purse.units = 0
-        is_tokens = share.meter.kind == "tokens"
-        extra = self._wanted(share, sum(calls) if is_tokens else len(calls), now) if calls else 0
-        return AskedBucket(purse.key, share.unit, share.room, is_tokens, owed_ps, extra, known)
+        extra = self._wanted(share, sum(share.quantity(tokens) for tokens in calls), now) if calls else 0
+        return AskedBucket(purse.key, share.unit, share.room, share.counts_tokens, owed_ps, extra, known, alone_ps)
 
     def _wanted(self, share: Share[Purse], needed: int, now: int) -> int:
         """How much to lease: twice as much as last time if that was used up early, nothing where calls are rare."""
@@ -261,21 +273,19 @@ class Shared:
         self.count("alone")
         longest, slowest = 0, None
         for share in group.shares:
-            quantity = tokens if share.meter.kind == "tokens" else 1
+            quantity = share.quantity(tokens)
             wait = max(0, self._alone(share, now) - now) + quantity * self._unit(share) - share.room
             # A call that is larger than a share passes when the share is full, or it never would.
             wait = min(wait, max(0, self._alone(share, now) - now))
             if quantity and wait > 0 and wait >= longest:
                 longest, slowest = wait, share
         if slowest is not None:
-            quantity = tokens if slowest.meter.kind == "tokens" else 1
-            return limited(slowest.meter, slowest.key, quantity, 0, longest)
+            return limited(slowest.meter, slowest.key, slowest.quantity(tokens), 0, longest)
         for place in group.places:
             if place.seats.running >= max(1, place.cap.most // self.processes):
                 return crowded(place.cap, place.key, place.seats.running)
         for share in group.shares:
-            quantity = tokens if share.meter.kind == "tokens" else 1
-            share.level.alone_at = max(now, self._alone(share, now)) + quantity * self._unit(share)
+            share.level.alone_at = max(now, self._alone(share, now)) + share.quantity(tokens) * self._unit(share)
             self.state.dirty[share.level] = share
         for place in group.places:
             place.seats.running += 1
@@ -296,16 +306,26 @@ class Shared:
     def settle(self, hold: Hold[Purse, Seats], receipt: Receipt, provider: str | None = None) -> None:
         """Correct what was held by what was used, and let the next call run."""
         plan, tokens = hold
-        now = self.now()
         if receipt.outcome == "rejected":
+            now = self.now()
             for share in plan.requests:
-                self.owe(share, -1, now, is_urgent=True)
-        if tokens and plan.tokens and (difference := owed(tokens, receipt, provider)):
+                self._owe(share, -1, now, is_urgent=True)
+        if tokens and plan.tokens:
+            owes = owed(tokens, receipt) if provider is None else owed_to(provider, tokens, receipt)
+            now = self.now()
             for share in plan.tokens:
-                self.owe(share, difference, now)
-        self.leave(plan.places)
+                self._owe(share, owes, now)
+        self._leave(plan.places)
 
-    def owe(self, share: Share[Purse], units: int, now: int, *, is_urgent: bool = False) -> None:
+    def unsent(self, hold: Hold[Purse, Seats]) -> None:
+        """Give back what a send holds that failed; it was a request all the same."""
+        plan, tokens = hold
+        now = self.now()
+        for share in plan.tokens:
+            self._owe(share, -tokens, now)
+        self._leave(plan.places)
+
+    def _owe(self, share: Share[Purse], units: int, now: int, *, is_urgent: bool = False) -> None:
         """Note units that are to be taken from the store beyond what was, or below 0 given back to it."""
         purse = share.level
         if purse.alone_at is not None and not self.store.ok:
@@ -325,7 +345,7 @@ class Shared:
             purse.owed_since = now - _PATIENCE
             self._soon.set()
 
-    def leave(self, places: Sequence[Place[Seats]]) -> None:
+    def _leave(self, places: Sequence[Place[Seats]]) -> None:
         """End one running call."""
         for place in places:
             place.seats.running -= 1
@@ -384,21 +404,6 @@ class Shared:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # --- telling -------------------------------------------------------------------------------
-
-    def tell(self, plan: Plan[Purse, Seats], limits: list[Limit]) -> None:
-        """Note where the caller stands, as far as this process knows: what others took meanwhile it learns later."""
-        now = self.now()
-        for shares in plan.kinds:
-            if len(shares) == 1:
-                share = shares[0]
-                missing = _full_at(share) - now
-            else:
-                share, missing = tightest(shares, lambda share: _full_at(share) - now)
-            limits.append(standing(share, missing))
-        for place in plan.places:
-            limits.append(place.cap.limit(place.seats.running))
-
 
 def lease(settings: Redis, meter: Meter, processes: int) -> int:
     """How long a lease of a meter lasts, in picoseconds; 0: none is given, as there would be too little in it."""
@@ -426,13 +431,14 @@ def _from_held(group: _Group, tokens: int, now: int) -> bool:
     """Take what a call may use from what is held, all or nothing."""
     for share in group.shares:
         purse = share.level
-        if purse.units < (tokens if share.meter.kind == "tokens" else 1) or purse.until <= now:
+        if purse.units < (tokens if share.counts_tokens else 1) or purse.until <= now:
             return False
     for place in group.places:
         if place.seats.running >= place.seats.held:
             return False
     for share in group.shares:
-        share.level.units -= tokens if share.meter.kind == "tokens" else 1
+        share.level.units -= tokens if share.counts_tokens else 1
+        share.missing = _missing(share, now)
     for place in group.places:
         place.seats.running += 1
     return True
@@ -444,6 +450,8 @@ def _is_due(purse: Purse, now: int) -> bool:
     return bool(purse.owed) and now - purse.owed_since >= _PATIENCE
 
 
-def _full_at(share: Share[Purse]) -> int:
+def _missing(share: Share[Purse], now: int) -> int:
+    """The picoseconds until a bucket is full, as far as this process knows: what others took it learns later."""
     purse = share.level
-    return purse.full_at - purse.units * share.unit if purse.alone_at is None else purse.alone_at
+    full_at = purse.full_at - purse.units * share.unit if purse.alone_at is None else purse.alone_at
+    return full_at - now if full_at > now else 0
