@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from qlens.stores.spool import Spool, SpoolFull
     from qlens.stores.sqlite import file_identity, open_sqlite, sqlite_path, sqlite_transaction
     from qlens.stores.syncing import SpoolSync
+    from qlens.trimming import trimmed
     from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
@@ -103,6 +104,7 @@ _HOMES = {
     "qlens.stores.spool": "Spool SpoolFull",
     "qlens.stores.sqlite": "file_identity open_sqlite sqlite_path sqlite_transaction",
     "qlens.stores.syncing": "SpoolSync",
+    "qlens.trimming": "trimmed",
     "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
@@ -196,6 +198,7 @@ __all__ = [
     "send_request",
     "sqlite_path",
     "sqlite_transaction",
+    "trimmed",
     "usd",
 ]
 

@@ -13,6 +13,7 @@ import orjson
 from qlens import sse
 from qlens.call import Body, Reply
 from qlens.errors import CallError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
+from qlens.trimming import trimmed
 from qlens.upstream import Answer
 
 ERROR_BODY_BYTES = 64 * 1024
@@ -22,7 +23,7 @@ ERROR_BODY_BYTES = 64 * 1024
 def written(body: Body) -> bytes:
     """A body as it is sent; raises UpstreamRejected for what cannot be."""
     try:
-        return orjson.dumps(body)
+        return trimmed(orjson.dumps(body))
     except orjson.JSONEncodeError:
         # A reader accepts deeper nesting than a writer.
         raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None

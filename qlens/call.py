@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 from attrs import Factory, asdict, define, field, frozen
@@ -104,7 +104,7 @@ class Model:
     max_n: int = 128
 
 
-@frozen
+@frozen(slots=False)  # like Usage
 class Cost:
     """Money in picodollars (1e-12 USD), exact; `picos` is None when the price is unknown, never 0."""
 
@@ -128,6 +128,21 @@ class Limit:
     limit: int
     remaining: int
     reset_seconds: float
+
+
+class Standing(Protocol):
+    """Where the caller stands with one limit: a Limit, or what a plugin keeps up to date for longer than one call."""
+
+    @property
+    def kind(self) -> Literal["requests", "tokens", "concurrency"]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def limit(self) -> int: ...
+    @property
+    def remaining(self) -> int: ...
+    @property
+    def reset_seconds(self) -> float: ...
 
 
 @define
@@ -282,7 +297,7 @@ class Call:
     """What works out `bound_cost`."""
     _bound_cost: Cost | None = field(default=None, init=False, repr=False)
 
-    limits: list[Limit] = Factory(list)
+    limits: list[Standing] = Factory(list)
     targets: tuple[Target, ...] = ()
     attempts: list[Attempt] = Factory(list)
     attempts_left: int | None = None

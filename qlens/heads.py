@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
 
 from qlens.account import Account
-from qlens.call import Call, Limit, Reply
+from qlens.call import Call, Reply, Standing
 from qlens.errors import CallError
 from qlens.metering import cost_text
 
@@ -23,6 +23,10 @@ _LONG = 10.0**9
 _FRAMING = frozenset({"connection", "content-length", "keep-alive", "trailer", "transfer-encoding", "upgrade"})
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _UNSENDABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
+_LIMIT_LINES = {
+    kind: f"x-ratelimit-limit-{kind}: %s\r\nx-ratelimit-remaining-{kind}: %s\r\nx-ratelimit-reset-{kind}: %s\r\n"
+    for kind in ("requests", "tokens")
+}
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 
@@ -110,7 +114,7 @@ def _line(name: str, text: str) -> str:
     return f"{name}: {text.encode('ascii', 'replace').decode()}\r\n"
 
 
-def limits(all_limits: list[Limit]) -> str:
+def limits(all_limits: Sequence[Standing]) -> str:
     """OpenAI's x-ratelimit headers, for the tightest limit of each kind."""
     requests = tokens = None
     for limit in all_limits:
@@ -121,19 +125,15 @@ def limits(all_limits: list[Limit]) -> str:
     return (_limit(requests) if requests is not None else "") + (_limit(tokens) if tokens is not None else "")
 
 
-def _limit(limit: Limit) -> str:
-    kind = limit.kind
-    return (
-        f"x-ratelimit-limit-{kind}: {limit.limit}\r\nx-ratelimit-remaining-{kind}: {max(0, limit.remaining)}\r\n"
-        f"x-ratelimit-reset-{kind}: {duration(limit.reset_seconds)}\r\n"
-    )
+def _limit(limit: Standing) -> str:
+    return _LIMIT_LINES[limit.kind] % (limit.limit, max(0, limit.remaining), duration(limit.reset_seconds))
 
 
 def duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
-    seconds = min(seconds, _LONG) if seconds >= 0 else 0  # what is no number is not more than 0 either
-    if seconds < 1:
+    if 0 <= seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
+    seconds = min(seconds, _LONG) if seconds >= 0 else 0  # what is no number is not more than 0 either
     if seconds < 60:
         return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
     minutes, rest = divmod(math.ceil(seconds), 60)

@@ -20,7 +20,7 @@ from qlens.usage import BUCKETS, counts_of
 if TYPE_CHECKING:
     from qlens.call import Attempt, Receipt
 
-M = TypeVar("M", Counter, Gauge, Histogram)
+M = TypeVar("M", Counter, Gauge, Histogram, "Counts")
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 OVERHEAD = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 1)
@@ -75,9 +75,23 @@ class Metrics:
             raise TypeError(f"metric {name} exists already as a {type(made).__name__.lower()}")
         return made
 
+    def counts(self, name: str, doc: str, labels: Sequence[str]) -> Counts:
+        """A counter as plain numbers, for the event loop's thread alone: what is counted with every call."""
+        return self._get(Counts, name, doc, labels)
+
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class Counts(dict[tuple[str, ...], int]):
+    """A counter of a call's path, by the values of its labels."""
+
+    def __init__(self, name: str, doc: str, labels: Sequence[str], registry: CollectorRegistry) -> None:
+        registry.register(_Collected(lambda: iter((_counter(name, doc, labels, self),))))
+
+    def __missing__(self, labels: tuple[str, ...]) -> int:
+        return 0
 
 
 class Tally:

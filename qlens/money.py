@@ -6,13 +6,15 @@ from decimal import Decimal
 
 PLACES = 12
 """Decimal places of a picodollar: 1 USD is 10**12 of them."""
+_DOLLAR = 10**PLACES
 
 
 def usd(picos: int) -> str:
     """Write picodollars as dollars in plain decimals, without exponent and without trailing zeros."""
-    whole, rest = divmod(abs(picos), 10**PLACES)
-    text = f"{whole}.{rest:0{PLACES}}".rstrip("0").rstrip(".")
-    return f"-{text}" if picos < 0 else text
+    if picos < 0:
+        return f"-{usd(-picos)}"
+    whole, rest = divmod(picos, _DOLLAR)
+    return f"{whole}.{rest:012}".rstrip("0") if rest else str(whole)
 
 
 def picos(usd: Decimal) -> int:

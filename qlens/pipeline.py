@@ -409,6 +409,8 @@ class Pipeline:
         for hook in self.hooks.choose:
             try:
                 chosen = await hook.fn(call, model)
+                if chosen is model.candidates:
+                    break  # as they are configured: there is nothing to look at
                 if chosen is not None:
                     return returned.targets(chosen, self.providers)
             except CallError:

@@ -68,9 +68,9 @@ def cost(value: Any) -> Cost | None:
     """What `price` returned; TypeError when it is no amount of money, or less than nothing."""
     if value is None:
         return None
-    if not isinstance(value, Cost) or not (value.picos is None or _is_count(value.picos)):
-        raise TypeError(f"price returned {value!r}, not a Cost of whole picodollars")
-    return value
+    if isinstance(value, Cost) and (value.picos is None or (type(value.picos) is int and value.picos >= 0)):
+        return value
+    raise TypeError(f"price returned {value!r}, not a Cost of whole picodollars")
 
 
 def usage(value: Any) -> Usage | None:
@@ -91,10 +91,6 @@ def health(value: Any) -> Health:
         raise TypeError(f"health returned {_kind(value)}, not a Health")
     value.detail.encode()
     return value
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
 
 
 def _kind(value: Any) -> str:

@@ -42,7 +42,7 @@ class Usage:
     @property
     def total(self) -> int:
         """All tokens."""
-        return self.prompt + self.completion
+        return sum(counts_of(self))
 
 
 NO_USAGE = Usage()

@@ -150,8 +150,8 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
     """List the texts a model will read: messages with their tool calls, and the prediction; no names, no tools."""
     found: list[tuple[Ref, str]] = []
     for position, message in enumerate(body.get("messages") or ()):
-        if message.keys() == _PLAIN and type(message["content"]) is str:  # most are, and there is nothing to search
-            found.append((("messages", position, "content"), message["content"]))
+        if message.keys() == _PLAIN and type(text := message["content"]) is str:
+            found.append((("messages", position, "content"), text))  # most are, and there is nothing to search
         else:
             texts.gather(message, ("messages", position), found)
     prediction = body.get("prediction")

@@ -211,17 +211,18 @@ class Segment:
 
 def records(file: BinaryIO, place: int, end: int) -> Iterator[tuple[bytes, int]]:
     """The whole records between two places of a file, each with the place where it ends, up to the first damage."""
+    read, unpack, size = file.read, HEAD.unpack, HEAD.size
     file.seek(place)
-    while place + HEAD.size < end:
-        head = file.read(HEAD.size)
-        if len(head) < HEAD.size:
+    while place + size < end:
+        head = read(size)
+        if len(head) < size:
             return
-        length, check = HEAD.unpack(head)
-        place += HEAD.size + length
+        length, check = unpack(head)
+        place += size + length
         # No length is damage too: files end in zeros after some power cuts.
         if not length or place > end:
             return
-        record = file.read(length)
+        record = read(length)
         if crc32(record, length) != check:
             return
         yield record, place

@@ -312,20 +312,18 @@ class Spool:
 
         Files that are through are deleted. After a power cut some records may come again.
         """
-        done: Counter[int] = Counter()
-        size = 0
-        for _ in range(count):
-            number, start = self._shipped
-            self._shipped = self._ends.popleft()
-            size += self._shipped[1] - (start if self._shipped[0] == number else 0)
-            done[self._shipped[0]] += 1
+        if not count:
+            return
+        ends = [self._ends.popleft() for _ in range(count)]
+        done, reached = Counter(number for number, _ in ends), dict(ends)
+        number, start = self._shipped
+        self._shipped = ends[-1]
         with self._changing:
-            self._bytes -= size
+            self._bytes -= sum(reached.values()) - (start if number in reached else 0)
             for segment in self._segments:
                 segment.records -= done[segment.number]
-        if count:
-            self._note()
-            self._delete()
+        self._note()
+        self._delete()
 
     def _note(self) -> None:
         """Keep the position. When that fails, a crash only makes records come again."""

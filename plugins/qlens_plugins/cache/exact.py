@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from hashlib import sha256
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-import orjson
 from attrs import Attribute, define, field, frozen
 from attrs.validators import ge, gt
+from orjson import OPT_SORT_KEYS, dumps
 
-from qlens import Call, Gateway, Model, Reply, Target, Usage, hookimpl
+from qlens import Call, Gateway, Model, Reply, Target, Usage, hookimpl, trimmed
 
 _ENTRY_OVERHEAD = 1024
 """What an entry takes besides its body: key, usage and the containers around them, measured and rounded up."""
@@ -64,7 +64,10 @@ class _Entry:
     target: Target | None
     dialect: str
     stored: float
-    size: int
+
+    @property
+    def size(self) -> int:
+        return len(self.body) + _ENTRY_OVERHEAD
 
 
 @define(eq=False)
@@ -114,8 +117,11 @@ class Exact:
     config: ExactConfig
     name: str
     _monotonic: Callable[[], float] = field(init=False, repr=False)
-    _count: Mapping[str, Callable[[], None]] = field(init=False, repr=False)
-    """Counts a lookup, by its result."""
+    _lookups: dict[tuple[str, ...], int] = field(init=False, repr=False)
+    """How many there were, by name and result."""
+    _hit: tuple[str, str] = field(init=False, repr=False)
+    _miss: tuple[str, str] = field(init=False, repr=False)
+    _bypass: tuple[str, str] = field(init=False, repr=False)
     _shelf: _Shelf = field(factory=_Shelf, init=False, repr=False)
     _heads: dict[tuple[str, str, str | None], tuple[Model | None, bytes]] = field(factory=dict, init=False, repr=False)
     """How keys begin: what depends on the caller and the configuration alone, and the model it was worked out for."""
@@ -130,10 +136,12 @@ class Exact:
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock and the metrics."""
         self._monotonic = gateway.clock.monotonic
-        lookups = gateway.metrics.counter(
+        self._lookups = gateway.metrics.counts(
             "qlens_cache_lookups_total", "Calls looked up in a cache: hit, miss, bypass.", ("cache", "result")
         )
-        self._count = {result: lookups.labels(self.name, result).inc for result in ("hit", "miss", "bypass")}
+        self._hit, self._miss, self._bypass = ((self.name, result) for result in ("hit", "miss", "bypass"))
+        for labels in (self._hit, self._miss, self._bypass):
+            self._lookups[labels] += 0
         size = gateway.metrics.gauge("qlens_cache_bytes", "What a cache's answers take.", ("cache",))
         # Asked at every scrape; the metric outlives the cache and must not keep its answers alive.
         size.labels(self.name).set_function(partial(_size, weakref.ref(self._shelf)))
@@ -153,26 +161,26 @@ class Exact:
         key = self._key(call)
         if wishes.use and key in self._shelf.entries and (entry := self._fresh(key, wishes.max_age)):
             call.cache = "hit"
-            self._count["hit"]()
+            self._lookups[self._hit] += 1
             return _reply(entry)
+        self._lookups[self._miss if wishes.use else self._bypass] += 1
         if wishes.use or wishes.store:
             call.cache = "miss"
         if wishes.store:
             self._awaited[call] = key
             call.keep = max(call.keep, self.config.max_entry_bytes)
-        self._count["miss" if wishes.use else "bypass"]()
         return None
 
     @hookimpl
     async def store(self, call: Call, reply: Reply) -> None:
         """Keep a complete answer of the call's own model."""
-        key = self._awaited.pop(call, None)
-        if key is None or not self._is_worth_keeping(call, reply):
+        key, body, target, model = self._awaited.pop(call, None), reply.body, reply.target, call.model
+        if key is None or body is None or len(body) > self.config.max_entry_bytes:
             return
-        body = reply.body
-        assert body is not None
-        size = len(body) + _ENTRY_OVERHEAD
-        entry = _Entry(body, reply.usage, reply.finish, reply.target, reply.dialect, self._monotonic(), size)
+        # A fallback's answer stands in while the model is down; kept, it would outlive the trouble.
+        if target is not None and model is not None and target.public != model.name:
+            return
+        entry = _Entry(trimmed(body), reply.usage, reply.finish, target, reply.dialect, self._monotonic())
         self._shelf.put(key, entry, self.config.store.max_bytes)
 
     @hookimpl
@@ -203,14 +211,6 @@ class Exact:
             return None
         return entry if age <= max_age else None
 
-    def _is_worth_keeping(self, call: Call, reply: Reply) -> bool:
-        if reply.status != 200 or not reply.complete or reply.body is None:
-            return False
-        # A fallback's answer stands in while the model is down; kept, it would outlive the trouble.
-        if reply.target is not None and call.model is not None and reply.target.public != call.model.name:
-            return False
-        return len(reply.body) <= self.config.max_entry_bytes
-
 
 def cache_key(tenant: str, call: Call) -> bytes:
     """The one way to name an answer: tenant, operation, model with its targets, and the whole body.
@@ -226,10 +226,10 @@ def _head(tenant: str, call: Call) -> bytes:
 
 def _key_of(head: bytes, body: Mapping[str, object]) -> bytes:
     if "stream" in body or "stream_options" in body:
-        body = dict(body)
+        body = {**body}
         body.pop("stream", None)
         body.pop("stream_options", None)
-    return hashlib.sha256(head + _canonical(body)).digest()
+    return sha256(head + dumps(body, _plain, OPT_SORT_KEYS)).digest()
 
 
 def _measured(part: bytes) -> bytes:
@@ -246,7 +246,7 @@ def _model(call: Call) -> list[object]:
 
 
 def _canonical(value: object) -> bytes:
-    return orjson.dumps(value, default=_plain, option=orjson.OPT_SORT_KEYS)
+    return dumps(value, _plain, OPT_SORT_KEYS)
 
 
 def _plain(value: object) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -139,10 +139,15 @@ class Pattern:
 
     def _clean(self, call: Call) -> None:
         texts = call.texts()
-        if not _found_in(self._on_request, [text for _, text in texts]):
-            return
+        for _, pattern in self._on_request:
+            for _, text in texts:
+                if pattern.search(text):  # most prompts meet no rule, and no rule changes them for the next
+                    self._apply_rules(call)
+                    return
+
+    def _apply_rules(self, call: Call) -> None:
         clean = _Cleaner(self._on_request, "prompt", self._count)
-        for ref, text in texts:
+        for ref, text in call.texts():
             cleaned = clean(text)
             if cleaned != text:
                 call.replace_text(ref, cleaned)
@@ -175,14 +180,6 @@ class _Cleaner:
                 raise Blocked(f"The {self.where} was blocked by the rule {rule.name!r} of this gateway.")
             text = _redacted(pattern, rule.replacement, text)
         return text
-
-
-def _found_in(rules: Compiled, texts: Iterable[str]) -> bool:
-    """Whether a rule may have something to do: most prompts meet none, and no rule changes them for the next."""
-    for _, pattern in rules:  # noqa: SIM110 - a generator costs as much as the search in a short text
-        if any(map(pattern.search, texts)):
-            return True
-    return False
 
 
 def _matches(pattern: re.Pattern[str], text: str) -> bool:

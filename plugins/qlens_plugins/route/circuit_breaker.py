@@ -83,25 +83,24 @@ class CircuitBreaker:
     @hookimpl
     async def wrap_send(self, call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Reply:
         """Refuse while the target's circuit is open; learn from how the send ends."""
-        key = _key(target)
-        is_probe = key in self._circuits and self._enter(key)
+        is_probe = bool(self._circuits) and self._enter(_key(target))  # while all are well, there is no circuit
         try:
             reply = await proceed(target)
         except Exception as error:
-            self._learn(key, is_probe, _is_well(error))
+            self._learn(_key(target), is_probe, _is_well(error))
             raise
         except BaseException:
             # Cancelled: nothing was learnt, but the next call may try.
-            self._learn(key, is_probe, None)
+            self._learn(_key(target), is_probe, None)
             raise
-        if key in self._circuits:  # a target that is well has no circuit
-            self._learn(key, is_probe, True)
+        if self._circuits:
+            self._learn(_key(target), is_probe, True)
         return reply
 
     def _enter(self, key: tuple[str, str]) -> bool:
         """Whether this send is the one that tries an open circuit; raises when the target is to be left alone."""
-        circuit = self._circuits[key]
-        if circuit.open_until is None:
+        circuit = self._circuits.get(key)
+        if circuit is None or circuit.open_until is None:
             return False
         left = circuit.open_until - self._gateway.clock.monotonic()
         if left > 0 or circuit.probing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from attrs import define, field, frozen
 
@@ -32,10 +33,10 @@ class Weighted:
         return random.Random(self.config.seed)  # noqa: S311 - spreads load, guards nothing
 
     @hookimpl
-    async def choose(self, model: Model) -> list[Target]:
+    async def choose(self, model: Model) -> Sequence[Target]:
         """The targets in drawn order; those of weight 0 come last, as listed."""
         if len(model.candidates) == 1:
-            return list(model.candidates)
+            return model.candidates
         # Exponential arrival times with the weights as rates: to sort by them is to draw by weight without replacement.
         arrivals = [
             (self._random.expovariate(target.weight), place, target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import hashlib
+import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from qlens_plugins.cache.exact import Exact, ExactConfig, cache_key
 
 PATH = "/v1/chat/completions"
 CALL = {"model": "small", "messages": [{"role": "user", "content": "hello"}]}
+WRITERS = ("*/qlens/watching.py", "*/qlens/trimming.py")
+"""Where the answer is made that is kept of a stream."""
 ACME, ACME_TOO, BOLT = "sk-example-acme", "sk-example-acme-too", "sk-example-bolt"
 
 
@@ -290,6 +293,21 @@ async def test_the_metric_of_its_size_never_passes_the_most_and_falls_with_time(
         clock.advance(6)
         await ask(gateway, user="39", headers={"cache-control": "no-store"})
         assert await size(gateway) < full
+
+
+async def test_what_is_kept_takes_no_more_memory_than_is_counted() -> None:
+    async with cached(", store: {max_bytes: 10000000}") as (gateway, _, _):
+        await ask(gateway, user="first", stream=True)
+        tracemalloc.start()
+        try:
+            for number in range(100):  # what is made of a stream is JSON that the gateway has written
+                assert state(await ask(gateway, user=str(number), stream=True)) == "miss"
+            gc.collect()
+            traces = tracemalloc.take_snapshot().filter_traces([tracemalloc.Filter(True, place) for place in WRITERS])
+        finally:
+            tracemalloc.stop()
+        kept = sum(trace.size for trace in traces.statistics("filename"))
+        assert 0 < kept < await size(gateway)
 
 
 async def test_a_cache_that_is_gone_takes_nothing_and_its_metric_does_not_keep_its_answers() -> None:

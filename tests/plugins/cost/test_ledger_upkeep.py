@@ -15,6 +15,8 @@ from qlens import Caller, Cost, Receipt, Target, Usage, usd
 from qlens.cli import main
 from qlens.testing import running
 from qlens_plugins.cost.ledger import backup, rows
+from qlens_plugins.cost.ledger.postgres import schema as postgres_schema
+from qlens_plugins.cost.ledger.sqlite import schema as sqlite_schema
 from qlens_plugins.cost.ledger.sqlite import writing
 from qlens_plugins.cost.ledger.store import Batch, Store
 
@@ -176,6 +178,9 @@ def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkey
         ("DELETE FROM usage_hours", "calls is 1 in the receipts, 0 in the roll-ups"),
         ("UPDATE usage_days SET calls = calls + 1", "calls is 1 in the receipts, 2 in the roll-ups"),
         ("UPDATE usage_latencies SET latency = latency + 1", "the latencies in the roll-ups are not those"),
+        ("DELETE FROM usage_coarse_days", "calls is 1 in the receipts, 0 in the roll-ups"),
+        ("UPDATE usage_coarse_days SET failed = failed + 1", "failed is 0 in the receipts, 1 in the roll-ups"),
+        ("UPDATE usage_coarse_latencies SET calls = calls + 1", "the latencies in the roll-ups are not those"),
     ],
 )
 def test_verify_sees_a_difference(
@@ -195,6 +200,27 @@ def test_migrate_makes_the_tables(place: Place, tmp_path: Path, capsys: pytest.C
     assert place.rows("SELECT owner FROM versions") == [{"owner": "ledger"}]
     assert qlens(tmp_path, place, "verify") == 0
     assert capsys.readouterr().out == "0 receipts, 0 USD: the roll-ups agree\n"
+
+
+def test_coarse_roll_ups_begin_with_what_was_summed_up_before_and_have_what_older_gateways_write(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schema, before = (sqlite_schema, 5) if isinstance(place, SqlitePlace) else (postgres_schema, 1)
+    old = place.store()
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:before])
+        old.write("old", Batch(1, [rows.row(receipt(n, OCTOBER + n * DAY_NS // 4)) for n in range(40)], {}))
+    assert place.rows("SELECT * FROM usage_coarse_days") == []
+    assert qlens(tmp_path, place, "migrate") == 0
+    # The gateway of the older version runs on, and adds to old groups and new ones.
+    for number in (2, 3):
+        more = [rows.row(receipt(n, OCTOBER + 9 * DAY_NS + n)) for n in range(40, 50 * number)]
+        old.write("old", Batch(number, more, {}))
+    old.close()
+    capsys.readouterr()
+    assert qlens(tmp_path, place, "verify") == 0
+    assert capsys.readouterr().out.startswith("150 receipts, ")
+    assert sum(row["calls"] for row in place.rows("SELECT calls FROM usage_coarse_days")) == 150
 
 
 # --- what is old -------------------------------------------------------------------------------
@@ -229,8 +255,12 @@ def test_old_receipts_go_and_their_sums_stay(
 async def test_a_gateway_deletes_what_is_older_than_its_days(place: Place) -> None:
     store, now = place.store(), time.time_ns()
     old = [rows.row(receipt(n, now - 100 * DAY_NS + n)) for n in range(5)]
-    await asyncio.to_thread(store.write, "filled", Batch(1, [*old, rows.row(receipt(9, now - 39 * DAY_NS))], {}))
-    await asyncio.to_thread(store.close)
+
+    def fill() -> None:
+        store.write("filled", Batch(1, [*old, rows.row(receipt(9, now - 39 * DAY_NS))], {}))
+        store.close()  # in the same thread: what SQLite opened in one can be closed in no other
+
+    await asyncio.to_thread(fill)
     async with running(config(place, "keep_days: 40, flush_seconds: 0.01")) as gateway:
         body = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
         assert (await gateway.post("/v1/chat/completions", body)).status == 200

@@ -121,6 +121,27 @@ async def test_headers_tell_where_the_caller_stands() -> None:
         assert [answer.headers["x-ratelimit-reset-requests"] for answer in (first, second)] == ["1s", "2s"]
 
 
+async def test_of_several_limits_of_a_kind_the_headers_tell_the_tightest() -> None:
+    limits = "[{per: tenant, requests_per_minute: 4}, {per: key, requests_per_minute: 3}]"
+    async with limited(limits) as (gateway, _):
+        told = []
+        for key in ("sk-example-a1", "sk-example-a2", "sk-example-a2", "sk-example-a2", "sk-example-a1"):
+            answer = await post(gateway, key)
+            told.append((answer.status, answer.headers["x-ratelimit-limit-requests"], remaining(answer, "requests")))
+        assert told == [(200, "3", 2), (200, "4", 2), (200, "4", 1), (200, "4", 0), (429, "4", 0)]
+
+
+async def test_what_a_refused_call_is_told_has_nothing_taken_from_it() -> None:
+    limits = "[{per: tenant, requests_per_minute: 9, tokens_per_minute: 1500, concurrency: 5}]"
+    async with upstream() as up, limited(limits, url=up.url) as (gateway, _):
+        up.script(answer_using(1400))
+        assert (await post(gateway)).status == 200
+        answers = [await post(gateway), await post(gateway)]
+        assert [answer.status for answer in answers] == [429, 429]
+        assert [remaining(answer, "requests") for answer in answers] == [8, 8]
+        assert [remaining(answer) for answer in answers] == [100, 100]
+
+
 async def test_a_short_burst_holds_less_at_the_same_rate() -> None:
     async with limited("[{per: tenant, requests_per_minute: 60, burst_seconds: 2}]") as (gateway, clock):
         assert await statuses(gateway, 3) == [200, 200, 429]
@@ -148,7 +169,8 @@ async def test_a_local_operation_is_a_request_without_tokens() -> None:
         up.script(answer_using(5000))
         assert (await post(gateway)).status == 200
         assert (await post(gateway)).json()["error"]["type"] == "tokens"  # deep in debt
-        assert (await gateway.get("/v1/models")).status == 200
+        models = await gateway.get("/v1/models")
+        assert (models.status, remaining(models), remaining(models, "requests")) == (200, 0, 1)
         assert (await gateway.get("/v1/models")).status == 200
         assert (await gateway.get("/v1/models")).status == 429
 
@@ -576,7 +598,7 @@ async def test_settled_calls_leave_behind_exactly_what_they_used(
 ) -> None:
     rule = Rule(per="tenant", requests_per_minute=10, tokens_per_minute=1000, concurrency=4)
     async with bucket(rule) as (plugin, clock):
-        open_calls: list[tuple[Call, object, int | None]] = []
+        open_calls: list[tuple[Call, Any, int | None]] = []
         used = 0
 
         async def settle_one() -> None:

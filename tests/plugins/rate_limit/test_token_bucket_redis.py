@@ -19,7 +19,7 @@ from qlens.testing import Response, Running, Scripted, running, upstream
 from qlens.testing.faults import FaultProxy, fault_proxy
 from qlens.testing.redis import RedisServer, redis_cluster, redis_server
 from qlens_plugins.rate_limit.token_bucket import Rule
-from qlens_plugins.rate_limit.token_bucket.memory import Levels, Seats, refusal, take
+from qlens_plugins.rate_limit.token_bucket.memory import Levels, Seats
 from qlens_plugins.rate_limit.token_bucket.meters import MICROSECOND, Meter, Rules
 from qlens_plugins.rate_limit.token_bucket.plans import Place, Plan, Share
 from qlens_plugins.rate_limit.token_bucket.purses import Purse
@@ -102,7 +102,7 @@ async def statuses(gateways: Sequence[Running], count: int, key: str | None = No
 
 def asked(gateway: Running) -> int:
     """How many scripts a gateway has sent."""
-    calls: int = gateway.plugin("rate_limit", "token_bucket")._shared.store.calls
+    calls: int = gateway.plugin("rate_limit", "token_bucket")._limits.store.calls
     return calls
 
 
@@ -124,7 +124,7 @@ class Twin:
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self.now = 0
-        levels = Levels(lambda: self.now)
+        levels = self.levels = Levels(lambda: self.now)
         made = Rules.of(rules)
 
         def share(meter: Meter) -> Share[Any]:
@@ -143,14 +143,12 @@ class Twin:
 
     def decide(self, tokens: int) -> int:
         """Picoseconds to wait: 0 for a call that passes, -1 for one that waits for a place."""
-        if take(self.plan, tokens, self.now) is None:
+        if self.levels.take(self.plan, tokens) is None:
             return 0
-        shares = self.plan.shares if tokens else self.plan.requests
         waits = [
-            share.meter.wait(share.level.full_at, self.now, tokens if share.meter.kind == "tokens" else 1)
-            for share in shares
+            share.meter.wait(share.level.full_at, self.now, share.quantity(tokens))
+            for share in self.plan.taking(tokens)
         ]
-        assert refusal(self.plan, tokens, self.now)
         return max(waits) if max(waits, default=0) > 0 else -1
 
 
@@ -202,6 +200,17 @@ async def test_the_script_decides_as_memory_does(server: RedisServer, seed: int)
             running_calls -= 1
             for place in twin.plan.places:
                 place.seats.running -= 1
+
+
+async def test_what_was_let_pass_alone_empties_a_bucket_at_most_however_often_it_is_said(server: RedisServer) -> None:
+    """An answer that comes too late is taken for none, and what was said is said again."""
+    await server.command("FLUSHALL")
+    second = 10**12
+    said = AskedBucket("alone", second, 60 * second, tokens=False, alone=20 * second)
+    for missing in (20, 40, 60, 60, 60):
+        keys, args = arguments("me", 10_000, [said], [], [])
+        _, (told, _), _ = await server.command("EVAL", TAKE.text, 1, *keys, *args)
+        assert (missing - 10) * second < told <= missing * second
 
 
 # --- replicas ----------------------------------------------------------------------------------
@@ -282,7 +291,7 @@ async def test_places_are_shared_and_a_crashed_process_loses_its_own(redis: Redi
         (key,) = await redis.command("KEYS", "*concurrency*")
         await asyncio.sleep(1.5)  # longer than places last without being renewed
         assert await statuses([first, second], 2) == {429: 2}
-        first.plugin("rate_limit", "token_bucket")._shared.store._failures = 9  # it never asks again: it is dead
+        first.plugin("rate_limit", "token_bucket")._limits.store._failures = 9  # it never asks again: it is dead
         async with asyncio.timeout(4):
             while (await post(second)).status != 200:
                 await asyncio.sleep(0.05)

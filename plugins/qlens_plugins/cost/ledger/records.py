@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import orjson
-from attrs import frozen
 
-from qlens import Call, Receipt
+from qlens import Call, Receipt, trimmed
 from qlens_plugins.cost.ledger import rows
 
 # Small letters: written by orjson. Capitals: by json, because there is a lone surrogate or an integer beyond 64 bits.
 _BEGUN, _BEGUN_ODD = b"b", b"B"
 _ENDED, _ENDED_ODD = b"e", b"E"
 _VOID = b"v"
+_LOADS: Mapping[bytes, Callable[[bytes], Any]] = {
+    _BEGUN: orjson.loads,
+    _ENDED: orjson.loads,
+    _BEGUN_ODD: json.loads,
+    _ENDED_ODD: json.loads,
+}
 _ODD = 32
 """A space, in front of JSON that orjson must not read: it would make a float of a large integer."""
 
 
-@frozen
-class Record:
+class Record(NamedTuple):
     """A record that was read."""
 
     id: str
@@ -49,7 +53,7 @@ class Record:
 
 def begun(call: Call) -> bytes:
     """What is known of a call before it is sent: `opening` makes a record of it, and `closing` of how it ended."""
-    return _dumps(rows.facts_before(call))
+    return trimmed(_dumps(rows.facts_before(call)))  # kept for as long as the call runs
 
 
 def begun_late(receipt: Receipt) -> bytes:
@@ -66,7 +70,7 @@ def closing(begun: bytes, receipt: Receipt) -> bytes:
     """The record of how it ended; it says all, whether the other one is still there or not."""
     ended = _dumps(rows.facts_after(receipt))
     kind = _ENDED if begun[0] != _ODD and ended[0] != _ODD else _ENDED_ODD
-    return kind + b"[" + begun + b"," + ended + b"]"
+    return b"%b[%b,%b]" % (kind, begun, ended)
 
 
 def voiding(id_: str) -> bytes:
@@ -79,12 +83,10 @@ def read(record: bytes) -> Record:
     kind, text = record[:1], record[1:]
     if kind == _VOID:
         return Record(text.decode("utf-8", "surrogatepass"), None, None)
-    found = json.loads(text) if kind in {_BEGUN_ODD, _ENDED_ODD} else orjson.loads(text)
-    if kind in {_BEGUN, _BEGUN_ODD}:
-        return Record(found[0], found, None)
-    if kind in {_ENDED, _ENDED_ODD}:
-        return Record(found[0][0], *found)
-    raise ValueError("it is of no known kind")
+    if (loads := _LOADS.get(kind)) is None:
+        raise ValueError("it is of no known kind")
+    found = loads(text)
+    return Record(found[0], found, None) if kind in (_BEGUN, _BEGUN_ODD) else Record(found[0][0], *found)
 
 
 def _dumps(facts: Sequence[object]) -> bytes:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import orjson
@@ -238,8 +239,7 @@ def _attempt(facts: Facts, used: Facts, cost: Facts) -> dict[str, object]:
 def _usage(used: Facts) -> dict[str, object]:
     """The buckets that were used."""
     *buckets, meters, source, _ = used
-    found: dict[str, object] = {name: count for name, count in zip(BUCKETS, buckets, strict=True) if count}
-    return {**found, **meters, "source": source}
+    return {**dict(compress(zip(BUCKETS, buckets, strict=True), buckets)), **meters, "source": source}
 
 
 @lru_cache(maxsize=8)

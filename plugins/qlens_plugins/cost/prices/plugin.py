@@ -27,7 +27,6 @@ from qlens import (
     read_yaml,
     usd,
 )
-from qlens_plugins.cost.prices import listing
 from qlens_plugins.cost.prices.book import Book
 from qlens_plugins.cost.prices.catalogue import Catalogue
 from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
@@ -211,6 +210,7 @@ class Prices:
     @hookimpl
     def commands(self) -> Iterable[Command]:
         """`qlens prices`."""
+        from qlens_plugins.cost.prices import listing  # not for those that serve
 
         async def run(gateway: Gateway, args: Namespace) -> int:
             now = gateway.clock.time()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from weakref import WeakValueDictionary
 
 from attrs import define, field
 
-from qlens import CallError, Limit, Receipt
+from qlens import CallError, Receipt
 from qlens_plugins.rate_limit.token_bucket.meters import MICROSECOND, Cap, Key, Meter
-from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, standing, tightest
+from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, owed_to
 from qlens_plugins.rate_limit.token_bucket.refusals import crowded, limited, too_large
 
 
@@ -32,7 +32,8 @@ class Seats:
 class Levels:
     """All buckets: those of remembered plans and running calls live with them, others while they are not full."""
 
-    now: Callable[[], int] = field(repr=False)
+    now: Callable[[], int] = field(default=int, repr=False)
+    """The clock, once there is one."""
     levels: WeakValueDictionary[Key, Level] = field(factory=WeakValueDictionary)
     running: WeakValueDictionary[Key, Seats] = field(factory=WeakValueDictionary)
     left: OrderedDict[Key, Level] = field(factory=OrderedDict)
@@ -69,99 +70,86 @@ class Levels:
             if level.full_at > now:
                 self.left[key] = level
 
+    # --- a call's way --------------------------------------------------------------------------
 
-def take(plan: Plan[Level, Seats], tokens: int, now: int) -> CallError | None:
-    """Take what a call may use, or nothing; what refuses it is returned."""
-    # Every call comes this way: it calls nothing and makes nothing.
-    for share in plan.requests:
-        level = share.level
-        full_at = level.full_at
-        full_at = (full_at if full_at > now else now) + share.unit
-        level.full_at = full_at
-        if full_at - now > share.room:
-            return _undone(plan, tokens, now, share)
-    if tokens:  # who takes nothing from a bucket is not refused by it, however deep in debt it is
-        for share in plan.tokens:
+    def take(self, plan: Plan[Level, Seats], tokens: int) -> CallError | None:
+        """Take what a call may use, or nothing; what refuses it is returned."""
+        # Every call comes this way: it calls nothing and makes nothing.
+        now = self.now()
+        for share in plan.shares:
             level = share.level
+            needed = (tokens if share.counts_tokens else 1) * share.unit
             full_at = level.full_at
-            full_at = (full_at if full_at > now else now) + tokens * share.unit
-            level.full_at = full_at
-            if full_at - now > share.room:
-                return _undone(plan, tokens, now, share)
-    for place in plan.places:
-        if place.seats.running >= place.cap.most:
-            return _undone(plan, tokens, now, None)
-    for place in plan.places:
-        place.seats.running += 1
-    return None
+            missing = needed + (full_at - now if full_at > now else 0)
+            if missing > share.room and needed:
+                return self._undone(plan, tokens, now, share)
+            level.full_at = now + missing
+            share.missing = missing
+        for place in plan.places:
+            seats = place.seats
+            if seats.running >= place.limit:
+                return self._undone(plan, tokens, now, place)
+            seats.running += 1
+        return None
 
+    def _undone(self, plan: Plan[Level, Seats], tokens: int, now: int, last: Share[Level] | Place[Seats]) -> CallError:
+        """Give back what was taken before the bucket or place that refused, and say why."""
+        for taken in plan.limits:
+            if taken is last:
+                break
+            if isinstance(taken, Share):
+                taken.level.full_at -= taken.quantity(tokens) * taken.unit
+            else:
+                taken.seats.running -= 1
+        for share in plan.shares:
+            share.missing = max(0, share.level.full_at - now)
+        return refusal(plan, tokens, now)
 
-def _undone(plan: Plan[Level, Seats], tokens: int, now: int, last: Share[Level] | None) -> CallError:
-    """Give back what was taken up to the bucket that refused, and say why."""
-    taking = plan.shares if tokens else plan.requests
-    for share in taking:
-        share.level.full_at -= (tokens if share.meter.kind == "tokens" else 1) * share.unit
-        if share is last:
-            break
-    return refusal(plan, tokens, now)
+    def settle(self, hold: Hold[Level, Seats], receipt: Receipt, provider: str | None = None) -> None:
+        """Correct what was held by what was used, and let the next call run."""
+        plan, tokens = hold
+        if receipt.outcome == "rejected":
+            # Any other request that failed was one all the same, or else failing would be a way around the limit.
+            self._add(plan.requests, -1)
+        if tokens and plan.tokens:
+            self._add(plan.tokens, owed(tokens, receipt) if provider is None else owed_to(provider, tokens, receipt))
+        for place in plan.places:
+            place.seats.running -= 1
+        if not plan.kept:
+            self.keep(plan)
+
+    def unsent(self, hold: Hold[Level, Seats]) -> None:
+        """Give back what a send holds that failed; it was a request all the same."""
+        plan, tokens = hold
+        self._add(plan.tokens, -tokens)
+        for place in plan.places:
+            place.seats.running -= 1
+
+    def _add(self, shares: Iterable[Share[Level]], units: int) -> None:
+        """Take from buckets without end, or give back to them: nothing goes above full."""
+        if units <= 0:
+            for share in shares:
+                share.level.full_at += units * share.unit  # a time that is over: the bucket is full, as it was
+            return
+        now = self.now()
+        for share in shares:
+            share.level.full_at = max(share.level.full_at, now) + units * share.unit
 
 
 def refusal(plan: Plan[Level, Seats], tokens: int, now: int) -> CallError:
     """Why a call may not run; of several buckets that refuse, the one that takes longest speaks."""
     longest, slowest = 0, None
-    for share in plan.shares if tokens else plan.requests:
-        quantity = tokens if share.meter.kind == "tokens" else 1
+    for share in plan.taking(tokens):
+        quantity = share.quantity(tokens)
         if quantity * share.unit > share.room:
             return too_large(share.meter, share.key, quantity, share.meter.capacity)
         wait = share.meter.wait(share.level.full_at, now, quantity)
         if wait > 0 and wait >= longest:
             longest, slowest = wait, share
     if slowest is not None:
-        quantity = tokens if slowest.meter.kind == "tokens" else 1
-        remaining = slowest.meter.limit(slowest.level.full_at, now).remaining
-        return limited(slowest.meter, slowest.key, quantity, remaining, longest)
-    full = next(place for place in plan.places if place.seats.running >= place.cap.most)
+        return limited(slowest.meter, slowest.key, slowest.quantity(tokens), slowest.remaining, longest)
+    full = next(place for place in plan.places if place.seats.running >= place.limit)
     return crowded(full.cap, full.key, full.seats.running)
-
-
-def add(share: Share[Level], units: int, now: int) -> None:
-    """Take from a bucket or give back to it: debt has no end, and nothing goes above full."""
-    level = share.level
-    full_at = level.full_at
-    level.full_at = (full_at if full_at > now else now) + units * share.unit
-
-
-def tell(plan: Plan[Level, Seats], now: int, limits: list[Limit]) -> None:
-    """Note where the caller stands: with the tightest bucket of each kind, and with the places."""
-    for shares in plan.kinds:
-        if len(shares) == 1:
-            share = shares[0]
-            missing = share.level.full_at - now
-        else:
-            share, missing = tightest(shares, lambda share: share.level.full_at - now)
-        limits.append(standing(share, missing))
-    for place in plan.places:
-        limits.append(place.cap.limit(place.seats.running))
-
-
-def settle(hold: Hold[Level, Seats], receipt: Receipt, now: int, provider: str | None = None) -> None:
-    """Correct what was held by what was used, and let the next call run."""
-    plan, tokens = hold
-    if receipt.outcome == "rejected":
-        # Any other request that failed was one all the same, or else failing would be a way around the limit.
-        for share in plan.requests:
-            add(share, -1, now)
-    if tokens and plan.tokens and (difference := owed(tokens, receipt, provider)):
-        for share in plan.tokens:
-            add(share, difference, now)
-    for place in plan.places:
-        place.seats.running -= 1
-
-
-def leave(places: tuple[Place[Seats], ...]) -> None:
-    """End one running call."""
-    for place in places:
-        place.seats.running -= 1
 
 
 def clock(monotonic: Callable[[], float]) -> Callable[[], int]:

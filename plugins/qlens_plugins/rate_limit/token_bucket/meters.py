@@ -8,7 +8,7 @@ from typing import Literal
 
 from attrs import define, field
 
-from qlens import Allowance, Call, Limit
+from qlens import Allowance, Call
 from qlens_plugins.rate_limit.token_bucket.settings import Rule
 
 SECOND = 10**12
@@ -43,12 +43,6 @@ class Meter:
         """How long until `quantity` units are there; not above 0: now. This is the generic cell rate algorithm."""
         return (full_at - now if full_at > now else 0) + quantity * self.unit - self.room
 
-    def limit(self, full_at: int, now: int) -> Limit:
-        """Where the owner of a bucket stands."""
-        missing = full_at - now if full_at > now else 0
-        remaining = (self.room - missing) // self.unit
-        return Limit(self.kind, self.name, self.per_minute, remaining if remaining > 0 else 0, missing / SECOND)
-
 
 @define(eq=False)
 class Cap:
@@ -57,15 +51,6 @@ class Cap:
     name: str
     rule: Rule
     most: int
-    _limits: dict[int, Limit] = field(factory=dict, init=False, repr=False)
-
-    def limit(self, running: int) -> Limit:
-        """Where the owner of the places stands; the same for everybody who has as many calls running."""
-        limit = self._limits.get(running)
-        if limit is None:
-            limit = Limit("concurrency", self.name, self.most, max(0, self.most - running), 0)
-            self._limits[running] = limit
-        return limit
 
 
 @define(eq=False)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 from attrs import define, field
 
-from qlens import NO_USAGE, Call, Caller, Limit, Model, Receipt
+from qlens import NO_USAGE, Call, Caller, Model, Receipt
 from qlens_plugins.rate_limit.token_bucket.meters import SECOND, Cap, Key, Meter, Rules, applies, slot, whose
 
 REMEMBERED = 4096
@@ -26,13 +26,37 @@ class Seated(Protocol):
 
 @define(eq=False)
 class Share(Generic[L]):
-    """A meter with the bucket of one owner."""
+    """A meter with the bucket of one owner, and where the owner stood when a call took from it last."""
 
     meter: Meter
     key: Key
     level: L
     unit: int
     room: int
+    kind: Literal["requests", "tokens"] = field(init=False)
+    name: str = field(init=False)
+    limit: int = field(init=False)
+    counts_tokens: bool = field(init=False)
+    missing: int = field(default=0, init=False)
+    """Picoseconds until the bucket is full."""
+
+    def __attrs_post_init__(self) -> None:
+        self.kind, self.name, self.limit = self.meter.kind, self.meter.name, self.meter.per_minute
+        self.counts_tokens = self.kind == "tokens"
+
+    @property
+    def remaining(self) -> int:
+        """How many units are there."""
+        return max(0, (self.room - self.missing) // self.unit)
+
+    @property
+    def reset_seconds(self) -> float:
+        """How long until the bucket is full."""
+        return self.missing / SECOND
+
+    def quantity(self, tokens: int) -> int:
+        """How many units a call takes that may use so many tokens."""
+        return tokens if self.counts_tokens else 1
 
 
 @define(eq=False)
@@ -42,6 +66,18 @@ class Place(Generic[S]):
     cap: Cap
     key: Key
     seats: S
+    kind: Literal["concurrency"] = field(default="concurrency", init=False)
+    name: str = field(init=False)
+    limit: int = field(init=False)
+    reset_seconds: float = field(default=0.0, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.name, self.limit = self.cap.name, self.cap.most
+
+    @property
+    def remaining(self) -> int:
+        """How many more calls may run now."""
+        return max(0, self.limit - self.seats.running)
 
 
 @define(eq=False)
@@ -55,20 +91,22 @@ class Plan(Generic[L, S]):
     places: tuple[Place[S], ...]
     needs_bound: bool
     """Whether it must be said how much the call can generate, because the caller has an allowance of tokens."""
-    kinds: tuple[tuple[Share[L], ...], ...] = field(init=False, repr=False)
-    """The buckets of each kind that there are any of."""
+    shares: tuple[Share[L], ...] = field(init=False, repr=False)
+    """All buckets."""
+    limits: tuple[Share[L] | Place[S], ...] = field(init=False, repr=False)
+    """All buckets and places, in the order in which they are taken from."""
     parts: Any = field(default=None, repr=False)
     """What a store makes of it, once."""
     kept: bool = True
     """Whether it is remembered still; if not, nobody but the calls that run keeps its buckets in memory."""
 
     def __attrs_post_init__(self) -> None:
-        self.kinds = tuple(shares for shares in (self.requests, self.tokens) if shares)
+        self.shares = (*self.requests, *self.tokens)
+        self.limits = (*self.shares, *self.places)
 
-    @property
-    def shares(self) -> tuple[Share[L], ...]:
-        """All buckets."""
-        return (*self.requests, *self.tokens)
+    def taking(self, tokens: int) -> tuple[Share[L], ...]:
+        """The buckets that a call takes anything from: no other refuses it, however deep in debt it is."""
+        return self.shares if tokens else self.requests
 
 
 Hold = tuple[Plan[L, S], int]
@@ -103,12 +141,8 @@ class Plans(Generic[L, S]):
 
     def find(self, call: Call, provider: str | None = None) -> Plan[L, S]:
         """The plan of a call: at admission, or when it is about to be sent to a provider."""
-        caller, model = call.caller, call.model
         # By identity, which costs no hash over all a caller has; the plan keeps both alive, so nothing has their ids.
-        plan = self._found.get((id(caller), id(model), provider))
-        if plan is None:
-            plan = self._made(call, provider)
-        return plan
+        return self._found.get((id(call.caller), id(call.model), provider)) or self._made(call, provider)
 
     def make(self, call: Call, provider: str | None = None) -> Plan[L, S]:
         """A plan that is not remembered."""
@@ -162,34 +196,30 @@ class Plans(Generic[L, S]):
         return len(self._found)
 
 
-def owed(held: int, receipt: Receipt, provider: str | None = None) -> int:
-    """The tokens that a call owes in the end beyond those it holds: as a whole, or to one provider."""
-    used, is_billed, is_exact = 0, False, True
-    for attempt in receipt.attempts:
-        if attempt.billed and (provider is None or attempt.target.provider == provider):
-            is_billed = True
-            usage = receipt.usage if provider is None else attempt.usage or NO_USAGE
-            used = usage.total if provider is None else used + usage.total
-            is_exact = is_exact and usage.source == "provider"
-    if not is_billed:
-        # Who leaves before the first byte does not stop the provider from generating.
-        return 0 if receipt.outcome == "abandoned" and receipt.attempts else -held
+def owed(held: int, receipt: Receipt) -> int:
+    """The tokens that a call owes in the end beyond those it holds; below 0: what it gives back."""
+    usage = receipt.usage
+    difference = usage.total - held
+    if difference >= 0 or usage.source == "provider":
+        return difference
     # An estimate may be too low: it is never a reason to give back.
-    return used - held if is_exact or used > held else 0
+    is_billed = any(attempt.billed for attempt in receipt.attempts)
+    return 0 if is_billed or _goes_on(receipt) else -held
 
 
-def standing(share: Share[L], missing: int) -> Limit:
-    """Where the owner of a bucket stands, to which so many picoseconds are missing."""
-    meter = share.meter
-    if missing <= 0:
-        return Limit(meter.kind, meter.name, meter.per_minute, share.room // share.unit, 0)
-    left = (share.room - missing) // share.unit
-    return Limit(meter.kind, meter.name, meter.per_minute, left if left > 0 else 0, missing / SECOND)
+def owed_to(provider: str, held: int, receipt: Receipt) -> int:
+    """The same of what a call holds of one provider."""
+    usages = [
+        attempt.usage or NO_USAGE
+        for attempt in receipt.attempts
+        if attempt.billed and attempt.target.provider == provider
+    ]
+    difference = sum(usage.total for usage in usages) - held
+    if difference >= 0 or (usages and all(usage.source == "provider" for usage in usages)):
+        return difference
+    return 0 if usages or _goes_on(receipt) else -held
 
 
-def tightest(shares: Iterable[Share[L]], missing: Callable[[Share[L]], int]) -> tuple[Share[L], int]:
-    """Of several buckets the one with the least left, and the picoseconds in which it is full again."""
-    return min(
-        ((share, missing(share)) for share in shares),
-        key=lambda found: (found[0].room - found[1]) // found[0].unit,
-    )
+def _goes_on(receipt: Receipt) -> bool:
+    """Whether a provider may be generating still: who leaves before the first byte does not stop it."""
+    return receipt.outcome == "abandoned" and bool(receipt.attempts)

@@ -10,13 +10,12 @@ from typing import Any, Literal
 from attrs import define, field
 
 from qlens import Call, CallError, Gateway, Health, Receipt, Reply, Target, hookimpl, redis_store
-from qlens_plugins.rate_limit.token_bucket import memory
-from qlens_plugins.rate_limit.token_bucket.memory import Levels
+from qlens_plugins.rate_limit.token_bucket.memory import Levels, clock
 from qlens_plugins.rate_limit.token_bucket.meters import Rules
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Plan, Plans
 from qlens_plugins.rate_limit.token_bucket.purses import Purses
 from qlens_plugins.rate_limit.token_bucket.refusals import owner, too_large, unbounded
-from qlens_plugins.rate_limit.token_bucket.settings import Redis, TokenBucketConfig
+from qlens_plugins.rate_limit.token_bucket.settings import Memory, Redis, TokenBucketConfig
 from qlens_plugins.rate_limit.token_bucket.shared import Shared, lease
 
 
@@ -26,12 +25,10 @@ class TokenBucket:
 
     config: TokenBucketConfig
     name: str
-    _now: Callable[[], int] = field(init=False, repr=False)
     _states: Levels | Purses = field(init=False, repr=False)
     _plans: Plans[Any, Any] = field(init=False, repr=False)
-    _shared: Shared | None = field(default=None, init=False, repr=False)
-    _sent: dict[Call, list[tuple[str, Hold[Any, Any]]]] = field(factory=dict, init=False, repr=False)
-    """What calls hold of the limits of providers they were sent to."""
+    _limits: Levels | Shared = field(init=False, repr=False)
+    """Who decides, from the time the lifespan has opened."""
 
     Config = TokenBucketConfig
 
@@ -43,8 +40,7 @@ class TokenBucket:
 
     def __attrs_post_init__(self) -> None:
         store = self.config.store
-        self._now = int  # until there is a clock
-        self._states = Purses(store, self.name) if isinstance(store, Redis) else Levels(self._now)
+        self._states = Purses(store, self.name) if isinstance(store, Redis) else Levels()
         self._divide(1)
 
     @property
@@ -62,16 +58,16 @@ class TokenBucket:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock, this worker's share of the limits, and the store."""
-        self._now = memory.clock(gateway.clock.monotonic)
-        store, workers = self.config.store, gateway.config.server.workers if gateway.url else 1
-        if isinstance(self._states, Levels):
-            self._states.now = self._now
-        if not isinstance(store, Redis):
-            if store.per_worker:
+        now = clock(gateway.clock.monotonic)
+        states, store = self._states, self.config.store
+        workers = gateway.config.server.workers if gateway.url else 1
+        if isinstance(states, Levels):
+            states.now, self._limits = now, states
+            if isinstance(store, Memory) and store.per_worker:
                 self._divide(workers)
             yield
             return
-        assert isinstance(self._states, Purses)
+        assert isinstance(store, Redis)
         calls = gateway.metrics.counter(
             "qlens_limit_calls_total",
             "Calls whose limits were not served from a lease: asked of the store, or decided alone while it was away.",
@@ -81,9 +77,8 @@ class TokenBucket:
         self._divide(store.replicas * workers)
         async with redis_store(gateway, store) as redis:
             processes = store.replicas * workers
-            shared = Shared(redis, store, self._states, self._now, processes, lambda way: count[way]())
+            shared = self._limits = Shared(redis, store, states, now, processes, lambda way: count[way]())
             tending = asyncio.create_task(shared.tend(), name=f"{self.name}: give back leases")
-            self._shared = shared
             try:
                 yield
             finally:
@@ -107,12 +102,12 @@ class TokenBucket:
     @hookimpl
     def health(self) -> Health:
         """How the store is."""
-        if self._shared is None:
+        if isinstance(self._limits, Levels):
             return Health(True, "")
-        health = self._shared.store.health()
+        health = self._limits.store.health()
         if health.ok:
             return health
-        return Health(False, f"{health.detail}; this process enforces 1/{self._shared.processes} of each limit")
+        return Health(False, f"{health.detail}; this process enforces 1/{self._limits.processes} of each limit")
 
     # --- at admission --------------------------------------------------------------------------
 
@@ -123,34 +118,17 @@ class TokenBucket:
         tokens = call.estimated_input + call.bound.output
         if plan.needs_bound and not call.bounded and call.model is not None:
             raise unbounded()
-        shared = self._shared
-        if shared is None:
-            now = self._now()
-            refusal = memory.take(plan, tokens, now)
-            memory.tell(plan, now, call.limits)
-        else:
-            refusal = await shared.take(plan, tokens)
-            shared.tell(plan, call.limits)
-        if refusal is not None:
-            raise refusal
+        verdict = self._limits.take(plan, tokens)
+        call.limits += plan.limits
+        if verdict is not None:
+            await _passed(verdict)
         return plan, tokens
 
     @hookimpl
-    async def settle(self, call: Call, receipt: Receipt, hold: object | None) -> None:
+    async def settle(self, call: Call, receipt: Receipt, hold: Hold[Any, Any] | None) -> None:
         """Correct what was held by what was used, and let the next call run."""
-        if isinstance(hold, tuple):
-            self._settle(hold, receipt)
-        if self._sent:
-            for provider, taken in self._sent.pop(call, ()):
-                self._settle(taken, receipt, provider)
-
-    def _settle(self, hold: Hold[Any, Any], receipt: Receipt, provider: str | None = None) -> None:
-        if self._shared is not None:
-            self._shared.settle(hold, receipt, provider)
-            return
-        memory.settle(hold, receipt, self._now(), provider)
-        if not hold[0].kept:
-            self._states.keep(hold[0])
+        if hold is not None:
+            self._limits.settle(hold, receipt)
 
     # --- the rest ------------------------------------------------------------------------------
 
@@ -159,11 +137,7 @@ class TokenBucket:
         """Say what the call would take from whom."""
         plan: Plan[Any, Any] = self._plans.make(call)
         tokens = call.estimated_input + call.bound.output
-        takes = [
-            (share, tokens if share.meter.kind == "tokens" else 1)
-            for share in plan.shares
-            if tokens or share.meter.kind == "requests"
-        ]
+        takes = [(share, share.quantity(tokens)) for share in plan.taking(tokens)]
         return [
             *(
                 f"takes {quantity} of {share.meter.per_minute} {share.meter.kind} a minute from {owner(share.key)}"
@@ -193,22 +167,22 @@ class TokenBucket:
 class TokenBucketAroundSends(TokenBucket):
     """The same with limits for providers, which are known only when a call is about to be sent."""
 
+    _sent: dict[Call, list[tuple[str, Hold[Any, Any]]]] = field(factory=dict, init=False, repr=False)
+    """What calls hold of the limits of providers they were sent to."""
+
     @hookimpl
     async def wrap_send(self, call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Reply:
         """Take from the provider's buckets; without room there another target is asked."""
         plan = self._plans.find(call, target.provider)
         tokens = call.estimated_input + call.bound.output
-        if self._shared is None:
-            refusal = memory.take(plan, tokens, self._now())
-        else:
-            refusal = await self._shared.take(plan, tokens)
-        if refusal is not None:
-            raise refusal
+        verdict = self._limits.take(plan, tokens)
+        if verdict is not None:
+            await _passed(verdict)
         hold = (plan, tokens)
         try:
             reply = await proceed(target)
         except CallError:
-            self._unsent(hold)
+            self._limits.unsent(hold)
             raise
         except BaseException:
             self._sent.setdefault(call, []).append((target.provider, hold))
@@ -216,16 +190,17 @@ class TokenBucketAroundSends(TokenBucket):
         self._sent.setdefault(call, []).append((target.provider, hold))
         return reply
 
-    def _unsent(self, hold: Hold[Any, Any]) -> None:
-        """A send that failed is a request all the same; its tokens and places are free again."""
-        plan, tokens = hold
-        now = self._now()
-        for share in plan.tokens:
-            if self._shared is not None:
-                self._shared.owe(share, -tokens, now)
-            else:
-                memory.add(share, -tokens, now)
-        if self._shared is not None:
-            self._shared.leave(plan.places)
-        else:
-            memory.leave(plan.places)
+    @hookimpl
+    async def settle(self, call: Call, receipt: Receipt, hold: Hold[Any, Any] | None) -> None:
+        """Correct what was held of providers' limits, too."""
+        if hold is not None:
+            self._limits.settle(hold, receipt)
+        for provider, taken in self._sent.pop(call, ()):
+            self._limits.settle(taken, receipt, provider)
+
+
+async def _passed(verdict: CallError | Awaitable[CallError | None]) -> None:
+    """Wait for a verdict that is not there yet, and raise what refuses the call."""
+    refusal = verdict if isinstance(verdict, CallError) else await verdict
+    if refusal is not None:
+        raise refusal
