@@ -12,6 +12,9 @@ LLM   := $(TOOLS)/llm
 WORDS := $(TOOLS)/vocabularies
 ARGS  ?=
 
+# How many tests run at once: a file stays in one process, and with it the servers that its tests share.
+ON_ALL_CORES := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+
 # The Python that .venv is made with; the first that is new enough and can make virtual environments.
 PYTHON ?=
 PYTHONS = $(or $(PYTHON),python3.14 python3.13 python3.12 python3.11 python3)
@@ -22,8 +25,8 @@ help: ## list the targets
 run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no server, no docker
 	@exec $(PY) -m qlens serve config/qlens.yaml
 
-test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests (ARGS="tests/core -k sse" for some of them)
-	@$(PY) -m pytest $(ARGS)
+test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests, a process for each core (ARGS="tests/core -k sse" for some of them, in one)
+	@$(if $(ARGS),$(PY) -m pytest $(ARGS),$(PY) -m pytest $(ON_ALL_CORES) -m "not alone" && $(PY) -m pytest -m alone)
 
 lint: $(VENV)/.dev ## check style and format
 	@$(PY) -m ruff check .

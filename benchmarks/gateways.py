@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 from attrs import define, field, frozen
-from e2e.serving import QLENS, changed, clean_env, free_port
+from e2e.serving import QLENS, changed, clean_env
 
 from benchmarks.processes import Tree
 from benchmarks.rig import ROOT, TOOLS, Cores, Fault, Way
+from qlens.testing.processes import free_port
 
 START_SECONDS = 60
 LEDGER_SECONDS = 30

@@ -1,26 +1,27 @@
 """Seeded faults, each of which must turn the suite red: `python tests/mutants.py [NAME ...]`.
 
 A copy of the tree gets one fault at a time, and the tests that should notice run against it. A mutant that survives
-means that a promise is not tested.
+means that a promise is not tested. A test that noticed a fault must be green without it.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 
 from attrs import frozen
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("qlens", "plugins", "config", "tests", "pyproject.toml", "README.md", "CHANGELOG.md")
+FAILED = ".pytest_cache/v/cache/lastfailed"
 SECONDS = 240
-PARTS = 10
-UNNOTICED = "no test noticed"
 
 
 @frozen
@@ -32,6 +33,14 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
+
+
+@frozen
+class Verdict:
+    """What became of a mutant: why it survives, or the tests that noticed it."""
+
+    survives: str = ""
+    noticed_by: tuple[str, ...] = ()
 
 
 PIPELINE = ("tests/core/test_pipeline.py", "tests/core/test_account.py", "tests/contract/test_matrix.py")
@@ -83,6 +92,13 @@ MUTANTS = (
         BUDGETS,
     ),
     Mutant(
+        "a window is dropped while something is held in it",
+        "plugins/qlens_plugins/cost/budgets/script.py",
+        "    if length and #raised == 0 and is_free and ",
+        "    if length and #raised == 0 and ",
+        BUDGETS,
+    ),
+    Mutant(
         "a stream that never ends is never cut",
         "qlens/metering.py",
         "        return None if most is None else most * LONGEST_TOKEN\n",
@@ -122,6 +138,20 @@ MUTANTS = (
         "plugins/qlens_plugins/rate_limit/token_bucket/script.py",
         "  if refused == 0 then\n    for i",
         "  if refused >= 0 then\n    for i",
+        LIMITS,
+    ),
+    Mutant(
+        "what a call took before a bucket refused it is not given back",
+        "plugins/qlens_plugins/rate_limit/token_bucket/memory.py",
+        "                taken.level.full_at -= taken.quantity(tokens) * taken.unit\n",
+        "                pass\n",
+        LIMITS,
+    ),
+    Mutant(
+        "an estimate gives tokens back",
+        "plugins/qlens_plugins/rate_limit/token_bucket/plans.py",
+        '    if difference >= 0 or usage.source == "provider":\n',
+        "    if usage.total:\n",
         LIMITS,
     ),
     Mutant(
@@ -264,6 +294,27 @@ MUTANTS = (
         "        key = method, url, tls, *headers.items()\n",
         "        key = method, url, tls, *headers\n",
         ("tests/core/test_upstream.py",),
+    ),
+    Mutant(
+        "a request that a provider may have billed is sent again unseen",
+        "qlens/upstream.py",
+        "                if not connection.unheard and method not in _IDEMPOTENT:\n",
+        "                if False:\n",
+        ("tests/core/test_upstream_kept.py",),
+    ),
+    Mutant(
+        "a kept connection that ended before the request arrived costs an attempt",
+        "qlens/upstream_connection.py",
+        "_unacknowledged(self._transport))",
+        "False)",
+        ("tests/core/test_upstream_kept.py",),
+    ),
+    Mutant(
+        "a request that the kernel refused counts as sent",
+        "qlens/upstream_connection.py",
+        "            self.unheard = True  # the kernel has not taken it\n",
+        "            pass\n",
+        ("tests/core/test_upstream_kept.py",),
     ),
     Mutant(
         "a cut stream counts as complete",
@@ -437,8 +488,8 @@ MUTANTS = (
     Mutant(
         "less than nothing is charged",
         "qlens/returned.py",
-        "    return type(value) is int and value >= 0\n",
-        "    return type(value) is int\n",
+        "(type(value.picos) is int and value.picos >= 0)",
+        "type(value.picos) is int",
         HOOKS,
     ),
     Mutant(
@@ -605,7 +656,7 @@ MUTANTS = (
     Mutant(
         "expired credentials are not renewed",
         "plugins/qlens_plugins/provider/bedrock/exchange.py",
-        "            if not await self.credentials.renew(headers):\n                raise\n",
+        "            if not await self.credentials.renew(proof):\n                raise\n",
         "            raise\n",
         BEDROCK,
     ),
@@ -614,6 +665,20 @@ MUTANTS = (
         "plugins/qlens_plugins/provider/bedrock/converse_request.py",
         "        if asked is not None:\n            raise",
         "        if asked is None:\n            raise",
+        BEDROCK,
+    ),
+    Mutant(
+        "a signature outlives its access key",
+        "plugins/qlens_plugins/provider/bedrock/signing.py",
+        "        if second != self._second or keys is not self._keys:\n",
+        "        if second != self._second:\n",
+        BEDROCK,
+    ),
+    Mutant(
+        "a system prompt within a plain chat is moved to its beginning",
+        "plugins/qlens_plugins/provider/bedrock/messages.py",
+        "        elif role in _OPENING and not turns and family.system:\n",
+        "        elif role in _OPENING and family.system:\n",
         BEDROCK,
     ),
     Mutant(
@@ -668,38 +733,49 @@ MUTANTS = (
 )
 
 
-def survives(mutant: Mutant) -> str | None:
-    """Run the tests against the mutant; returns why it survives, or None when they turned red."""
+def judged(mutant: Mutant, clean: Path) -> Verdict:
+    """Run the tests against a copy of the clean tree that has this fault."""
     with tempfile.TemporaryDirectory(prefix="qlens-mutant-") as name:
-        copy = Path(name)
-        for part in COPIED:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(
-                    source, copy / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules", "*.db*")
-                )
-            elif source.exists():
-                shutil.copy(source, copy / part)
+        copy = Path(shutil.copytree(clean, Path(name) / "tree"))
         target = copy / mutant.path
         text = target.read_text()
         if text.count(mutant.old) != 1:
-            return f"{mutant.path} has the text {text.count(mutant.old)} times: mend the mutant"
+            return Verdict(f"{mutant.path} has the text {text.count(mutant.old)} times: mend the mutant")
         target.write_text(text.replace(mutant.old, mutant.new))
-        env = {**os.environ, "PYTHONPATH": f"{copy}:{copy / 'plugins'}", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=30", *mutant.tests]
-        done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = _pytest(copy, "-x", *mutant.tests)
         if done.returncode == 1:
-            return None
-        return UNNOTICED if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"
+            return Verdict(noticed_by=tuple(json.loads((copy / FAILED).read_text())))
+        return Verdict(
+            "no test noticed" if done.returncode == 0 else f"pytest ended with {done.returncode}: {done.stdout[-2000:]}"
+        )
 
 
-def _sound(mutants: list[Mutant]) -> list[Mutant]:
-    """No fault at all, against all the tests that the mutants are judged by, in parts that fit into the time."""
-    tests = sorted({test for mutant in mutants for test in mutant.tests})
-    parts = [tuple(tests[start::PARTS]) for start in range(min(PARTS, len(tests)))]
-    return [
-        Mutant("nothing at all", "qlens/pipeline.py", "import asyncio\n", "import asyncio\n", part) for part in parts
-    ]
+def _clean_tree(folder: Path, tests: set[str]) -> Path:
+    """A copy of the tree, with everything compiled that these tests import."""
+    for part in COPIED:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(
+                source, folder / part, ignore=shutil.ignore_patterns("__pycache__", "node_modules", "*.db*")
+            )
+        elif source.exists():
+            shutil.copy2(source, folder / part)
+    _pytest(folder, "--collect-only", *sorted(tests), PYTHONDONTWRITEBYTECODE="")
+    return folder
+
+
+def _pytest(tree: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    paths = {"PYTHONPATH": f"{tree}:{tree / 'plugins'}", "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--timeout=30", *arguments]
+    return subprocess.run(
+        command,
+        cwd=tree,
+        env={**os.environ, **paths, **env},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
 
 
 def main(names: list[str]) -> int:
@@ -708,17 +784,21 @@ def main(names: list[str]) -> int:
         print(__doc__)
         return 2
     chosen = [mutant for mutant in MUTANTS if not names or any(name in mutant.name for name in names)]
-    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        verdicts = list(pool.map(survives, chosen))
-        is_sound = all(verdict == UNNOTICED for verdict in pool.map(survives, _sound(chosen)))
+    workers = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory(prefix="qlens-clean-") as name, ThreadPoolExecutor(workers) as pool:
+        clean = _clean_tree(Path(name), {test for mutant in chosen for test in mutant.tests})
+        verdicts = list(pool.map(judged, chosen, repeat(clean)))
+        # Without any fault, all that noticed one must be green: else it is not the fault that they noticed.
+        noticed_by = sorted({test for verdict in verdicts for test in verdict.noticed_by})
+        parts = [noticed_by[start::workers] for start in range(min(workers, len(noticed_by)))]
+        controls = list(pool.map(lambda part: _pytest(clean, *part), parts))
     for mutant, verdict in zip(chosen, verdicts, strict=True):
-        print(
-            f"{'killed  ' if verdict is None else 'SURVIVED'}  {mutant.name}{'' if verdict is None else ': ' + verdict}"
-        )
-    if not is_sound:
+        print(f"SURVIVED  {mutant.name}: {verdict.survives}" if verdict.survives else f"killed    {mutant.name}")
+    if red := [control for control in controls if control.returncode != 0]:
+        print(*(control.stdout[-2000:] for control in red), sep="\n")
         print("the tests are red without any fault: no verdict holds")
         return 1
-    alive = sum(verdict is not None for verdict in verdicts)
+    alive = sum(bool(verdict.survives) for verdict in verdicts)
     print(f"{len(chosen) - alive} of {len(chosen)} mutants killed")
     return 1 if alive else 0
 

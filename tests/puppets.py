@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -149,4 +150,5 @@ async def _misbehave(how: str) -> None:
     if how == "cancel":
         raise asyncio.CancelledError  # as awaiting a task of one's own does that was cancelled
     if how == "hang":
+        print("hangs", file=sys.stderr, flush=True)
         await asyncio.Event().wait()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,10 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from attrs import define, field
 
+from qlens.testing.processes import ServerProcess, free_port
+
 if TYPE_CHECKING:
     from nats.aio.client import Client
 
-_START_SECONDS = 10
+_START_SECONDS = 30
 _STREAM = "QLENS"
 
 
@@ -33,15 +33,8 @@ def _binary() -> str:
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @define(eq=False)
-class NatsServer:
+class NatsServer(ServerProcess):
     """A server process; its streams are on disk, and are there again after a restart."""
 
     folder: Path
@@ -49,8 +42,7 @@ class NatsServer:
     """More of its configuration: users, TLS."""
     login: dict[str, Any] = field(factory=dict)
     """How the tests themselves connect: arguments of `nats.connect`."""
-    port: int = field(factory=_free_port)
-    _process: subprocess.Popen[bytes] | None = field(init=False, default=None, repr=False)
+    port: int = field(factory=free_port)
 
     @property
     def url(self) -> str:
@@ -83,18 +75,6 @@ class NatsServer:
         except Exception:  # noqa: BLE001 - not yet
             return False
         return True
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal: SIGSTOP freezes it, SIGCONT lets it go on."""
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """End it at once, as a crash does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:

@@ -11,7 +11,6 @@ import os
 import pwd
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -24,6 +23,8 @@ from threading import Thread
 from typing import Any
 
 from attrs import define, field
+
+from qlens.testing.processes import free_port
 
 _START_SECONDS = 30
 _USER, _PASSWORD = "qlens", "example-password"
@@ -65,20 +66,13 @@ def _run_as() -> dict[str, Any]:
     return {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @define(eq=False)
 class PostgresServer:
     """A server process, with as many databases as are asked for."""
 
     folder: Path
     options: Mapping[str, str] = field(factory=dict)
-    port: int = field(factory=_free_port)
+    port: int = field(factory=free_port)
     binaries: Path = field(init=False, factory=_binaries)
     _process: subprocess.Popen[bytes] | None = field(init=False, default=None, repr=False)
     _numbers: Iterator[int] = field(init=False, factory=lambda: count(1), repr=False)

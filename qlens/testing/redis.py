@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import signal
-import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -18,7 +16,9 @@ from typing import Any
 
 from attrs import define, field
 
-_START_SECONDS = 10
+from qlens.testing.processes import ServerProcess, free_port
+
+_START_SECONDS = 30
 _SLOTS = 16384
 _MASTER = "qlens"
 
@@ -33,13 +33,6 @@ def _binary() -> str:
     return str(get_redis_server())
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 async def _until(is_so: Callable[[], Awaitable[bool]], what: str) -> None:
     """Wait until something is so that the server says; fails the test when it never is."""
     try:
@@ -51,19 +44,24 @@ async def _until(is_so: Callable[[], Awaitable[bool]], what: str) -> None:
 
 
 @define(eq=False)
-class RedisServer:
+class RedisServer(ServerProcess):
     """A server process; it keeps nothing on disk, so a restart finds it empty."""
 
     folder: Path
     options: Mapping[str, str] = field(factory=dict)
-    port: int = field(factory=_free_port)
+    port: int = field(factory=free_port)
     is_sentinel: bool = False
-    _process: subprocess.Popen[bytes] | None = field(init=False, default=None, repr=False)
 
     @property
     def url(self) -> str:
         """Where it is."""
         return f"redis://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """What it has said."""
+        file = self.folder / f"{self.port}.log"
+        return file.read_text(errors="replace") if file.exists() else ""
 
     async def start(self) -> None:
         """Start it, on the same port as before, and wait until it answers."""
@@ -75,24 +73,14 @@ class RedisServer:
         self._process = subprocess.Popen([_binary(), str(file), *mode], stdout=subprocess.DEVNULL)  # noqa: S603, ASYNC220
 
         async def answers() -> bool:
+            assert self._process is not None
+            assert self._process.poll() is None, f"Redis ended at its start:\n{self.log}"
             try:
                 return bool(await self.command("PING"))
             except OSError:
                 return False
 
         await _until(answers, f"the start of {self.url}")
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send it a signal: SIGSTOP freezes it, SIGCONT lets it go on."""
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def kill(self) -> None:
-        """End it at once, as a crash does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
 
     async def command(self, *words: str | int) -> Any:
         """Run one command on a connection of its own; raises OSError when nobody answers."""
@@ -182,7 +170,7 @@ async def redis_cluster(count: int = 3) -> AsyncIterator[tuple[RedisServer, ...]
     """A cluster of masters that share the slots."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qlens-redis-")))
-        nodes, buses = [], [_free_port() for _ in range(count)]
+        nodes, buses = [], [free_port() for _ in range(count)]
         for number, bus in enumerate(buses):
             options = {
                 "cluster-enabled": "yes", "cluster-config-file": f"nodes-{number}.conf", "cluster-port": str(bus),

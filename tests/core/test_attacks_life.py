@@ -187,15 +187,16 @@ async def test_an_order_to_stop_ends_a_start_that_hangs(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{Path(__file__).parents[1]}"},
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    await asyncio.sleep(1.5)
-    process.send_signal(signal.SIGTERM)
     try:
+        assert process.stderr is not None
+        said = await asyncio.wait_for(process.stderr.readuntil(b"hangs\n"), 30)
+        process.send_signal(signal.SIGTERM)
         out, err = await asyncio.wait_for(process.communicate(), 10)
     finally:
         if process.returncode is None:
             process.kill()
     assert process.returncode == 0
-    assert b"Traceback" not in err
+    assert b"Traceback" not in said + err
     assert out == b""
 
 

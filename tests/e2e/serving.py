@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 
 import yaml
 from attrs import define
+
+from qlens.testing.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config" / "qlens.yaml"
@@ -89,14 +90,6 @@ def run_qlens(
         timeout=30,
         check=False,
     )
-
-
-def free_port() -> int:
-    """A port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def changed(changes: Mapping[str, Any]) -> str:

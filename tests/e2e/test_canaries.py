@@ -13,7 +13,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from e2e.serving import QLENS, clean_env, free_port
+from e2e.serving import QLENS, clean_env
+
+from qlens.testing.processes import free_port
 
 CANARY = "canary-Zm9vYmFyYmF6cXV4"
 """What may be nowhere; each place has one with another end."""

@@ -155,6 +155,11 @@ def health(served: Served) -> dict[str, Any]:
     return found
 
 
+def states(served: Served) -> list[str]:
+    """The state of each worker; none when no worker answers."""
+    return [worker["state"] for worker in health(served).get("workers", ())]
+
+
 def processes(served: Served) -> dict[int, int]:
     """The process of each worker."""
     return {worker["worker"]: worker["process"] for worker in health(served)["workers"] if "process" in worker}
@@ -334,7 +339,8 @@ def test_a_worker_that_hangs_is_seen_and_does_not_keep_the_gateway_from_stopping
         known = metric(served, "qlens_calls_total")
         victim = processes(served)[0]
         os.kill(victim, signal.SIGSTOP)
-        assert [worker["state"] for worker in health(served)["workers"]] == ["silent", "ready"]
+        # On a busy machine the other one, too, can be slow to answer for a moment.
+        until(lambda: states(served) == ["silent", "ready"], "one silent worker beside a ready one")
         assert metric(served, "qlens_calls_total") == known
         served.signal(signal.SIGTERM)
         assert served.process.wait(WAIT_SECONDS) == 0
