@@ -12,7 +12,7 @@ from urllib.parse import quote
 import orjson
 from attrs import define, evolve, field, frozen
 
-from qlens.call import Body, Call, Caller, Model, Outgoing, Reply, Request, Target
+from qlens.call import UNPRICED, Body, Call, Caller, Model, Outgoing, Reply, Request, Target
 from qlens.dialects.uploads import UPLOADS
 from qlens.errors import (
     CallError,
@@ -109,6 +109,8 @@ async def _attempt(pipeline: Pipeline, errand: Errand, account: Account, target:
         account.cut_off(place)
         raise
     account.answered(place, reply, meter)
+    if call.operation.name == "batch_create":
+        call.attempts[place].cost = UNPRICED  # what its lines will use is metered nowhere
     return reply
 
 

@@ -57,12 +57,15 @@ def claim(call: Call, ids: ObjectIds, native: Callable[[Target], bool]) -> None:
         for place, message in enumerate(body["messages"]):
             claims.files(message.get("content"), f"messages[{place}].content")
     elif call.operation.dialect == "responses":
+        if body.get("conversation") is not None:
+            raise _unsealed("conversation")
         if body.get("previous_response_id") is not None:
             claims.response(body, "previous_response_id")
         for name in ("input", "tools", "prompt"):
             claims.files(body.get(name), name)
         if type(body.get("input")) is list:
             body["input"] = claims.encrypted(body["input"], native)
+            claims.references(body["input"], native)
     elif call.operation.dialect == "image_edits":
         claims.files(body.get("images"), "images")
         claims.files(body.get("mask"), "mask")
@@ -150,6 +153,17 @@ class Claims:
                 del each.item["encrypted_content"]
         return responses.without_reasoning(items, unreadable) if unreadable else items
 
+    def references(self, items: list[Body], native: Callable[[Target], bool]) -> None:
+        """Bind the call to the one provider that can keep the items it refers to; their ids do not say which it is."""
+        assert self.call.model is not None
+        place = next((place for place, item in enumerate(items) if _is_reference(item)), None)
+        keepers = {target.provider for target in self.call.model.candidates if native(target)}
+        if self.origin is not None or place is None or not keepers:
+            return
+        if len(keepers) > 1:
+            raise _unsealed(f"input[{place}].id")
+        self._bound(Origin(keepers.pop(), "", ""), f"input[{place}].id")
+
     def _encrypted(self, item: Body, place: int) -> _Encrypted | None:
         content, param = item.get("encrypted_content"), f"input[{place}].encrypted_content"
         if type(content) is not str or not content or thoughts.is_closed(content):
@@ -189,6 +203,19 @@ class Claims:
                 code="invalid_encrypted_content",
             )
         self._bound(Origin(readers.pop(), "", ""), unknown.param)
+
+
+def _is_reference(item: Body) -> bool:
+    return (item.get("type") or ("message" if "role" in item else "item_reference")) == "item_reference"
+
+
+def _unsealed(param: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"What {param} names is kept by a provider, and the id does not say by which: go on with "
+        "'previous_response_id', or send the items themselves, as some clients do with 'store: false' alone.",
+        param=param,
+        code="unsupported_parameter",
+    )
 
 
 @frozen

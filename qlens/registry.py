@@ -366,16 +366,27 @@ def _misplaced(config: Config, instances: Iterable[Instance]) -> Iterable[Fault]
             )
         if config.server.workers > 1 and _limits_alone(instance):
             yield Fault(instance.entry.path, _too_generous(instance, config.server.workers))
-    admin = config.server.admin
-    if not is_loopback(admin.host) and not any(
-        instance.entry.stage == "auth" and not getattr(instance.plugin, "needs_no_credential", False)
-        for instance in instances
-    ):
+    admin, auth = config.server.admin, [instance for instance in instances if instance.entry.stage == "auth"]
+    if is_loopback(admin.host):
+        return
+    if all(_believes_everybody(instance) for instance in auth):
         yield Fault(
             "server.admin.host",
             f"{admin.host} can be reached from other machines, and no auth plugin asks for a credential: "
             "bind to 127.0.0.1, or add an auth plugin such as api_keys",
         )
+    for instance in auth:
+        roles = getattr(instance.config, "roles", None)
+        if _believes_everybody(instance) and not (isinstance(roles, tuple) and set(roles) <= {"member"}):
+            yield Fault(
+                instance.entry.path,
+                f"{instance.entry.plugin} asks for no credential, gives more than the role member, and "
+                f"server.admin.host is {admin.host}: bind that to 127.0.0.1, or leave it `roles: [member]`",
+            )
+
+
+def _believes_everybody(instance: Instance) -> bool:
+    return bool(getattr(instance.plugin, "needs_no_credential", False))
 
 
 def _limits_alone(instance: Instance) -> bool:

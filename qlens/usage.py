@@ -128,7 +128,10 @@ def from_anthropic(raw: object) -> Usage | None:
         return None
     output, written = counts.get("output_tokens") or 0, counts.get("cache_creation_input_tokens") or 0
     split, details, tier = raw.get("cache_creation"), raw.get("output_tokens_details"), raw.get("service_tier")
+    tools, searches = raw.get("server_tool_use"), 0
     hour = fresh = thought = 0
+    if tools and _is_object(tools):
+        searches = _part(tools, "web_search_requests")
     if split and _is_object(split):
         hour, fresh = _part(split, "ephemeral_1h_input_tokens"), _part(split, "ephemeral_5m_input_tokens")
     if details and _is_object(details):
@@ -141,6 +144,7 @@ def from_anthropic(raw: object) -> Usage | None:
         cache_write_1h=hour,
         output=output - thought,
         reasoning=thought,
+        meters={"web_searches": searches} if searches else {},
         source="provider",
         # A mode of its own, at a price of its own.
         tier="fast" if raw.get("speed") == "fast" else tier if isinstance(tier, str) else None,
@@ -161,6 +165,12 @@ def from_responses(raw: object, tier: object = None) -> Usage | None:
         "completion_tokens_details": raw.get("output_tokens_details"),
     }
     return from_openai(renamed, tier)
+
+
+def with_image_tokens(usage: Usage, raw: Mapping[str, object]) -> Usage:
+    """The usage of an image model with its prompt's image tokens as a meter: they cost something else than texts."""
+    images = min(usage.input, _part(_details(raw, "input_tokens_details"), "image_tokens"))
+    return evolve(usage, input=usage.input - images, meters={"image_tokens": images}) if images else usage
 
 
 def from_realtime(raw: object) -> Usage | None:

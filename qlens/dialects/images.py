@@ -8,7 +8,7 @@ from typing import Any
 from qlens.dialects import Body, Ref, fields
 from qlens.dialects.plain import Meters, Plain, tokens_of
 from qlens.errors import InvalidRequest
-from qlens.usage import Usage
+from qlens.usage import Usage, with_image_tokens
 
 _SIZE = fields.string(least=1, most=32)
 _VARIED: Mapping[str, fields.Rule] = {
@@ -65,7 +65,7 @@ def _used(body: Body) -> Usage | None:
     """The tokens, for models that count them; else the images that are there."""
     images = body.get("data")
     if body.get("usage") and (said := tokens_of(body)) is not None and said.total:
-        return said
+        return with_image_tokens(said, body["usage"])
     return Usage(meters={"images": len(images)}, source="provider") if isinstance(images, list) and images else None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
+from attrs import evolve
 
 from qlens import usage as usages
 from qlens.dialects import Body, Ref, Strand, fields, response_events, texts
@@ -308,7 +309,19 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
 def usage(body: Body) -> Usage | None:
     """Read the usage of an answer, or of one event of a stream."""
     answer = _answer_of(body)
-    return usages.from_responses(answer.get("usage"), answer.get("service_tier"))
+    said = usages.from_responses(answer.get("usage"), answer.get("service_tier"))
+    searches = _searches(answer.get("output")) if said is not None else 0
+    return evolve(said, meters={"web_searches": searches}) if said is not None and searches else said
+
+
+def _searches(output: Any) -> int:
+    """How often the provider searched the web; what it does with the pages it found has no fee."""
+    found = 0
+    for item in output if type(output) is list else ():
+        if type(item) is dict and item.get("type") == "web_search_call":
+            action = item.get("action")
+            found += type(action) is not dict or action.get("type") not in ("open_page", "find_in_page")
+    return found
 
 
 def _answer_of(body: Body) -> Body:

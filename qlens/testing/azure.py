@@ -51,7 +51,7 @@ _KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?:batches|files)(?:/.*)?)")
 class BaseModel:
     """What Azure knows of a model."""
 
-    kind: Literal["chat", "embeddings", "responses", "both"] = "both"
+    kind: Literal["chat", "completions", "embeddings", "responses", "both"] = "both"
     """What it speaks; both: chat and Responses."""
     series: Literal["gpt", "o", "reasoning"] = "gpt"
     """gpt: takes sampling parameters; o and reasoning: do not."""
@@ -61,6 +61,7 @@ class BaseModel:
 
 MODELS: Mapping[str, BaseModel] = {
     "gpt-35-turbo": BaseModel(kind="chat", version="0125"),
+    "gpt-35-turbo-instruct": BaseModel(kind="completions", version="0914"),
     "gpt-4o": BaseModel(version="2024-11-20"),
     "gpt-4o-mini": BaseModel(version="2024-07-18"),
     "gpt-4.1": BaseModel(),
@@ -263,6 +264,9 @@ _FIELDS = {
 }
 _FORMS = {"images/edits", "audio/transcriptions", "audio/translations"}
 _OTHER = {*_FORMS, "images/generations", "audio/speech"}
+_IN_PREVIEWS = {"images/edits", "audio/speech"}
+_CALLED = {"chat/completions": "chatCompletion", "completions": "completion"}
+"""What Azure calls operations that a model does not have."""
 _SINCE = {"stream_options": "2024-09-01", "max_completion_tokens": "2024-09-01", "reasoning_effort": "2024-12-01"}
 _SAMPLING = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 _SAMPLED = ("temperature", "top_p", "top_logprobs")
@@ -270,11 +274,13 @@ _WITHOUT_SAMPLING = ("logprobs", "top_logprobs", "logit_bias")
 
 
 def _operate(operation: str, deployment: Deployment, request: Recorded, version: str | None) -> Scripted:
+    if operation in _IN_PREVIEWS and version is not None and not version.endswith("-preview"):
+        return resource_not_found()
     if operation in _OTHER:
         return usual_answer(request)
     if operation not in _FIELDS or (operation == "completions" and version is None):
         return resource_not_found()
-    kind = "embeddings" if operation == "embeddings" else "chat"
+    kind = "chat" if operation == "chat/completions" else operation
     if deployment.base.kind not in {kind, *(("both",) if kind == "chat" else ())}:
         return not_supported(operation, deployment)
     body = request.body
@@ -458,7 +464,8 @@ def high_demand() -> Scripted:
 
 def not_supported(operation: str, deployment: Deployment) -> Scripted:
     """An operation that the deployment's model does not have."""
-    wording = f"The {operation} operation does not work with the specified model, {deployment.model}."
+    called = _CALLED.get(operation, operation)
+    wording = f"The {called} operation does not work with the specified model, {deployment.model}."
     return refusal(f"{wording} Please choose different model and try again.", code="OperationNotSupported")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from attrs import evolve
@@ -137,6 +138,40 @@ async def test_nobody_who_rules_one_tenant_or_none_reads_of_another_one_at_any_e
                         assert answer.json() == unknown.json(), where
                     assert "globex" not in shown, where
         assert read > 50  # what they may read, they were shown
+
+
+async def test_an_operator_raises_no_budget_that_binds_the_operator_and_an_admin_raises_any() -> None:
+    cost = EVERYTHING.replace("{per: model,", "{per: model, usd: 9, match: {tenant: [globex]}}, {per: model,")
+    text = config(cost=cost) + '  "x/*": {max_output_tokens: 1000, targets: [{provider: echo, model: "*"}]}\n'
+    ask = {"usd": "1", "expires_at": "2999-01-01T00:00:00Z", "reason": "launch"}
+    async with stored(text) as gateway:
+        has: dict[str, Any] = {"limits": {"budget_usd": "1"}, "project": "p", "tags": {"team": "one"}}
+        operator = await made(gateway, roles=["operator"], models=["gpt-4o", "x/1"], **has)
+        helper = await made(gateway, operator["key"], roles=["operator"])
+        other = await made(gateway, tenant="globex", project="q", tags={"team": "two"}, limits={"budget_usd": "1"})
+        calls = [(operator, "gpt-4o"), (operator, "x/1"), (helper, "gpt-4o"), (other, "gpt-4o"), (other, "claude")]
+        for key, model in calls:
+            assert (await gateway.post("/v1/chat/completions", {**CALL, "model": model}, key=key["key"])).status == 200
+        await gateway.settled(len(calls))
+        rows = (await send(gateway, "GET", "/admin/budgets")).json()["data"]
+        refused = set()
+        for row in rows:
+            answer = await send(gateway, "POST", f"/admin/budgets/{row['id']}/increase", ask, operator["key"])
+            assert answer.status in (200, 403), answer.text
+            if answer.status == 403:
+                refused.add((row["budget"], row["owner"]))
+        assert refused == {
+            *(("tenant month", "acme"), ("project month", "p"), ("tag team month", "one")),
+            *(("model month", "gpt-4o"), ("model month", "x/*"), ("key month", operator["id"])),
+            # Keys that it made would spend for it, and it could make one that raises its own.
+            *(("key's allowance month", key["id"]) for key in (operator, helper, other)),
+        }
+        assert len(rows) == len(refused) + 8
+        noted = (await send(gateway, "GET", "/admin/audit?action=budgets.increase&limit=100")).json()["data"]
+        assert len([entry for entry in noted if entry["outcome"] == "refused"]) == len(refused)
+        for row in rows:
+            answer = await send(gateway, "POST", f"/admin/budgets/{row['id']}/increase", ask, key=ADMIN)
+            assert answer.status == 200, answer.text
 
 
 def _rules_all(role: str, endpoint: Endpoint) -> bool:

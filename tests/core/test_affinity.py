@@ -434,6 +434,17 @@ async def test_a_batch_runs_where_its_input_is(gateway: Running, one: FakeKeeper
     assert not one.requests
 
 
+async def test_what_a_batch_will_use_is_not_known_and_not_free(one: FakeKeeper, two: FakeKeeper) -> None:
+    table = "[{plugin: prices, table: [{model: '*', input: 1, output: 2}]}]"
+    async with kept(settings(one, two).replace("cost: []", f"cost: {table}")) as gateway, sdk(gateway) as client:
+        file = await client.files.create(file=("in.jsonl", b"{}"), purpose="batch", extra_body={"model": "first"})
+        batch = await client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+        await client.batches.retrieve(batch.id)
+        costs = {each.operation: (each.cost.picos, each.cost.state) for each in await gateway.settled(3)}
+    assert costs["batch_create"] == (None, "unpriced")
+    assert costs["batch"][0] == 0  # to ask how it goes is free
+
+
 async def test_a_batch_with_full_metadata_is_made_all_the_same(gateway: Running) -> None:
     metadata = {f"k{number}": "v" for number in range(16)}
     async with sdk(gateway, ACME) as client:

@@ -249,6 +249,63 @@ async def test_content_from_elsewhere_passes_where_one_provider_alone_can_have_m
     assert (refused.status, refused.json()["error"]["code"]) == (400, "invalid_encrypted_content")
 
 
+# --- what no id that was sealed here names -----------------------------------------------------
+
+
+def reference(item: Body) -> Body:
+    return {"type": "item_reference", "id": item["id"]}
+
+
+def check_refused(answer: Response, param: str, code: str = "unsupported_parameter") -> None:
+    error = answer.json()["error"]
+    assert (answer.status, error["param"], error["code"]) == (400, param, code), answer.text
+
+
+async def test_a_reference_to_an_item_goes_to_the_one_that_can_keep_it_or_to_nobody(
+    gateway: Running, one: FakeKeeper, two: FakeKeeper
+) -> None:
+    known = reference((await thought(gateway, "first", store=True))[1])
+    assert (await ask(gateway, "first", known)).status == 200
+    assert sent(one)[-1]["id"] == known["id"]
+    before = len(one.requests)
+    for item in (known, {"id": known["id"]}, {**known, "type": None}):
+        refused = await ask(gateway, "both", item)
+        check_refused(refused, "input[1].id")
+        assert "previous_response_id" in refused.json()["error"]["message"]
+    assert (len(one.requests), len(two.requests)) == (before, 0)
+
+
+async def test_a_reference_beside_an_earlier_response_goes_to_its_account(
+    gateway: Running, one: FakeKeeper, two: FakeKeeper
+) -> None:
+    made = (await ask(gateway, "second", store=True)).json()
+    items = [HELLO, reference(made["output"][1]), HELLO]
+    asked: Body = {"model": "both", "previous_response_id": made["id"], "input": items}
+    for _ in range(6):
+        answer = await gateway.post("/v1/responses", asked, key=ACME)
+        assert answer.status == 200, answer.text
+        assert sent(two) == items[1:-1]
+    assert not one.requests
+    before = len(two.requests)
+    refused = await gateway.post("/v1/responses", asked, key=OTHER)
+    check_refused(refused, "previous_response_id", "previous_response_not_found")
+    assert len(two.requests) == before
+
+
+@pytest.mark.parametrize("conversation", ["conv_1", {"id": "conv_1"}, {}, ""])
+async def test_a_conversation_that_an_account_keeps_goes_to_nobody(
+    gateway: Running, one: FakeKeeper, two: FakeKeeper, conversation: Any
+) -> None:
+    made = (await ask(gateway, "first", store=True)).json()
+    before = len(one.requests)
+    besides: list[Body] = [{}, {"previous_response_id": made["id"]}, {"input": "Hello"}]
+    for fields in besides:
+        for model in ("first", "both"):
+            check_refused(await ask(gateway, model, conversation=conversation, **fields), "conversation")
+    assert (len(one.requests), len(two.requests)) == (before, 0)
+    assert (await ask(gateway, "first", conversation=None)).status == 200
+
+
 def _response(*output: Body) -> Body:
     return {"id": "resp_1", "object": "response", "status": "completed", "model": "m", "output": [*output]}
 

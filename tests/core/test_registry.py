@@ -15,6 +15,8 @@ from yamls import config, probe
 from qlens import Call, ConfigError, Fault, Receipt, StartupError, hookimpl, hookspecs
 from qlens.testing import running
 
+KEYS = "keys: [{id: one, hash: 'sha256:" + "0" * 64 + "', tenant: acme}]"
+
 
 @pytest.fixture
 def authored() -> Iterator[Any]:
@@ -196,6 +198,29 @@ async def test_the_admin_listener_needs_real_auth_off_loopback(host: str) -> Non
     (fault,) = await _faults(config(admin={"host": host}))
     assert fault.path == "server.admin.host"
     assert "api_keys" in fault.message
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_who_needs_no_credential_is_no_more_than_a_member_where_other_machines_reach_operators_paths(
+    authored: Any, place: int
+) -> None:
+    keys: dict[str, Any] = {"plugin": "api_keys", "file": "keys.yaml"}
+    authored.Believing = _class(needs_no_credential=True)
+    off = {"host": "0.0.0.0", "port": 0}
+    believing: list[dict[str, Any]] = [
+        {"plugin": "anonymous", "roles": ["member", "admin"]},
+        {"plugin": "authored:Believing"},
+    ]
+    for each in believing:
+        auth = [keys]
+        auth.insert(place, each)
+        (fault,) = await _faults(config({"auth": auth}, admin=off), files={"keys.yaml": KEYS})
+        assert fault.path.endswith(f"pipeline.auth[{place}]")
+        assert "0.0.0.0" in fault.message
+    auth = [keys, {"plugin": "anonymous"}]
+    async with running(config({"auth": auth}, admin=off), files={"keys.yaml": KEYS}) as gateway:
+        assert (await gateway.get("/admin/whoami")).json()["roles"] == ["member"]
+        assert (await gateway.get("/admin/health")).status == 403
 
 
 async def test_a_demo_key_is_refused_where_other_machines_can_use_it() -> None:

@@ -193,6 +193,12 @@ def test_a_later_total_of_writes_does_not_count_those_of_an_hour_again() -> None
     assert grown(None, later) == later
 
 
+def test_anthropics_web_searches_are_a_meter() -> None:
+    usage = from_anthropic({"output_tokens": 1, "server_tool_use": {"web_search_requests": 2, "web_fetch_requests": 1}})
+    assert usage is not None
+    assert usage.meters == {"web_searches": 2}
+
+
 def test_a_mode_with_prices_of_its_own_is_a_tier() -> None:
     usage = from_anthropic({"input_tokens": 1, "output_tokens": 1, "speed": "fast", "service_tier": "standard"})
     assert usage is not None

@@ -185,6 +185,11 @@ async def older_completions(ask: Asking) -> None:
     ask.told.write(f"{chunks[-1].object}, {chunks[-1].choices[0].finish_reason}")
 
 
+async def best_of_two_completions(ask: Asking) -> None:
+    answer = await ask.sdk.completions.create(model=ask.talks, prompt="Once", max_tokens=20, best_of=2)
+    ask.told.write(answer.object)
+
+
 async def embeddings(ask: Asking) -> None:
     found = await ask.sdk.embeddings.create(model=ask.embeds, input=["one text", "another"])
     ask.told.meet(found)
@@ -238,6 +243,7 @@ SCENES: Mapping[Scene[Asking], tuple[Said, ...]] = {
     stop: (SUNNY,),
     cut: (Said("one two", cut=True),),
     older_completions: (),
+    best_of_two_completions: (),
     embeddings: (),
     headers: (SUNNY, SUNNY),
     mistakes: (),
@@ -253,6 +259,10 @@ THOUGHTS = changed(
 SHOWN = Difference("OpenAI and Azure keep thoughts to themselves; these models show them.", THOUGHTS)
 REGION = Difference("Azure says where it answered.", changed({"x-qlens-attempts": ("x-ms-region", "x-qlens-attempts")}))
 ONE = Difference("Anthropic gives one answer to a call.", instead("BadRequestError unsupported_parameter n"))
+AS_CHAT = Difference(
+    "These models only chat, so that a prompt is put to them as a chat.",
+    instead("BadRequestError unsupported_parameter best_of"),
+)
 NO_VECTORS = Difference("Anthropic makes no embeddings.", instead("BadRequestError unsupported_operation None"))
 
 NO_TOOLS = Difference("This model takes no tools.", instead("BadRequestError unsupported_parameter tools"))
@@ -265,6 +275,9 @@ DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     reasoning: {"bedrock-claude": SHOWN, "bedrock-nova": SHOWN, "anthropic": SHOWN},
     several_choices: {"anthropic": ONE},
     several_choices_streamed: {"anthropic": ONE},
+    best_of_two_completions: {
+        place.name: AS_CHAT for place in OTHERS if place.name not in {"openai", "openai-compatible"}
+    },
     embeddings: {"anthropic": NO_VECTORS},
     headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
 }

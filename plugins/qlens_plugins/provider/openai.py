@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import urlencode, urlsplit
@@ -45,6 +46,8 @@ PATHS = {
 BETA = {"openai-beta": "realtime=v1"}
 """What asks for the first version of realtime sessions."""
 _BETA_PROTOCOL = "openai-beta.realtime-v1"
+_COMPLETES = re.compile(r"(ft:)?(gpt-3\.5-turbo-instruct|davinci-002|babbage-002)\b")
+"""The models of OpenAI itself that have the legacy completions; it refuses them for all others."""
 
 
 @frozen
@@ -88,6 +91,8 @@ class OpenAI:
     name: str
     _http: Upstream | None = field(default=None, init=False, repr=False)
     _spoken: tuple[str, ...] = field(init=False, repr=False)
+    _spoken_by_chats: tuple[str, ...] = field(init=False, repr=False)
+    """The dialects of the models that OpenAI has no completions for."""
     _urls: Mapping[str, str] = field(init=False, repr=False)
     _headers: Mapping[str, str] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
@@ -97,6 +102,8 @@ class OpenAI:
     def __attrs_post_init__(self) -> None:
         config = self.config
         self._spoken = tuple(dialect for dialect in PATHS if dialect != "responses" or config.responses)
+        others = self.kind != "openai"
+        self._spoken_by_chats = tuple(dialect for dialect in self._spoken if others or dialect != "completions")
         self._urls = {dialect: config.base_url.rstrip("/") + path for dialect, path in PATHS.items()}
         named = {
             "authorization": f"Bearer {config.api_key.reveal()}" if config.api_key else None,
@@ -114,7 +121,7 @@ class OpenAI:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
-        return self._spoken
+        return self._spoken if _COMPLETES.match(target.model) else self._spoken_by_chats
 
     @property
     def passthrough(self) -> tuple[str, ...]:

@@ -206,6 +206,15 @@ def test_the_output_is_bounded_by_its_one_field() -> None:
     assert (responses.choices(body), responses.returned(body)) == (1, 1)
 
 
+def test_web_searches_are_counted_and_not_the_pages_they_lead_to() -> None:
+    actions = [{"type": "search", "query": "q"}, {"type": "open_page", "url": "https://x"}, None]
+    body = answer(*({"type": "web_search_call", "id": f"ws_{n}", "action": each} for n, each in enumerate(actions)))
+    for said in (body, {"type": "response.completed", "response": body}):
+        usage = responses.usage(said)
+        assert usage is not None
+        assert usage.meters == {"web_searches": 2}
+
+
 def test_usage_is_read_from_an_answer_and_from_the_event_that_carries_one() -> None:
     expected = Usage(input=7, cached_input=2, output=3, reasoning=1, source="provider", tier="flex")
     body = answer()

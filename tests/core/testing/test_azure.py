@@ -82,6 +82,7 @@ async def test_a_token_must_be_fresh_and_for_the_surface() -> None:
         ("/v1/chat/completions", "404"),
         ("/openai/v1/chat/completions?api-version=2024-10-21", "404"),
         ("/openai/v1/completions", "404"),
+        ("/openai/deployments/my-deployment/audio/speech?api-version=2024-10-21", "404"),
         ("/openai/deployments/other/chat/completions?api-version=2024-10-21", "DeploymentNotFound"),
     ],
 )
@@ -89,6 +90,36 @@ async def test_a_wrong_place_is_not_found(path: str, expected: str) -> None:
     async with azure() as cloud:
         status, body = await ask(cloud, path, {**HELLO, "model": "my-deployment"})
         assert (status, code(body)) == (404, expected)
+
+
+@pytest.mark.parametrize(("version", "status"), [("2024-10-21", 404), ("2025-04-01-preview", 200)])
+async def test_pictures_are_edited_in_previews_alone(version: str, status: int) -> None:
+    form = aiohttp.FormData({"prompt": "a hat"})
+    form.add_field("image", b"a", filename="a.png")
+    async with azure() as cloud, aiohttp.ClientSession(headers={"api-key": KEY}) as session:
+        place = f"{cloud.root}/openai/deployments/my-deployment/images/edits?api-version={version}"
+        async with session.post(place, data=form) as answer:
+            assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "called"),
+    [("gpt-4o", "completions", "completion"), ("gpt-35-turbo-instruct", "chat/completions", "chatCompletion")],
+)
+async def test_a_model_chats_or_completes(model: str, path: str, called: str) -> None:
+    async with azure({"my-deployment": Deployment(model)}) as cloud:
+        place = f"/openai/deployments/my-deployment/{path}?api-version=2024-10-21"
+        status, body = await ask(cloud, place, {**HELLO, "prompt": "Hello"})
+        assert (status, code(body)) == (400, "OperationNotSupported")
+        wording = f"The {called} operation does not work with the specified model, {model}."
+        assert body["error"]["message"].startswith(wording)
+
+
+async def test_a_model_that_completes_completes() -> None:
+    async with azure({"my-deployment": Deployment("gpt-35-turbo-instruct")}) as cloud:
+        place = "/openai/deployments/my-deployment/completions?api-version=2024-10-21"
+        status, body = await ask(cloud, place, {"prompt": "Hello"})
+        assert (status, body["choices"][0]["text"], body["model"]) == (200, TEXT, "gpt-35-turbo-instruct-0914")
 
 
 async def test_v1_takes_the_deployment_from_the_body() -> None:

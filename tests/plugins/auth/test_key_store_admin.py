@@ -263,6 +263,48 @@ async def test_what_is_not_said_is_what_the_maker_has() -> None:
         assert (key["models"], key["limits"], key["roles"]) == (["gpt-4o"], less["limits"], ["team_desk"])
 
 
+async def test_a_key_has_its_makers_project_and_tags_and_does_not_outlive_it() -> None:
+    has: dict[str, Any] = {"project": "search", "tags": {"team": "one"}, "expires_at": "2099-01-01T00:00:00Z"}
+    greedy: list[tuple[str, Any]] = [
+        *(("project", None), ("project", "other"), ("tags", {"team": "two"})),
+        *(("expires_at", None), ("expires_at", "2099-01-01T00:00:01Z")),
+    ]
+    async with stored() as gateway:
+        operator = await made(gateway, roles=["operator"], **has)
+        own, at = operator["key"], f"/admin/keys/{operator['id']}"
+        key = await made(gateway, own)
+        assert {name: key[name] for name in has} == has
+        key = await made(gateway, own, tags={"a": "b"}, expires_at="2098-01-01T00:00:00Z")
+        assert (key["tags"], key["expires_at"]) == ({"team": "one", "a": "b"}, "2098-01-01T00:00:00Z")
+        for param, value in greedy:
+            body: dict[str, Any] = {param: value}
+            for answer in (
+                await send(gateway, "POST", "/admin/keys", {"tenant": "acme", **body}, own),
+                await send(gateway, "PATCH", at, body, own),
+                await send(gateway, "PATCH", f"/admin/keys/{key['id']}", body, own),
+            ):
+                assert (answer.status, answer.json()["error"]["param"]) == (403, param), answer.text
+        assert (await send(gateway, "PATCH", at, {"tags": {}}, own)).status == 403
+        assert (await send(gateway, "PATCH", at, {"name": "mine"}, own)).status == 200
+        free = await made(gateway)
+        assert (await send(gateway, "POST", f"/admin/keys/{free['id']}/rotate", {}, own)).status == 403
+        lifted: dict[str, Any] = {"project": None, "tags": {}, "expires_at": None}
+        assert (await send(gateway, "PATCH", at, lifted)).status == 200
+
+
+async def test_an_old_secret_makes_no_key_that_outlives_it_and_a_token_does() -> None:
+    async with stored() as gateway:
+        operator = await made(gateway, roles=["operator"])
+        assert (await made(gateway, operator["key"]))["expires_at"] is None
+        new = (await send(gateway, "POST", f"/admin/keys/{operator['id']}/rotate", {})).json()
+        ends = (await made(gateway, operator["key"]))["expires_at"]
+        assert ends == new["rotated_from"]["works_until"]
+    holder = Authority(Caller("acme", "joe", "jwt", expires_at=1.0), None, lambda role: role == "member")
+    key = holder.narrowed(Key("k", b"", "", "acme", "joe"), None, set())
+    holder.check_key(key, None)
+    assert key.expires_at is None
+
+
 async def test_a_key_with_more_than_oneself_is_not_rotated_nor_changed_and_none_with_more_roles_revoked() -> None:
     async with stored() as gateway:
         own = (await _bound(gateway))["key"]

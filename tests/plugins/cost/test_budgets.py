@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sqlite3
 import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -377,6 +378,22 @@ async def test_an_increase_holds_until_it_expires_and_is_noted(store: str, caplo
         clock.advance(601)
         assert (await call(gateway, **long)).status == 429
     assert sum('"budgets.increase"' in record.message for record in caplog.records) == 1
+
+
+async def test_an_increase_that_the_store_does_not_take_is_noted_as_failed(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "qlens.audit")
+    async with serving("{per: tenant, usd: 1}", '{kind: sqlite, url: "sqlite:///budgets.db"}') as gateway:
+        assert (await call(gateway)).status == 200
+        place = f"/admin/budgets/{(await budget(gateway))['id']}"
+        with closing(sqlite3.connect(gateway.folder / "budgets.db", isolation_level=None)) as database:
+            database.execute(
+                "CREATE TRIGGER full BEFORE INSERT ON budget_increases BEGIN SELECT RAISE(ABORT, 'disk full'); END"
+            )
+        ask = {"usd": "1", "expires_at": 4_000_000_000, "reason": "launch"}
+        assert (await gateway.post(f"{place}/increase", ask, key="sk-example-ops")).status == 503
+        assert (await gateway.get(place, key="sk-example-ops")).json()["limit_usd"] == "1"
+    noted = [json.loads(record.message) for record in caplog.records if record.name == "qlens.audit"]
+    assert [entry["outcome"] for entry in noted] == ["done", "failed"]
 
 
 async def test_the_list_of_budgets_comes_in_pages() -> None:

@@ -317,9 +317,12 @@ async def test_openais_own_client_reads_usage_and_costs(tmp_path: Path) -> None:
             assert cost.amount is not None
             assert cost.amount.currency == "usd"
             assert cost.line_item == "gpt-4o-mini"
-            for resource in ("vector_stores", "code_interpreter_sessions"):
-                empty = await getattr(organization.usage, resource)(start_time=today)
-                assert [bucket.results for bucket in empty.data] == [[]]
+            for method in (name for name, each in vars(type(organization.usage)).items() if callable(each)):
+                some = await getattr(organization.usage, method)(start_time=today)
+                assert len(some.data) == 1
+                assert bool(some.data[0].results) == (method in {"completions", "costs"})
+            search = {"group_by": ["model", "context_level", "api_source"], "context_levels": ["low"], "models": ["x"]}
+            assert (await organization.usage.web_search_calls(start_time=today, **search)).data  # type: ignore[arg-type]
             with pytest.raises(openai.BadRequestError) as refused:
                 await organization.usage.completions(start_time=-1)
             assert refused.value.param == "start_time"

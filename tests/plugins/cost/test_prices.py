@@ -153,6 +153,26 @@ def test_what_has_no_price_makes_the_call_unpriced_and_not_free(usage: Usage) ->
     assert cost_of(prices("{model: m, input: 2}"), usage, "m") is None
 
 
+def test_image_tokens_without_a_price_cost_what_texts_do() -> None:
+    usage = Usage(input=1, meters={"image_tokens": 10, "cached_image_tokens": 100}, source="provider")
+    cost = cost_of(prices("{model: m, input: 2, cached_input: 1}"), usage, "m")
+    assert cost is not None
+    assert (cost.picos, cost.state) == (11 * 2_000_000 + 100_000_000, "exact")
+
+
+@pytest.mark.parametrize(
+    ("meters", "amount", "state"),
+    [("{}", 2_000_000, "estimated"), ("{web_searches: 0.01}", 30_002_000_000, "exact")],
+)
+def test_searches_without_a_price_leave_the_tokens_priced_and_the_cost_a_guess(
+    meters: str, amount: int, state: str
+) -> None:
+    usage = Usage(input=1, meters={"web_searches": 3}, source="provider")
+    cost = cost_of(prices(f"{{model: m, input: 2, meters: {meters}}}"), usage, "m")
+    assert cost is not None
+    assert (cost.picos, cost.state) == (amount, state)
+
+
 def test_what_has_no_price_and_was_not_used_does_not_matter() -> None:
     cost = cost_of(prices("{model: embed, input: 0.02}"), Usage(input=8, meters={"images": 0}), "embed")
     assert cost is not None

@@ -18,7 +18,7 @@ from qlens.config import convert
 from qlens.config.yaml import load
 from qlens.operations import OPERATIONS
 from qlens.registry import drafted, register
-from qlens.testing import running
+from qlens.testing import Scripted, running, upstream
 from qlens_plugins.cost.prices import Prices, PricesConfig
 from qlens_plugins.cost.prices.book import Entry, Sheet
 from qlens_plugins.cost.prices.catalogue import KINDS, Catalogue
@@ -144,6 +144,27 @@ def test_tiers_batch_and_long_prompts_have_their_own_prices() -> None:
     assert picos(plugin, openai("o3"), Usage(input=1), 0) == 10_000_000
     assert row_used(plugin, openai("o3")) == "openai/o3@2025-06-10"
     assert picos(plugin, openai("o3"), Usage(input=1)) == 2_000_000
+
+
+async def test_an_edit_costs_what_its_texts_and_its_images_do() -> None:
+    """100 texts at 5, 500 images at 10 and 1000 of the answer at 40 USD per million: 45.5 thousandths."""
+    told: dict[str, object] = {"input_tokens": 600, "output_tokens": 1000, "total_tokens": 1600}
+    told |= {"input_tokens_details": {"text_tokens": 100, "image_tokens": 500}}
+    async with upstream() as up:
+        up.script(Scripted(body={"created": 1, "data": [{"b64_json": "aGk="}], "usage": told}))
+        text = f"""
+        pipeline: {{auth: [{{plugin: anonymous}}], cost: [{{plugin: prices}}]}}
+        providers: {{azure: {{plugin: azure_openai, endpoint: "{up.url}", api_key: sk-example}}}}
+        models: {{gpt-image-1: {{targets: [{{provider: azure, model: pictures, base_model: gpt-image-1}}]}}}}
+        """
+        async with running(text) as gateway:
+            body = {"model": "gpt-image-1", "prompt": "a hat", "images": [{"image_url": "data:image/png;base64,aGk="}]}
+            answer = await gateway.post("/v1/images/edits", body)
+            assert answer.status == 200
+            (receipt,) = await gateway.settled(1)
+    assert receipt.usage.meters == {"image_tokens": 500}
+    assert (receipt.usage.input, receipt.usage.output) == (100, 1000)
+    assert (receipt.cost.picos, receipt.cost.state) == (45_500_000_000, "exact")
 
 
 def test_every_model_of_the_production_configuration_is_priced_by_the_catalogue_alone(

@@ -31,12 +31,17 @@ def _cases(provider: str) -> list[Any]:
     return [pytest.param(case, id=f"{stem}: {name}") for stem, name, case in read]
 
 
-def _config(provider: str, root: str, model: str) -> str:
-    address = {"openai": {"base_url": f"{root}/v1"}, "anthropic": {"base_url": root}}.get(provider, {"endpoint": root})
-    content = {
+def _config(provider: str, root: str, case: dict[str, Any]) -> str:
+    addresses: dict[str, dict[str, str]] = {"openai": {"base_url": f"{root}/v1"}, "anthropic": {"base_url": root}}
+    address = addresses.get(provider, {"endpoint": root})
+    target: dict[str, Any] = {
+        "provider": "up",
+        **{name: case[name] for name in ("model", "base_model") if name in case},
+    }
+    content: dict[str, Any] = {
         "pipeline": {"auth": [{"plugin": "anonymous"}]},
         "providers": {"up": {"plugin": provider, "api_key": "sk-example-theirs", **address}},
-        "models": {"ours": {"targets": [{"provider": "up", "model": model}]}},
+        "models": {"ours": {"targets": [target]}},
     }
     return orjson.dumps(content).decode()
 
@@ -91,7 +96,7 @@ def _plain(told: Any, changing: list[str]) -> Any:
 
 
 async def _passes(provider: str, case: dict[str, Any]) -> None:
-    async with upstream() as up, running(_config(provider, up.root, case["model"])) as gateway:
+    async with upstream() as up, running(_config(provider, up.root, case)) as gateway:
         up.script(_answer(case))
         answer = await _ask(gateway, case)
         assert answer.status == 200, answer.text

@@ -79,7 +79,25 @@ def test_server_without_responses_is_not_asked_for_them(has: bool) -> None:
     provider = OpenAI(OpenAIConfig(responses=has), "up")
     spoken = provider.dialects(Target("up", "their-name", "ours"))
     assert ("responses" in spoken) is has
-    assert {"chat", "completions", "embeddings"} < {*spoken, "responses"}
+    assert {"chat", "embeddings"} < {*spoken, "responses"}
+
+
+@pytest.mark.parametrize(
+    ("base_url", "model", "completes"),
+    [
+        ("https://api.openai.com/v1", "gpt-4o", False),
+        ("https://api.openai.com/v1", "gpt-3.5-turbo", False),
+        ("https://api.openai.com/v1", "gpt-3.5-turbo-instruct-0914", True),
+        ("https://api.openai.com/v1", "ft:davinci-002:acme::a1", True),
+        ("http://127.0.0.1:8000/v1", "gpt-4o", True),
+    ],
+)
+def test_openai_itself_is_asked_for_completions_of_the_models_that_have_them(
+    base_url: str, model: str, completes: bool
+) -> None:
+    spoken = OpenAI(OpenAIConfig(base_url=base_url), "up").dialects(Target("up", model, "ours"))
+    assert ("completions" in spoken) is completes
+    assert "chat" in spoken
 
 
 async def test_nothing_of_the_clients_headers_goes_out() -> None:

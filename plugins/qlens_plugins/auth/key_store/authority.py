@@ -25,8 +25,8 @@ _WORDS = {"budget_picos": "budget_usd"}
 class Authority:
     """An operator with what binds them.
 
-    Whoever may give the role `admin` rules the gateway and is bound by nothing; all others by their own roles, models
-    and limits, and whoever rules one tenant by that as well.
+    Whoever may give the role `admin` rules the gateway and is bound by nothing; all others by their own roles, models,
+    limits, project, tags and end, and whoever rules one tenant by that as well.
     """
 
     caller: Caller
@@ -45,10 +45,20 @@ class Authority:
         """Whether it may set whatever there is."""
         return self.may_give("admin")
 
+    @property
+    def end(self) -> float | None:
+        """When its key ends; a token is renewed by its issuer, and its end is not its holder's."""
+        return self.caller.expires_at if self.caller.key_id is not None else None
+
     def narrowed(self, key: Key, tenant: Tenant | None, said: set[str]) -> Key:
         """A new key in which what nobody spoke of is no more than the operator has."""
         if self.unbound:
             return key
+        key = evolve(key, tags={**self.caller.tags, **key.tags})
+        if "project" not in said:
+            key = evolve(key, project=self.caller.project)
+        if "expires_at" not in said and self.end is not None:
+            key = evolve(key, expires_at=int(self.end))
         if "models" not in said:
             key = evolve(key, models=models_within(key.models, self.caller.models))
         if "limits" not in said and self.caller.allowance is not None:
@@ -66,6 +76,12 @@ class Authority:
         self._check_models(models_within(key.models, tenant.models if tenant else None), own)
         if wider := wider_limits(_effective(key, tenant), self.caller.allowance):
             raise Forbidden(f"You may not give more {_named(wider)} than you have.", param="limits")
+        if self.end is not None and (key.expires_at is None or key.expires_at > self.end):
+            raise Forbidden("A key may not outlive your own.", param="expires_at")
+        if self.caller.project not in (None, key.project):
+            raise Forbidden("A key must have your own project.", param="project")
+        if not self.caller.tags.items() <= key.tags.items():
+            raise Forbidden("A key must have your own tags.", param="tags")
 
     def check_tenant(self, tenant: str) -> None:
         """Raise Forbidden for a tenant that the operator does not rule."""

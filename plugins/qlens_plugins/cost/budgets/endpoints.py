@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import orjson
 from attrs import define
 
-from qlens import Call, CallError, Endpoint, InvalidRequest, Reply, picos, usd
+from qlens import Call, Caller, CallError, Endpoint, Forbidden, InvalidRequest, Reply, fits, picos, usd
 from qlens_plugins.cost.budgets import refusals
 from qlens_plugins.cost.budgets.lines import ALLOWANCE, Line, allowed
 from qlens_plugins.cost.budgets.settings import MOST_USD
@@ -81,7 +82,7 @@ class BudgetApi:
         return _json(self._row(await self._state(call)))
 
     async def increase(self, call: Call) -> Reply:
-        """Raise a budget until a moment."""
+        """Raise a budget until a moment; only who may give `admin` raises one that binds whoever asks."""
         state, now, gateway, tills = await self._state(call), self._now, self.plugin.gateway, self.plugin.tills
         amount, expires_at, reason = await _asked(call, now)
         raised = Increase(
@@ -89,15 +90,31 @@ class BudgetApi:
             *(call.known.subject, now),
         )
         after = {"usd": usd(amount), "expires_at": written(expires_at), "reason": reason}
-        before = self._row(state)
-        await gateway.audit.record(
-            *(call, "budgets.increase", state.account.id), before=before, after=after, tenant=state.account.tenant
+        noted = partial(
+            gateway.audit.record, call, "budgets.increase", state.account.id, before=self._row(state), after=after
         )
+        if not gateway.roles.may_give(call.known.roles, "admin") and self._binds(state, call.known):
+            await noted(tenant=call.known.tenant, outcome="refused")
+            raise Forbidden("You may not raise a budget that binds you yourself: ask an admin.")
+        await noted(tenant=state.account.tenant)
         try:
             await tills.through(lambda: tills.store.increase(raised))
         except StoreAway as away:
+            await noted(tenant=state.account.tenant, outcome="failed")  # as far as anybody can tell
             raise refusals.away() from away
         return _json(self._row(await self._state(call)))
+
+    def _binds(self, state: State, caller: Caller) -> bool:
+        """Whether some calls of this caller count in it, or those of keys that it could have made for itself."""
+        line, model = self._line(state), None
+        if line is None:  # a key's allowance, which is no more than that of the key that made it
+            return allowed(caller.allowance) is not None
+        if line.per == "model":
+            model = state.account.owner
+            if not (caller.may_use(model) or any(fits(each, (model,)) for each in caller.models or ())):
+                return False
+        account = line.account(caller, model) if line.match.fits_caller(caller) else None
+        return account is not None and account.id == state.account.id
 
     @property
     def _now(self) -> int:

@@ -99,9 +99,9 @@ def _metered(path: str, operations: tuple[str, ...], name: str) -> Kind:
     return Kind(f"usage.{path}", operations, fields, ("calls", name), _WHO)
 
 
-def _empty(result: str) -> Kind:
-    """A path about what no call of a gateway does: it is there for tools that ask for all."""
-    return Kind(result, (), _inputs, (), ("project_id",), filters=("project_ids",))
+def _empty(result: str, by: tuple[str, ...] = ("project_id",), filters: tuple[str, ...] = ("project_ids",)) -> Kind:
+    """A path about what the ledger does not count: it is there for tools that ask for all."""
+    return Kind(result, (), _inputs, (), by, filters=filters)
 
 
 KINDS = {
@@ -124,6 +124,21 @@ KINDS = {
     "usage/audio_transcriptions": _metered("audio_transcriptions", ("transcriptions", "translations"), "seconds"),
     "usage/vector_stores": _empty("usage.vector_stores"),
     "usage/code_interpreter_sessions": _empty("usage.code_interpreter_sessions"),
+    "usage/web_search_calls": _empty(
+        "usage.web_search_calls",
+        (*_WHO, "context_level", "api_source"),
+        ("project_ids", "user_ids", "api_key_ids", "models", "context_levels"),
+    ),
+    "usage/file_search_calls": _empty(
+        "usage.file_search_calls",
+        ("project_id", "user_id", "api_key_id", "vector_store_id"),
+        ("project_ids", "user_ids", "api_key_ids", "vector_store_ids"),
+    ),
+    "usage/decisions": _empty(
+        "usage.decisions",
+        (*_WHO, "batch", "service_tier", "api_source"),
+        ("project_ids", "user_ids", "api_key_ids", "models", "batch"),
+    ),
     "costs": Kind(
         "costs",
         None,

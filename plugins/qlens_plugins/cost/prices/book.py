@@ -25,6 +25,10 @@ REMEMBERED = 1024
 
 _INSTEAD = {"cached_input": "input", "cache_write_5m": "input", "cache_write_1h": "input", "reasoning": "output"}
 """The price that stands in for one a row does not give."""
+_METERS_INSTEAD = {"image_tokens": "input", "cached_image_tokens": "cached_input"}
+"""The same of meters."""
+_FEES = frozenset({"web_searches"})
+"""Meters beside the tokens of a call: without a price for them its cost is estimated, and not unknown."""
 _COUNTED_IN = {
     "input": ("cached_input", "cache_write_5m", "cache_write_1h", "audio_in"),
     "output": ("reasoning", "audio_out"),
@@ -53,7 +57,8 @@ class Rates:
         name, factor = (row.id, Decimal(1)) if tier is None else (f"{row.id}:{tier}", row.tiers[tier])
         said = dict(row.each(factor))
         buckets = {bucket: said.get(bucket, said.get(_INSTEAD.get(bucket, bucket), UNKNOWN)) for bucket in BUCKETS}
-        return cls(name, {meter: said[meter] for meter in row.meters}, **buckets)
+        instead = {meter: buckets[bucket] for meter, bucket in _METERS_INSTEAD.items()}
+        return cls(name, {**instead, **{meter: said[meter] for meter in row.meters}}, **buckets)
 
     @classmethod
     def dearest(cls, name: str, all_: Sequence[Rates]) -> Rates:
@@ -84,9 +89,11 @@ class Rates:
             lines.append(("audio_in", usage.audio_in, self.audio_in))
         if usage.audio_out:
             lines.append(("audio_out", usage.audio_out, self.audio_out))
-        for name, quantity in usage.meters.items() if usage.meters else ():
-            if quantity:
-                lines.append((name, quantity, self.meters.get(name, UNKNOWN)))
+        if usage.meters:
+            used = {name: quantity for name, quantity in usage.meters.items() if quantity}
+            if left_out := _FEES & (used.keys() - self.meters.keys()):
+                state = "estimated"
+            lines += [(name, used[name], self.meters.get(name, UNKNOWN)) for name in used if name not in left_out]
         picos = 0
         for _, quantity, each in lines:
             if each < 0:

@@ -45,10 +45,13 @@ class Family:
     """Whether it speaks chat at all; codex and pro models speak Responses only."""
     responds: bool = False
     """Whether it speaks Responses."""
+    completes: bool = False
+    """Whether it has the legacy completions, which Azure refuses for every model that chats."""
 
 
 # https://learn.microsoft.com/azure/ai-foundry/openai/how-to/responses lists them.
 _RESPONDS = re.compile(r"gpt-4o(-mini)?(-\d{4}-\d\d-\d\d)?|gpt-4\.1(-mini|-nano)?(-\d{4}-\d\d-\d\d)?|gpt-5-chat.*")
+_COMPLETES = re.compile(r"gpt-3\.?5-turbo-instruct(-\d+)?|(davinci|babbage)-002")
 _RESPONDS_ONLY = re.compile(r"(codex-mini|computer-use-preview)\b.*")
 
 
@@ -62,7 +65,7 @@ def family(base_model: str | None) -> Family | None:
     if match is None or name.startswith("gpt-5-chat"):
         if _RESPONDS_ONLY.fullmatch(name):
             return Family(chats=False, responds=True)
-        return Family(responds=_RESPONDS.fullmatch(name) is not None)
+        return Family(responds=bool(_RESPONDS.fullmatch(name)), completes=bool(_COMPLETES.fullmatch(name)))
     chats, responds = not re.search(r"-(codex|pro|deep-research)\b", name), not re.match(r"o1-(mini|preview)\b", name)
     if match["o"] is not None:
         return Family(reasons=True, series="o", chats=chats, responds=responds)

@@ -56,7 +56,7 @@ PATHS = {
 LAST_GA = "2024-10-21"
 """The classic surface's last api-version that is no preview."""
 LAST_PREVIEW = "2025-04-01-preview"
-"""Its last preview; realtime sessions and Responses are in previews alone."""
+"""Its last preview; realtime sessions, Responses and `reasoning_effort` are in previews alone."""
 FIRST_RESPONSES = "2025-03-01"
 """The date of the first api-version with Responses."""
 PROVISIONED = "provisioned"
@@ -64,8 +64,10 @@ PROVISIONED = "provisioned"
 TARGET_PARAMS = ("provisioned", "spillover_deployment")
 """What a target's `params` may say to this plugin; they are no fields of the body."""
 
-_CLASSIC = tuple(dialect for dialect in PATHS if dialect != "responses")
-_V1 = tuple(dialect for dialect in _CLASSIC if dialect != "completions")
+_SPOKEN = tuple(dialect for dialect in PATHS if dialect not in {"completions", "responses"})
+"""The dialects of a deployment of which nobody knows that its model speaks more."""
+_IN_PREVIEWS = frozenset({"image_edits", "speech"})
+"""The dialects that are in previews alone, on the classic surface."""
 _MENDED = ("chat", "completions")
 """The dialects whose streams are odd."""
 _FITS = {"chat": fit_chat, "responses": fit_response}
@@ -87,11 +89,12 @@ class AzureOpenAI:
     _place: str = field(init=False, repr=False)
     """The address in front of a deployment's name, or on v1 in front of the operation."""
     _query: str = field(init=False, repr=False)
+    _newest_query: str = field(init=False, repr=False)
+    """The same for what only previews have, where the operator has chosen no api-version."""
     _root: str = field(init=False, repr=False)
     """The address of what belongs to no deployment."""
     _responses_query: str = field(init=False, repr=False)
-    _spoken: tuple[str, ...] = field(init=False, repr=False)
-    """The dialects of a deployment of which nobody knows that its model speaks Responses."""
+    _spoken_with_completions: tuple[str, ...] = field(init=False, repr=False)
     _spoken_with_responses: tuple[str, ...] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
     _tokens: Tokens | None = field(default=None, init=False, repr=False)
@@ -116,9 +119,10 @@ class AzureOpenAI:
         self._root = f"{resource}/openai" if classic else f"{resource}/openai/v1"
         self._place = f"{self._root}/deployments/" if classic else f"{self._root}/"
         self._query = _versioned(version)
-        self._spoken = _CLASSIC if classic else _V1
+        self._newest_query = _versioned(LAST_PREVIEW) if classic and not config.api_version else self._query
+        self._spoken_with_completions = (*_SPOKEN, "completions") if classic else _SPOKEN
         has_responses = not classic or (version or "") >= FIRST_RESPONSES
-        self._spoken_with_responses = (*self._spoken, "responses") if has_responses else self._spoken
+        self._spoken_with_responses = (*_SPOKEN, "responses") if has_responses else _SPOKEN
         # A model that speaks nothing else is not refused for an api-version that was chosen for the others.
         self._responses_query = self._query if has_responses else _versioned(LAST_PREVIEW)
         self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
@@ -126,8 +130,10 @@ class AzureOpenAI:
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target, by the surface, its api-version and the model behind the deployment."""
         model = family(target.base_model)
-        if model is None or not model.responds:
-            return self._spoken
+        if model is None or not (model.completes or model.responds):
+            return _SPOKEN
+        if model.completes:
+            return self._spoken_with_completions
         return self._spoken_with_responses if model.chats else ("responses",)
 
     @hookimpl
@@ -301,7 +307,7 @@ class AzureOpenAI:
         try:
             return await post_openai(
                 self._http,
-                self._url(target.model, outgoing.dialect),
+                self._url(target, outgoing.dialect),
                 headers=headers,
                 outgoing=outgoing,
                 deadlines=self._deadlines,
@@ -331,15 +337,18 @@ class AzureOpenAI:
             self._doubt(headers)
             raise
 
-    def _url(self, deployment: str, dialect: str) -> str:
+    def _url(self, target: Target, dialect: str) -> str:
         if dialect == "responses":
             return f"{self._root}/responses{self._responses_query}"
         if self.config.surface == "v1":
             return f"{self._place}{PATHS[dialect]}{self._query}"
-        if deployment in {".", ".."}:
+        if target.model in {".", ".."}:
             # Behind a wildcard, clients choose the name; these two would lead to another path.
             raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
-        return f"{self._place}{quote(deployment, safe='')}/{PATHS[dialect]}{self._query}"
+        model = family(target.base_model)
+        newest = dialect in _IN_PREVIEWS or (model is not None and model.reasons)
+        query = self._newest_query if newest else self._query
+        return f"{self._place}{quote(target.model, safe='')}/{PATHS[dialect]}{query}"
 
     def _not_found(self, target: Target) -> None:
         # Behind a wildcard, clients choose the name: what they invent is no fault of the configuration.

@@ -155,7 +155,8 @@ class AzureOpenAIConfig:
     surface: Literal["classic", "v1"] = "classic"
     """Which of Azure's two APIs to use: `classic` has the deployment in the path, `v1` as the body's model."""
     api_version: str | None = None
-    """The query parameter `api-version`: on the classic surface 2024-10-21 if it is not set, on v1 left out."""
+    """The query parameter `api-version`. If it is not set: on the classic surface 2024-10-21, or 2025-04-01-preview for
+    what that lacks; on v1 none."""
     unsupported: Literal["drop", "reject"] = "drop"
     """What happens to a field that a reasoning model does not have: it is left out, or the call is refused."""
     stream_options: bool = True

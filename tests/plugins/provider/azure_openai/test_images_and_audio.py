@@ -13,11 +13,19 @@ from qlens.testing.azure import Deployment, azure
 from qlens.testing.other_answers import SPEECH, TRANSCRIPT
 
 CLASSIC = f"/openai/deployments/{DEPLOYMENT}/"
-SURFACES: list[Any] = [({"surface": "classic"}, CLASSIC), ({"surface": "v1"}, "/openai/v1/")]
+GA, PREVIEW = "2024-10-21", "2025-04-01-preview"
+OLDER = "2024-12-01-preview"
+SURFACES: list[Any] = [
+    ({"surface": "classic"}, CLASSIC, (GA, PREVIEW, PREVIEW, GA, GA)),
+    ({"surface": "classic", "api_version": OLDER}, CLASSIC, (OLDER,) * 5),
+    ({"surface": "v1"}, "/openai/v1/", (None,) * 5),
+]
 
 
-@pytest.mark.parametrize(("settings", "place"), SURFACES, ids=["classic", "v1"])
-async def test_each_operation_reaches_its_place(settings: dict[str, Any], place: str) -> None:
+@pytest.mark.parametrize(("settings", "place", "versions"), SURFACES, ids=["classic", "classic preview", "v1"])
+async def test_each_operation_reaches_its_place(
+    settings: dict[str, Any], place: str, versions: tuple[str | None, ...]
+) -> None:
     async with azure() as cloud, running(config(cloud.root, **settings)) as gateway:
         base = f"{gateway.url}/v1"
         async with openai.AsyncOpenAI(base_url=base, api_key="sk-example-any", max_retries=0) as client:
@@ -37,6 +45,7 @@ async def test_each_operation_reaches_its_place(settings: dict[str, Any], place:
             assert [event.type async for event in stream][-1] == "image_generation.completed"
         operations = ("images/generations", "images/edits", "audio/speech", *("audio/transcriptions",) * 2)
         assert [request.path for request in cloud.requests[:-1]] == [place + operation for operation in operations]
+        assert tuple(request.query.get("api-version") for request in cloud.requests[:-1]) == versions
 
 
 async def test_azures_own_sdk_uploads_to_its_deployment() -> None:

@@ -13,6 +13,7 @@ from qlens.testing import Scripted, check_plugin, running, upstream
 from qlens.testing.azure import KEY, Deployment, azure, refusal
 from qlens.testing.upstreams import TEXT
 from qlens_plugins.provider.azure_openai import AzureOpenAI
+from qlens_plugins.provider.azure_openai.parameters import family
 
 GOLDEN = orjson.loads((Path(__file__).parent / "golden/requests.json").read_bytes())
 
@@ -53,26 +54,86 @@ async def test_each_surface_has_its_address(settings: dict[str, Any], path: str,
 
 
 @pytest.mark.parametrize("surface", ["classic", "v1"])
+async def test_each_surface_makes_embeddings(surface: str) -> None:
+    model = "text-embedding-3-small"
+    deployments = {DEPLOYMENT: Deployment(model)}
+    async with azure(deployments) as cloud, running(config(cloud.root, base_model=model, surface=surface)) as gateway:
+        body = {"model": "ours", "input": "Hello", "encoding_format": "base64"}
+        assert (await gateway.post("/v1/embeddings", body)).status == 200
+        (request,) = cloud.requests
+        assert request.path.endswith("/embeddings")
+
+
 @pytest.mark.parametrize(
-    ("path", "body"),
+    ("base_model", "surface", "place"),
     [
-        ("completions", {"model": "ours", "prompt": "Hello"}),
-        ("embeddings", {"model": "ours", "input": "Hello", "encoding_format": "base64"}),
+        ("gpt-35-turbo-instruct", "classic", f"/openai/deployments/{DEPLOYMENT}/completions"),
+        ("gpt-35-turbo", "classic", f"/openai/deployments/{DEPLOYMENT}/chat/completions"),
+        ("gpt-4o", "classic", f"/openai/deployments/{DEPLOYMENT}/chat/completions"),
+        ("gpt-5-mini", "classic", f"/openai/deployments/{DEPLOYMENT}/chat/completions"),
+        (None, "classic", f"/openai/deployments/{DEPLOYMENT}/chat/completions"),
+        ("gpt-4o", "v1", "/openai/v1/chat/completions"),
     ],
 )
-async def test_each_surface_serves_its_operations(path: str, body: dict[str, Any], surface: str) -> None:
-    base_model = "text-embedding-3-small" if path == "embeddings" else "gpt-35-turbo"
-    deployments = {DEPLOYMENT: Deployment(base_model)}
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_is_put_to_a_model_that_chats_as_a_chat(
+    base_model: str | None, surface: str, place: str, stream: bool
+) -> None:
     async with (
-        azure(deployments) as cloud,
+        azure({DEPLOYMENT: Deployment(base_model or "gpt-4o")}) as cloud,
         running(config(cloud.root, base_model=base_model, surface=surface)) as gateway,
     ):
-        answer = await gateway.post(f"/v1/{path}", body)
-        assert answer.status == 200
+        asked = {"model": "ours", "prompt": "Hello", "max_tokens": 5, "stream": stream}
+        answer = await gateway.post("/v1/completions", asked)
+        assert answer.status == 200, answer.text
+        told = [event for event in answer.events() if event != "[DONE]"] if stream else [answer.json()]
+        assert "".join(choice["text"] for event in told for choice in event["choices"]) == TEXT
+        assert {event["object"] for event in told} == {"text_completion"}
         (request,) = cloud.requests
-        # The v1 surface has no completions: there the prompt is put to the model as a chat.
-        asked = "chat/completions" if surface == "v1" and path == "completions" else path
-        assert request.path.endswith(f"/{asked}")
+        assert request.path == place
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.operation, receipt.outcome, receipt.usage.source) == ("completions", "complete", "provider")
+
+
+@pytest.mark.parametrize(
+    ("base_model", "completes"),
+    [
+        ("gpt-3.5-turbo-instruct", True),
+        ("gpt-35-turbo-instruct-0914", True),
+        ("davinci-002", True),
+        ("Babbage-002", True),
+        ("gpt-35-turbo", False),
+        ("gpt-35-turbo-16k", False),
+        ("gpt-4o", False),
+        ("davinci-003-chat", False),
+    ],
+)
+def test_which_models_have_completions(base_model: str, completes: bool) -> None:
+    found = family(base_model)
+    assert found is not None
+    assert found.completes == completes
+
+
+@pytest.mark.parametrize(
+    ("base_model", "settings", "version"),
+    [
+        ("gpt-5-mini", {}, "2025-04-01-preview"),
+        ("o3-mini", {}, "2025-04-01-preview"),
+        ("o3-mini", {"api_version": "2024-12-01-preview"}, "2024-12-01-preview"),
+        ("gpt-5-mini", {"surface": "v1"}, None),
+    ],
+)
+async def test_a_reasoning_model_can_be_told_how_much_to_reason(
+    base_model: str, settings: dict[str, Any], version: str | None
+) -> None:
+    async with (
+        azure({DEPLOYMENT: Deployment(base_model)}) as cloud,
+        running(config(cloud.root, base_model=base_model, **settings)) as gateway,
+    ):
+        answer = await gateway.post(CHAT, chat(reasoning_effort="low"))
+        assert answer.status == 200, answer.text
+        (request,) = cloud.requests
+        assert (request.body["reasoning_effort"], request.query.get("api-version")) == ("low", version)
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])

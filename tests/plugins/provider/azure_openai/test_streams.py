@@ -79,7 +79,7 @@ async def test_completions_are_mended_in_their_own_words() -> None:
     head = {**HEAD, "object": "text_completion"}
     words = {**head, "choices": [{"index": 0, "text": "a", "finish_reason": None}]}
     end = {**head, "choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}
-    async with upstream() as up, running(config(up.root)) as gateway:
+    async with upstream() as up, running(config(up.root, base_model="gpt-35-turbo-instruct")) as gateway:
         up.script(Scripted(events=[words, verdict(), end, "[DONE]"]))
         answer = (await gateway.post("/v1/completions", {"model": "ours", "prompt": "x", "stream": True})).events()
         assert [event["choices"][0]["text"] for event in answer[:-1]] == ["a", "", ""]
