@@ -64,6 +64,8 @@ class Errand:
     polish: Callable[[Reply], None]
     """Makes the provider's answer ready for the client."""
     stream: bool = False
+    is_metered: bool = True
+    """Whether all that it sets going is known when it is answered; if not, its cost is unknown, and not 0."""
 
 
 async def answer(pipeline: Pipeline, account: Account) -> Reply:
@@ -109,8 +111,8 @@ async def _attempt(pipeline: Pipeline, errand: Errand, account: Account, target:
         account.cut_off(place)
         raise
     account.answered(place, reply, meter)
-    if call.operation.name == "batch_create":
-        call.attempts[place].cost = UNPRICED  # what its lines will use is metered nowhere
+    if not errand.is_metered:
+        call.attempts[place].cost = UNPRICED
     return reply
 
 
@@ -254,7 +256,8 @@ def _batch_create(pipeline: Pipeline, call: Call) -> Errand:
     call.kept = Kept(origin.provider, claims.given)
     sent = {**body, "input_file_id": own, "metadata": _marked(pipeline, call, target, body.get("metadata"))}
     request = Request("POST", "/batches", (), {"content-type": "application/json"}, orjson.dumps(sent))
-    return Errand(target, request, gone, partial(_polish, pipeline, call, target))
+    # What its lines will use is metered nowhere.
+    return Errand(target, request, gone, partial(_polish, pipeline, call, target), is_metered=False)
 
 
 def _file_upload(pipeline: Pipeline, call: Call) -> Errand:

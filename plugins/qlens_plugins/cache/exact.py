@@ -226,10 +226,10 @@ def _head(tenant: str, call: Call) -> bytes:
 
 def _key_of(head: bytes, body: Mapping[str, object]) -> bytes:
     if "stream" in body or "stream_options" in body:
-        body = {**body}
+        body = dict(body)
         body.pop("stream", None)
         body.pop("stream_options", None)
-    return sha256(head + dumps(body, _plain, OPT_SORT_KEYS)).digest()
+    return sha256(head + _canonical(body)).digest()
 
 
 def _measured(part: bytes) -> bytes:

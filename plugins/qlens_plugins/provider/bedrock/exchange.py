@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import orjson
 from attrs import define, field, frozen
 
-from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected
+from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected, trimmed
 from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
 from qlens_plugins.provider.bedrock.signing import NOTHING, Proof
 
@@ -114,7 +114,7 @@ class ToldBy:
 def dumped(body: dict[str, Any]) -> bytes:
     """A body as it is sent, and signed."""
     try:
-        return orjson.dumps(body)
+        return trimmed(orjson.dumps(body))
     except orjson.JSONEncodeError:
         raise UpstreamRejected("The body is nested too deeply, or a number in it is too large.") from None
 
