@@ -225,7 +225,7 @@ async def test_a_header_that_is_too_long_is_named_as_such_and_not_echoed(where: 
         error = json.loads(body)["error"]
         assert (error["type"], error["code"]) == ("invalid_request_error", "header_too_large")
         assert "8190 bytes" in error["message"]
-        assert b"aaa" not in head + body
+        assert long[:40].encode() not in head + body
         fits = f"authorization: Bearer {long[: 8190 - len('authorization: Bearer ')]}"
         assert (await _raw(gateway, _http(b"{}", CHAT, fits, "connection: close"))).startswith(b"HTTP/1.1 4")
 
