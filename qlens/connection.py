@@ -29,6 +29,7 @@ from qlens.errors import (
     frames,
 )
 from qlens.heads import head, of_body, of_error, of_stream, sendable
+from qlens.watching import Watcher
 from qlens.websocket import ClientSocket
 from qlens.wire_errors import error_body, error_event, mistake
 
@@ -207,10 +208,21 @@ class Connection(web.RequestHandler):
             raise ClientLeft
         self.transport.write(data)
         if self._paused:
-            try:
-                await self._drain_helper()
-            except OSError as error:
-                raise ClientLeft from error
+            await self.drain()
+
+    def push(self, data: bytes) -> bool:
+        """Write; whether more may be written without a `drain`."""
+        if self.transport is None:
+            return False
+        self.transport.write(data)
+        return not self._paused
+
+    async def drain(self) -> None:
+        """Wait while the client does not read; raises ClientLeft."""
+        try:
+            await self._drain_helper()
+        except OSError as error:
+            raise ClientLeft from error
 
 
 @define(eq=False)
@@ -304,6 +316,11 @@ class Exchange:
             account.bytes_out, account.delivered = len(body), True
             return
         self._events = not reply.raw
+
+        def push(chunk: bytes) -> bool:
+            account.bytes_out += len(chunk)
+            return self.connection.push(self._framed(chunk))
+
         async for chunk in reply.chunks:
             if self.begun:
                 await self._write(chunk)
@@ -311,6 +328,9 @@ class Exchange:
                 account.first_byte = time.monotonic()
                 await self._begin(reply.status, of_stream(account, reply), chunk)
             account.bytes_out += len(chunk)
+            if isinstance(reply.chunks, Watcher):
+                await reply.chunks.pour(push)
+                await self.connection.drain()
         if not self.begun:
             await self._begin(reply.status, of_stream(account, reply), b"")
         account.delivered = True

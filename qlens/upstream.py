@@ -278,6 +278,19 @@ class Answer:
             raise StopAsyncIteration
         return taken
 
+    async def pour(self, sink: Callable[[bytes], bool]) -> None:
+        """Give pieces to a function at once, as they arrive, until it returns False or the next one must be iterated.
+
+        What it raises is raised here. For the middle of a body: its first and its last piece are not among them.
+        """
+        if self._connection is None or self._returned or not self._begun:
+            return
+        try:
+            await self._connection.pour(sink, self._deadlines.idle_seconds)
+        except TimeoutError:
+            self._release()
+            raise _paused(self._deadlines) from None
+
     def _wait_until(self) -> float:
         # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
         until = asyncio.get_running_loop().time() + self._deadlines.idle_seconds

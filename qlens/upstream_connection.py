@@ -152,6 +152,8 @@ class Connection(asyncio.BufferedProtocol):
     )
     _stage: int = field(init=False, default=_IDLE)
     _waiter: asyncio.Future[None] | None = field(init=False, default=None, repr=False)
+    _sink: Callable[[bytes], bool] | None = field(init=False, default=None, repr=False)
+    _idle_seconds: float = field(init=False, default=math.inf)  # how long the sink waits for a piece
     _until: float = field(init=False, default=math.inf, repr=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
     _pieces: list[bytes] = field(init=False, factory=list, repr=False)
@@ -211,6 +213,19 @@ class Connection(asyncio.BufferedProtocol):
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
+    async def pour(self, sink: Callable[[bytes], bool], idle_seconds: float) -> None:
+        """Give what arrives of the body to a function at once, until that returns False or the rest is for `take`.
+
+        What the function raises is raised here; TimeoutError when nothing has arrived for so many seconds.
+        """
+        if self._pieces or self._stage != _BODY:
+            return
+        self._sink, self._idle_seconds = sink, idle_seconds
+        try:
+            await self.wait(self._loop.time() + idle_seconds)
+        finally:
+            self._sink = None
+
     def free(self) -> bool:
         """End the exchange; False when the connection cannot be used for another one and was closed."""
         if (
@@ -266,7 +281,10 @@ class Connection(asyncio.BufferedProtocol):
             self._fail(_BROKEN)
         if self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
             self._transport.pause_reading()
-        self._wake()
+        if self._sink is None:
+            self._wake()
+        else:
+            self._pour(self._sink)
 
     def pause_writing(self) -> None:
         """Asyncio's callback."""
@@ -430,7 +448,23 @@ class Connection(asyncio.BufferedProtocol):
     def _is_whole(self) -> bool:
         return self._inflater is None or self._inflater.is_at_end()
 
-    def _wake(self, error: Exception | None = None) -> None:
+    def _pour(self, sink: Callable[[bytes], bool]) -> None:
+        """Spare the one who waits a turn of the event loop for every piece; the end of the body is left for him."""
+        if self._stage == _BODY and self._waiter is not None and not self._waiter.done():
+            if (piece := self.take()) is None:
+                return
+            try:
+                goes_on = sink(piece)
+            except BaseException as error:  # noqa: BLE001 - not the event loop's
+                self._wake(error)
+                return
+            if goes_on:
+                self._until = self._loop.time() + self._idle_seconds
+                return
+        self._wake()
+
+    def _wake(self, error: BaseException | None = None) -> None:
+        self._sink = None
         waiter = self._waiter
         if waiter is None:
             return

@@ -13,6 +13,7 @@ from qlens import returned, sse
 from qlens.call import Body, Call, Reply
 from qlens.errors import CallError
 from qlens.returned import mistakes
+from qlens.upstream import Answer
 from qlens.usage import Usage
 
 
@@ -51,14 +52,37 @@ class Watcher(ABC):
                 if passing:
                     return passing
         except BaseException as mistake:
-            self._ended = self._over = True
-            if isinstance(mistake, CallError) or not isinstance(mistake, mistakes()):
+            if self._is_stopped(mistake):
                 raise
             raise self.failed(mistake) from mistake
         if self._over:
             raise StopAsyncIteration
         self._over = True
         return await self._last()
+
+    async def pour(self, write: Callable[[bytes], bool]) -> None:
+        """Give what passes to a function at once, as it arrives, until it returns False or the stream must be iterated.
+
+        A piece that is iterated for costs a turn of the event loop and of its task; most of a stream passes here.
+        """
+        if self._ended or not isinstance(self._source, Answer):
+            return
+
+        def sink(piece: bytes) -> bool:
+            passing = self._take(piece)
+            return (not passing or write(passing)) and not self._ended
+
+        try:
+            await self._source.pour(sink)
+        except BaseException as mistake:
+            if self._is_stopped(mistake):
+                raise
+            raise self.failed(mistake) from mistake
+
+    def _is_stopped(self, reason: BaseException) -> bool:
+        """End the stream; whether that is raised as it is, because it is no provider's mistake."""
+        self._ended = self._over = True
+        return isinstance(reason, CallError) or not isinstance(reason, mistakes())
 
     async def aclose(self) -> None:
         """Pass nothing more, and let go of what was needed for that; how much was used can still be asked."""

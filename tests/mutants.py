@@ -183,6 +183,13 @@ MUTANTS = (
         REALTIME,
     ),
     Mutant(
+        "a stream that is read on though its client does not read",
+        "qlens/connection.py",
+        "        return not self._paused\n",
+        "        return True\n",
+        ("tests/core/test_slow_clients.py",),
+    ),
+    Mutant(
         "pages of browsers use a gateway without keys",
         "qlens/realtime.py",
         '    if "origin" not in call.headers:\n',

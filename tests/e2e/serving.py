@@ -28,7 +28,7 @@ STOP_SECONDS = 40
 
 @define(eq=False)
 class Served:
-    """A gateway that runs on a copy of config/qlens.yaml."""
+    """A gateway that runs on a copy of config/qlens.yaml, or on another file."""
 
     process: subprocess.Popen[bytes]
     folder: Path
@@ -73,8 +73,9 @@ class Served:
 
 
 def clean_env() -> dict[str, str]:
-    """The environment without what would point a client or the gateway elsewhere."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "QLENS_"))}
+    """The environment without what would point a client or the gateway elsewhere, or have it compile itself anew."""
+    unwanted = ("AWS_", "OPENAI_", "QLENS_", "PYTHONDONTWRITEBYTECODE")
+    return {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
 
 
 def run_qlens(
@@ -139,7 +140,8 @@ def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterato
     served = Served(process, folder, f"http://127.0.0.1:{port}", f"http://127.0.0.1:{admin_port}")
     try:
         _wait_until_ready(served)
-        served.key = (folder / "demo.key").read_text().strip()
+        if (demo := folder / "demo.key").exists():
+            served.key = demo.read_text().strip()
         yield served
         if not served.told_to_stop:
             process.terminate()
