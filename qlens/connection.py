@@ -318,8 +318,9 @@ class Exchange:
         self._events = not reply.raw
 
         def push(chunk: bytes) -> bool:
-            account.bytes_out += len(chunk)
-            return self.connection.push(self._framed(chunk))
+            size = len(chunk)
+            account.bytes_out += size
+            return self.connection.push(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
 
         async for chunk in reply.chunks:
             if self.begun:

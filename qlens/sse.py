@@ -73,6 +73,14 @@ class Splitter:
     def take(self, data: bytes) -> bytes:
         """Take bytes; return all events that are whole now as one block."""
         pending = self._pending
+        if (
+            not pending
+            and data.endswith(b"\n\n")
+            and b"\r" not in data
+            and not data.endswith(b"\n\n\n")
+            and len(data) <= self._max
+        ):
+            return data  # as nearly always: whole events
         end = data.rfind(b"\n\n") + 2
         if (
             b"\r" in data
@@ -85,8 +93,6 @@ class Splitter:
         if end == 1:
             pending += data
             return b""
-        if end == len(data) and not pending:
-            return data
         block = bytes(pending) + data[:end]
         pending[:] = data[end:]
         return block

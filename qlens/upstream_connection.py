@@ -451,8 +451,12 @@ class Connection(asyncio.BufferedProtocol):
     def _pour(self, sink: Callable[[bytes], bool]) -> None:
         """Spare the one who waits a turn of the event loop for every piece; the end of the body is left for him."""
         if self._stage == _BODY and self._waiter is not None and not self._waiter.done():
-            if (piece := self.take()) is None:
+            if len(self._pieces) == 1 and self._waiting <= _MAX_WAITING_BYTES:
+                piece, self._waiting = self._pieces.pop(), 0  # what `take` does, for what nearly always arrives
+            elif (taken := self.take()) is None:
                 return
+            else:
+                piece = taken
             try:
                 goes_on = sink(piece)
             except BaseException as error:  # noqa: BLE001 - not the event loop's
