@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from qlens import Url
+from qlens import PostgresLine, Url
 from qlens.testing import running
 from qlens.testing.postgres import postgres_server
 from qlens_plugins.cost.ledger import rows
@@ -24,7 +24,6 @@ from qlens_plugins.cost.ledger.places import store_at
 from qlens_plugins.cost.ledger.postgres import PostgresStore
 from qlens_plugins.cost.ledger.postgres import schema as postgres_schema
 from qlens_plugins.cost.ledger.postgres import writing as postgres_writing
-from qlens_plugins.cost.ledger.postgres.line import Line
 from qlens_plugins.cost.ledger.postgres.schema import Month
 from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
 from qlens_plugins.cost.ledger.store import Store
@@ -121,7 +120,7 @@ def _in_sqlite(path: Path, receipts: int) -> None:
 
 def _in_postgres(store: PostgresStore, receipts: int) -> None:
     store.connect()
-    line = Line.opened(store.url.reveal(), "qlens benchmark")
+    line = PostgresLine.opened(store.url.reveal(), "qlens benchmark")
 
     async def make(connection: Any) -> None:
         await connection.execute(postgres_writing.CREATE_GIVEN)

@@ -99,12 +99,16 @@ class Round:
         }
 
     def fixed_rate(self, rate: int) -> None:
-        """What a call waits longer than it must."""
+        """What a call waits longer than it must, and what it costs where other gateways are given as many."""
         if self.values.get("calls_per_second_64", 0) < rate * HEADROOM:
             return
-        seen, _ = self.measured(Load(64, self.plan.fixed_rate, rate=rate))
+        seen, cpu = self.measured(Load(64, self.plan.fixed_rate, rate=rate))
         if not seen["unfinished"]:
-            self.values |= {f"p50_us_{rate}": seen["latency_us"]["p50"], f"p99_us_{rate}": seen["latency_us"]["p99"]}
+            self.values |= {
+                f"p50_us_{rate}": seen["latency_us"]["p50"],
+                f"p99_us_{rate}": seen["latency_us"]["p99"],
+                f"cpu_us_rate_{rate}": cpu / seen["calls"] * 1e6,
+            }
 
     def few_streams(self) -> None:
         """How long the first token takes."""
@@ -235,6 +239,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--gateways", default=",".join(DEFAULT), help="which ones (default: %(default)s)")
     parser.add_argument("--peers", default="", help=f"more of them, installed first: {','.join(PEERS)}")
     parser.add_argument("--stages", action="store_true", help="what each stage of config/qlens.yaml costs, and no more")
+    parser.add_argument("--goals", action="store_true", help="with --stages: only those with a goal of their own")
     parser.add_argument("--instructions", action="store_true", help="the same in Python instructions, and no more")
     parser.add_argument(
         "--chunks", type=int, default=0, help="with --stages or --instructions: streams of that many events"
@@ -271,7 +276,7 @@ def main() -> None:
             return
         if args.stages:
             rounds = args.rounds or (3 if args.quick else stages.ROUNDS)
-            print(stages.measure(cores, rounds, args.chunks))
+            print(stages.measure(cores, rounds, args.chunks, goals=args.goals))
             return
         if args.workers:
             print(scaling.measure(cores, args.rounds or scaling.ROUNDS, say))

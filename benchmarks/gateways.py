@@ -162,6 +162,8 @@ NO_LIMIT = [
     {"per": "tenant", "requests_per_minute": 1_000_000_000, "tokens_per_minute": 1_000_000_000_000},
     {"per": "key", "concurrency": 1_000_000},
 ]
+BUDGETS = {"plugin": "budgets", "limits": [{"per": "tenant", "usd": 1_000_000}]}
+"""One that nobody reaches."""
 MODEL = {"max_output_tokens": 16384, "targets": [{"provider": "bench", "model": "gpt-4o-mini"}]}
 
 
@@ -194,15 +196,17 @@ def make_key(folder: Path, config: str) -> str:
     return run.stdout.strip()
 
 
-def _qlens_full(folder: Path, port: int, upstream_port: int) -> Launch:
-    """config/qlens.yaml with two changes: who answers, and limits that nobody reaches."""
+def qlens_full(folder: Path, port: int, upstream_port: int, cost: Sequence[Mapping[str, Any]] = ()) -> Launch:
+    """config/qlens.yaml with two changes: who answers, and limits that nobody reaches; and more at the stage cost."""
     limiter = {"plugin": "token_bucket", "store": {"kind": "memory"}, "limits": NO_LIMIT}
     changes = {
         "providers": {"bench": provider(upstream_port)},
         "models": {"gpt-4o-mini": MODEL},
         "pipeline": {"rate_limit": [limiter]},
     }
-    config = as_yaml(json.loads(changed(changes)))
+    content = json.loads(changed(changes))
+    content["pipeline"]["cost"] += cost
+    config = as_yaml(content)
     return qlens(folder, port, config, make_key(folder, config))
 
 
@@ -420,7 +424,7 @@ def pip(*arguments: str, python: str = sys.executable) -> None:
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("qlens", "QLens, every stage", _qlens_version, _qlens_full),
+        Contender("qlens", "QLens, every stage", _qlens_version, qlens_full),
         Contender("bare", "QLens, no stage", _qlens_version, _qlens_bare),
         Contender("nginx", "nginx, bare proxy", _nginx_version, _nginx, missing="apt-get install nginx-light"),
         Contender("envoy", "Envoy, bare proxy", _envoy_version, _envoy, install=_install_envoy),

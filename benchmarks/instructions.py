@@ -17,7 +17,7 @@ from attrs import define, field
 
 from benchmarks.gateways import MODEL, as_yaml, provider
 from benchmarks.rig import ROOT, Fault
-from benchmarks.stages import NO_OP, Step, steps
+from benchmarks.stages import NO_OP, Step, redis, steps
 from qlens.testing import Running, running
 
 CALLS = 20
@@ -177,13 +177,14 @@ async def connected(gateway: Running, *, stream: bool, key: str | None = None) -
 def measure(chunks: int) -> str:
     """Count a call at each step; then where a call with every stage spends its instructions."""
     counts: dict[str, Counter[str]] = {}
-    ladder: Sequence[Step] = steps()
     lines = ["| with | instructions per call | more than before |", "|---|---|---|"]
-    for step in ladder:
-        counts[step.name] = asyncio.run(_count(step, chunks))
-        total = counts[step.name].total() / CALLS
-        more = "" if step.after is None else f"{total - counts[step.after].total() / CALLS:+.0f}"
-        lines.append(f"| {step.name} | {total:.0f} | {more} |")
+    with redis() as redis_url:
+        ladder: Sequence[Step] = steps(redis_url)
+        for step in ladder:
+            counts[step.name] = asyncio.run(_count(step, chunks))
+            total = counts[step.name].total() / CALLS
+            more = "" if step.after is None else f"{total - counts[step.after].total() / CALLS:+.0f}"
+            lines.append(f"| {step.name} | {total:.0f} | {more} |")
     every = counts[ladder[-2].name]
     lines += ["", f"{ladder[-2].name}, and all before it:", "", "| function | instructions per call |", "|---|---|"]
     lines += [f"| {name} | {count / CALLS:.0f} |" for name, count in every.most_common(MOST_SHOWN)]

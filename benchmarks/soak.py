@@ -6,11 +6,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import linear_regression
 
 from attrs import define, evolve, field
 
-from benchmarks.gateways import CONTENDERS, Gateway, running
+from benchmarks.gateways import BUDGETS, CONTENDERS, Gateway, qlens_full, running
 from benchmarks.processes import MIB
 from benchmarks.rig import Cores, Fault, Load, Mock, Way, compiled, mock_upstream, open_streams, put
 
@@ -87,8 +88,9 @@ def growth(samples: Sequence[tuple[int, float]], warm_up: float) -> float:
 
 
 def measure(cores: Cores, calls: int, say: Callable[[str], None]) -> str:
-    """Make the calls; return what is to be said about them."""
-    with mock_upstream() as mock, running(CONTENDERS["qlens"], mock.port, cores) as gateway:
+    """Make the calls, on every stage and a budget; return what is to be said about them."""
+    contender = evolve(CONTENDERS["qlens"], start=partial(qlens_full, cost=[BUDGETS]))
+    with mock_upstream() as mock, running(contender, mock.port, cores) as gateway:
         soak = Soak(gateway, mock)
         ends = time.monotonic() + LONGEST_SECONDS
         while soak.calls < calls and time.monotonic() < ends:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import jwt
-from attrs import frozen
+from attrs import evolve, frozen
 from e2e.serving import changed
 
-from benchmarks.gateways import MODEL, NO_LIMIT, Contender, Gateway, Launch, as_yaml, make_key, provider, qlens, running
+from benchmarks.gateways import (
+    BUDGETS,
+    MODEL,
+    NO_LIMIT,
+    Contender,
+    Gateway,
+    Launch,
+    as_yaml,
+    make_key,
+    provider,
+    qlens,
+    running,
+)
 from benchmarks.rig import Cores, Load, Mock, mock_upstream, put
+from qlens.testing.redis import redis_server
 
 ROUNDS = 20
 SECONDS = 0.4
@@ -81,13 +95,29 @@ class Step:
     after: str | None
     key: str | None = None
     """What calls come with, where it is neither nothing nor a key that `qlens keys` makes."""
+    at_most: float | None = None
+    """The microseconds of CPU time by which it may be more."""
 
 
-def steps() -> list[Step]:
-    """From no stage to every stage of config/qlens.yaml, in its order; then a plugin that does nothing."""
+@contextmanager
+def redis() -> Iterator[str]:
+    """The address of a Redis that runs on the rig's core: what it takes is not the gateway's."""
+    with asyncio.Runner() as runner:
+        server = redis_server()
+        try:
+            yield runner.run(server.__aenter__()).url
+        finally:
+            runner.run(server.__aexit__(None, None, None))
+
+
+def steps(redis_url: str | None = None) -> list[Step]:
+    """From no stage to every stage of config/qlens.yaml, in its order; then a plugin that does nothing.
+
+    In their places stand a token that is known and, where there is a Redis, limits and budgets in it.
+    """
     shipped: dict[str, list[dict[str, Any]]] = json.loads(changed({}))["pipeline"]
     shipped["rate_limit"] = [{"plugin": "token_bucket", "store": {"kind": "memory"}, "limits": NO_LIMIT}]
-    shipped["cost"].append({"plugin": "budgets", "limits": [{"per": "tenant", "usd": 1_000_000}]})
+    shipped["cost"].append(BUDGETS)
     anonymous: Pipeline = {"auth": [{"plugin": "anonymous"}]}
     ladder = [Step("anonymous", anonymous, None)]
     so_far: dict[str, list[Mapping[str, Any]]] = {}
@@ -96,9 +126,24 @@ def steps() -> list[Step]:
             so_far.setdefault(stage, []).append(entry)
             pipeline = {name: list(those) for name, those in so_far.items()}
             ladder.append(Step(f"{stage}: {entry['plugin']}", pipeline, ladder[-1].name))
-    ladder.insert(1, Step("auth: jwt, known", {"auth": [TOKENS]}, "anonymous", _token()))
+    ladder[-1] = evolve(ladder[-1], at_most=10)
+    ladder.insert(1, Step("auth: jwt, known", {"auth": [TOKENS]}, "anonymous", _token(), at_most=5))
+    if redis_url is not None:
+        # Patient: the load and Redis have one core together.
+        store = {"kind": "redis", "url": redis_url, "timeout_ms": 2000}
+        limits = {"plugin": "token_bucket", "store": {**store, "replicas": 3}, "limits": NO_LIMIT}
+        in_redis = {**anonymous, "rate_limit": [limits]}
+        ladder.insert(2, Step("rate_limit: token_bucket in Redis", in_redis, "anonymous", at_most=20))
+        budgets = {**ladder[-1].pipeline, "cost": [*shipped["cost"][:-1], {**BUDGETS, "store": store}]}
+        ladder.insert(-1, Step("cost: budgets in Redis", budgets, ladder[-1].after, at_most=10))
     no_op = {**anonymous, "observe": [{"plugin": "no_op:NoOp"}]}
     return [*ladder, Step(f"no-op, {NO_OP_HOOKS} hooks", no_op, "anonymous")]
+
+
+def with_goals(ladder: Sequence[Step]) -> list[Step]:
+    """Those that have a goal, and those that they are compared with."""
+    names = {name for step in ladder if step.at_most is not None for name in (step.name, step.after)}
+    return [evolve(step, after=step.after if step.after in names else None) for step in ladder if step.name in names]
 
 
 def _token() -> str:
@@ -131,12 +176,12 @@ def cpu_us(gateway: Gateway, load: Load, mock: Mock) -> float:
     return (gateway.tree.cpu_seconds() - before) / float(calls) * 1e6
 
 
-def measure(cores: Cores, rounds: int, chunks: int) -> str:
+def measure(cores: Cores, rounds: int, chunks: int, *, goals: bool = False) -> str:
     """All gateways run at once and have short turns: what slows the machine down for a while slows all of them."""
-    ladder = steps()
     load = Load(CONNECTIONS, SECONDS, chunks=chunks)
-    costs: dict[str, list[float]] = {step.name: [] for step in ladder}
-    with mock_upstream() as mock, ExitStack() as stack:
+    with mock_upstream() as mock, redis() as redis_url, ExitStack() as stack:
+        ladder = with_goals(steps(redis_url)) if goals else steps(redis_url)
+        costs: dict[str, list[float]] = {step.name: [] for step in ladder}
         gateways = {}
         for step in ladder:
             contender = Contender(step.name, step.name, lambda: "", partial(_start, step))
@@ -151,13 +196,20 @@ def measure(cores: Cores, rounds: int, chunks: int) -> str:
 
 def table(ladder: Sequence[Step], costs: Mapping[str, Sequence[float]]) -> str:
     """Each step with its cost, and the difference to the one before: the median of the differences within a round."""
-    lines = ["| with | CPU per call, us | more than before, us | middle half |", "|---|---|---|---|"]
+    lines = ["| with | CPU per call, us | more than before, us | middle half | goal |", "|---|---|---|---|---|"]
     for step in ladder:
         line = f"| {step.name} | {median(costs[step.name]):.1f} |"
         if step.after is None:
-            lines.append(f"{line} | |")
+            lines.append(f"{line} | | |")
             continue
         more = [here - there for here, there in zip(costs[step.name], costs[step.after], strict=True)]
         low, _, high = quantiles(more, n=4) if len(more) > 1 else more * 3
-        lines.append(f"{line} {median(more):+.1f} | {low:+.1f} to {high:+.1f} |")
+        lines.append(f"{line} {median(more):+.1f} | {low:+.1f} to {high:+.1f} | {goal(step, median(more))} |")
     return "\n".join(lines)
+
+
+def goal(step: Step, more: float) -> str:
+    """What a step may cost, and whether it does."""
+    if step.at_most is None:
+        return ""
+    return f"at most {step.at_most:g}: {'met' if more <= step.at_most else 'missed'}"

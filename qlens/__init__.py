@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Reply,
         Target,
     )
-    from qlens.config import Secret, Url
+    from qlens.config import Network, Secret, Url
     from qlens.config.aside import read_yaml
     from qlens.errors import (
         Blocked,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         Forbidden,
         InvalidRequest,
         ModelNotFound,
+        NotCounted,
         PluginFailed,
         QuotaExceeded,
         RateLimited,
@@ -65,10 +66,19 @@ if TYPE_CHECKING:
     from qlens.patterns import fits
     from qlens.provider_errors import error_from
     from qlens.registry import Command, Endpoint, Health
+    from qlens.responses_only import speaks_responses_only
     from qlens.session import Frame, Session, SessionClosed
+    from qlens.stores.postgres import (
+        POSTGRES_LOCK,
+        PostgresLine,
+        PostgresMigration,
+        postgres_errors,
+        prepare_postgres,
+    )
+    from qlens.stores.postgres_url import POSTGRES_FORM, check_postgres_url, is_postgres, postgres_name
     from qlens.stores.redis import RedisSettings, RedisStore, Script, StoreUnavailable, redis_store
     from qlens.stores.spool import Spool, SpoolFull
-    from qlens.stores.sqlite import file_identity, open_sqlite, sqlite_path, sqlite_transaction
+    from qlens.stores.sqlite import SqliteFile, file_identity, open_sqlite, sqlite_path, sqlite_transaction
     from qlens.stores.syncing import SpoolSync
     from qlens.trimming import trimmed
     from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
@@ -79,13 +89,13 @@ _HOMES = {
     "qlens.alternative": "Alternative",
     "qlens.audit": "Actor AuditEntry",
     "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
-    "qlens.config": "Secret Url",
+    "qlens.config": "Network Secret Url",
     "qlens.config.aside": "read_yaml",
     "qlens.errors": (
-        "Blocked CallError CallTimedOut ConfigError Fault Forbidden InvalidRequest ModelNotFound PluginFailed "
-        "QuotaExceeded RateLimited StartupError Unauthenticated Unavailable UpstreamAuth UpstreamError UpstreamInvalid "
-        "UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated UpstreamUnavailable "
-        "UpstreamUnreachable"
+        "Blocked CallError CallTimedOut ConfigError Fault Forbidden InvalidRequest ModelNotFound NotCounted "
+        "PluginFailed QuotaExceeded RateLimited StartupError Unauthenticated Unavailable UpstreamAuth UpstreamError "
+        "UpstreamInvalid UpstreamLimited UpstreamModelMissing UpstreamRejected UpstreamTimedOut UpstreamTruncated "
+        "UpstreamUnavailable UpstreamUnreachable"
     ),
     "qlens.events": "Event",
     "qlens.exchange": "post_openai send_request",
@@ -99,10 +109,13 @@ _HOMES = {
     "qlens.patterns": "fits",
     "qlens.provider_errors": "error_from",
     "qlens.registry": "Command Endpoint Health",
+    "qlens.responses_only": "speaks_responses_only",
     "qlens.session": "Frame Session SessionClosed",
+    "qlens.stores.postgres": "POSTGRES_LOCK PostgresLine PostgresMigration postgres_errors prepare_postgres",
+    "qlens.stores.postgres_url": "POSTGRES_FORM check_postgres_url is_postgres postgres_name",
     "qlens.stores.redis": "RedisSettings RedisStore Script StoreUnavailable redis_store",
     "qlens.stores.spool": "Spool SpoolFull",
-    "qlens.stores.sqlite": "file_identity open_sqlite sqlite_path sqlite_transaction",
+    "qlens.stores.sqlite": "SqliteFile file_identity open_sqlite sqlite_path sqlite_transaction",
     "qlens.stores.syncing": "SpoolSync",
     "qlens.trimming": "trimmed",
     "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
@@ -113,6 +126,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names.spli
 __all__ = [
     "FREE",
     "NO_USAGE",
+    "POSTGRES_FORM",
+    "POSTGRES_LOCK",
     "UNPRICED",
     "Actor",
     "Allowance",
@@ -141,10 +156,14 @@ __all__ = [
     "Limit",
     "Model",
     "ModelNotFound",
+    "Network",
+    "NotCounted",
     "Outbound",
     "OutboundFailed",
     "Outgoing",
     "PluginFailed",
+    "PostgresLine",
+    "PostgresMigration",
     "QuotaExceeded",
     "RateLimited",
     "Reach",
@@ -160,6 +179,7 @@ __all__ = [
     "Spool",
     "SpoolFull",
     "SpoolSync",
+    "SqliteFile",
     "StartupError",
     "StoreUnavailable",
     "Target",
@@ -179,6 +199,7 @@ __all__ = [
     "Url",
     "Usage",
     "__version__",
+    "check_postgres_url",
     "error_from",
     "extra_headers",
     "file_identity",
@@ -186,6 +207,7 @@ __all__ = [
     "header_value",
     "hookimpl",
     "http_url",
+    "is_postgres",
     "networks",
     "open_sqlite",
     "outbound_url",
@@ -193,9 +215,13 @@ __all__ = [
     "picos",
     "post_messages",
     "post_openai",
+    "postgres_errors",
+    "postgres_name",
+    "prepare_postgres",
     "read_yaml",
     "redis_store",
     "send_request",
+    "speaks_responses_only",
     "sqlite_path",
     "sqlite_transaction",
     "trimmed",

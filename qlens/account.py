@@ -289,11 +289,11 @@ class Account:
 
     def _well_ended(self) -> tuple[Outcome, int, str | None]:
         status = self.reply.status if self.reply is not None else 200
-        if self.call.operation.runs == "local":
+        runs = self.call.operation.runs
+        if runs == "local" or (runs == "count" and self.source is None):
             return "complete", status, None
         if not self.call.attempts:
-            is_own = self.call.operation.runs == "count" and self.source is None
-            return ("complete" if is_own else "cached"), status, None
+            return "cached", status, None
         if self.source is not None and self.source.complete:
             return "complete", status, None
         if self.source is not None and self.source.cut:

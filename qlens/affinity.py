@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from urllib.parse import quote
 import orjson
 from attrs import define, evolve, field, frozen
 
-from qlens.call import UNPRICED, Body, Call, Caller, Model, Outgoing, Reply, Request, Target
+from qlens import batches, kept_bodies
+from qlens.call import FREE, UNPRICED, Body, Call, Caller, Model, Outgoing, Reply, Request, Target
 from qlens.dialects.uploads import UPLOADS
 from qlens.errors import (
     CallError,
@@ -31,7 +32,7 @@ from qlens.operations import model_not_found, unknown_path
 from qlens.passthrough import escaped, matching
 from qlens.returned import mistakes
 from qlens.spool import Spool
-from qlens.usage import NO_USAGE
+from qlens.usage import NO_USAGE, Usage
 
 if TYPE_CHECKING:
     from qlens.account import Account
@@ -46,10 +47,18 @@ MARK = "qlens_tenant"
 """Under which name a batch's metadata say whose it is."""
 
 _MOST_METADATA = 16
-_PLACES = {"response": "responses", "file": "files", "batch": "batches"}
+_PLACES = {
+    "response": "responses",
+    "file": "files",
+    "batch": "batches",
+    "conversation": "conversations",
+    "vector_store": "vector_stores",
+}
+_MARKED = frozenset({"batch", "vector_store"})
+"""The objects whose metadata say whose they are."""
 _OURS = frozenset({"api-version", "model"})
 """Parameters of the query that are for the gateway."""
-_PAGE = {"batch": (20, 100), "file": (10_000, 10_000)}
+_PAGE = {"batch": (20, 100), "file": (10_000, 10_000), "vector_store": (20, 100)}
 """How many objects a list has by default, and at most."""
 
 
@@ -77,6 +86,8 @@ async def answer(pipeline: Pipeline, account: Account) -> Reply:
     errand = _ERRANDS.get(operation.name, _about)(pipeline, call)
     if operation.name == "passthrough":
         errand = evolve(errand, request=evolve(errand.request, body=await _given(call)))
+    elif errand.is_metered:
+        call.bound_cost = FREE  # to keep and to give back what was made costs nothing more
     await pipeline.admit(account)
     account.reply = await ask(pipeline, account, errand)
     return account.reply
@@ -130,6 +141,8 @@ def _about(pipeline: Pipeline, call: Call) -> Errand:
         raise ObjectMissing(f"The provider {origin.provider}, which keeps this object, is not configured any more.")
     call.kept = Kept(origin.provider, {origin.id: given})
     own = quote(origin.id, safe="")
+    if kind in ("conversation", "vector_store"):
+        return _about_kept(pipeline, call, target, own)
     # What a file holds is handed on as it comes, whatever it is.
     call.stream = call.operation.name == "file_content" or call.query.get("stream") == "true"
     rest = call.operation.path.partition("{id}")[2]
@@ -140,6 +153,43 @@ def _about(pipeline: Pipeline, call: Call) -> Errand:
         partial(_polish, pipeline, call, target),
         stream=call.stream,
     )
+
+
+def _about_kept(pipeline: Pipeline, call: Call, target: Target, own: str) -> Errand:
+    """The errand for an operation about a conversation or a vector store, or about something in it."""
+    operation, claims = call.operation, Claims(call, pipeline.ids)
+    assert call.kept is not None
+    claims.origin, claims.param = Origin(target.provider, "", ""), "the path"
+    within = {name: value for name, value in call.path_params.items() if name != "id"}
+    rest = kept_bodies.rest_of(operation.path, within, claims)
+    query = kept_bodies.query_of(_asked(call), claims, of_files=operation.name in _OF_FILES)
+    headers, content = _said(call, "accept", "openai-beta"), None
+    if operation.body == "json":
+        _open_kept(pipeline, call, claims, target)
+        headers["content-type"], content = "application/json", orjson.dumps(call.body)
+    call.kept = Kept(target.provider, {**call.kept.given, **claims.given})
+    call.stream = False
+    return Errand(
+        target,
+        Request(operation.method, f"/{_PLACES[operation.kind]}/{own}{rest}", query, headers, content),
+        missing(operation.kind, call.path_params["id"]),
+        partial(_polish, pipeline, call, target),
+        # Nobody says what storing and searching cost.
+        is_metered=operation.kind != "vector_store" or operation.method != "POST",
+    )
+
+
+def _open_kept(pipeline: Pipeline, call: Call, claims: Claims, target: Target) -> None:
+    """Make a body about a conversation or a vector store one that its provider reads."""
+    body = call.body
+    if body.get("items"):
+        pipeline.refuse_unseen("Conversations cannot be filled")
+    kept_bodies.open_body(body, claims)
+    kept_bodies.open_items(body.get("items"), claims, target.provider)
+    if call.operation.name in ("vector_store_create", "vector_store_update") and (
+        call.operation.name == "vector_store_create" or body.get("metadata") is not None
+    ):
+        body["metadata"] = _marked(pipeline, call, target, body.get("metadata"))
 
 
 def _reached(pipeline: Pipeline, call: Call, origin: Origin) -> Target | None:
@@ -198,12 +248,12 @@ def _chosen(pipeline: Pipeline, call: Call, named: str | None = None) -> Target:
         call.model, call.asked_model = model, name
         found = [each for each in model.candidates if keeps(pipeline.providers[each.provider], kind)]
         if not found:
-            raise _unsupported(call, f"No provider of the model `{name}`")
+            raise _unsupported(call, f"No provider of the model `{name}` ({_named(model.candidates)})")
         return _sealable(pipeline, found[0])
     targets = [each for model in _usable(pipeline, call.known) for each in model.candidates]
     able = [each for each in targets if keeps(pipeline.providers[each.provider], kind)]
     if not able:
-        raise _unsupported(call, "No provider of the models that you may use")
+        raise _unsupported(call, f"No provider of the models that you may use ({_named(targets)})")
     if len({each.provider for each in able}) > 1:
         raise InvalidRequest(
             f"Several providers keep {_PLACES[kind]}: name a model, whose provider is to be asked, in the header "
@@ -214,6 +264,10 @@ def _chosen(pipeline: Pipeline, call: Call, named: str | None = None) -> Target:
     call.asked_model = able[0].public
     call.model = pipeline.models.named(able[0].public)
     return _sealable(pipeline, able[0])
+
+
+def _named(targets: Iterable[Target]) -> str:
+    return ", ".join(sorted({target.provider for target in targets})) or "none"
 
 
 def keeps(provider: Provider, kind: str) -> bool:
@@ -238,6 +292,33 @@ def _unsupported(call: Call, who: str) -> InvalidRequest:
 # --- what is made ------------------------------------------------------------------------------
 
 
+def _create(pipeline: Pipeline, call: Call) -> Errand:
+    """The errand for a new conversation or vector store: it goes to the provider that keeps the files it names."""
+    operation, claims = call.operation, Claims(call, pipeline.ids)
+    named = Claims(call, pipeline.ids)
+    kept_bodies.open_body(orjson.loads(orjson.dumps(call.body)), named)
+    if named.origin is None:
+        target = _chosen(pipeline, call)
+    else:
+        found = _reached(pipeline, call, named.origin)
+        if found is None or not keeps(pipeline.providers[found.provider], operation.kind):
+            raise _unsupported(call, f"The provider {named.origin.provider}, which keeps the file in {named.param},")
+        target = found
+    _open_kept(pipeline, call, claims, target)
+    call.kept = Kept(target.provider, claims.given)
+    headers = {"content-type": "application/json", **_said(call, "accept", "openai-beta")}
+    return Errand(
+        target,
+        Request("POST", f"/{_PLACES[operation.kind]}", (), headers, orjson.dumps(call.body)),
+        InvalidRequest(
+            f"The provider {target.provider} does not do {operation.name}: it knows no such path.",
+            code="unsupported_operation",
+        ),
+        partial(_polish, pipeline, call, target),
+        is_metered=operation.kind != "vector_store",
+    )
+
+
 def _batch_create(pipeline: Pipeline, call: Call) -> Errand:
     """The errand for a new batch: it goes to the provider that keeps its input."""
     body = call.body
@@ -256,7 +337,7 @@ def _batch_create(pipeline: Pipeline, call: Call) -> Errand:
     call.kept = Kept(origin.provider, claims.given)
     sent = {**body, "input_file_id": own, "metadata": _marked(pipeline, call, target, body.get("metadata"))}
     request = Request("POST", "/batches", (), {"content-type": "application/json"}, orjson.dumps(sent))
-    # What its lines will use is metered nowhere.
+    # What its lines will use is known when it is over.
     return Errand(target, request, gone, partial(_polish, pipeline, call, target), is_metered=False)
 
 
@@ -313,6 +394,8 @@ def _passed(pipeline: Pipeline, call: Call) -> Errand:
     if pattern is None or call.known.models is not None:
         raise unknown_path(call.operation.method, call.path)
     call.stream = True  # whatever it is, it is handed on as it comes
+    # One token at least: limits correct at the end what they have taken something from.
+    call.estimated_input, call.bound = 1, Usage(input=1, source="estimated")
     target = Target(name, pattern, "")  # no model, so that no price is found
     query = tuple((key, value) for key, value in call.query.items() if key != "api-version")
     request = Request(call.operation.method, escaped(path), query, _said(call, *_PASSED))
@@ -352,12 +435,17 @@ async def _list(pipeline: Pipeline, account: Account, kind: str) -> Reply:
     call = account.call
     limit = _limit(call, kind)
     target = _chosen(pipeline, call)
+    if call.query.get("before") is not None:
+        raise InvalidRequest(
+            "'before' is not taken here: go on with 'after'.", param="before", code="unsupported_parameter"
+        )
     after = call.query.get("after")
     if after is not None:
         origin = pipeline.ids.open(kind, call.known.tenant, after)
         if origin is None or origin.provider != target.provider:
             raise missing(kind, after)
         after = origin.id
+    call.bound_cost = FREE
     await pipeline.admit(account)
     kept = [(name, value) for name, value in _asked(call) if name not in {"after", "limit"}]
     mark = pipeline.ids.mark(target.provider, call.known.tenant)
@@ -416,7 +504,7 @@ class _Page:
 def _is_of(each: Body, mark: str | None) -> bool:
     if mark is None:
         return False
-    if each.get("object") == "batch":
+    if each.get("object") in _MARKED:
         metadata = each.get("metadata")
         return type(metadata) is dict and metadata.get(MARK) == mark
     name = each.get("filename")
@@ -429,9 +517,9 @@ def _cleared(node: Any, mark: str | None) -> None:
         if type(each) is not dict:
             continue
         metadata, name = each.get("metadata"), each.get("filename")
-        if each.get("object") == "batch" and type(metadata) is dict:
+        if each.get("object") in _MARKED and type(metadata) is dict:
             metadata.pop(MARK, None)
-        if each.get("object") == "file" and type(name) is str and mark is not None:
+        if type(name) is str and mark is not None:
             each["filename"] = name.removeprefix(f"{mark}-")
 
 
@@ -447,8 +535,13 @@ def _polish(pipeline: Pipeline, call: Call, target: Target, reply: Reply) -> Non
         sealer.reply(reply)
         return
     body = _object(reply)
-    _cleared(body, pipeline.ids.mark(target.provider, call.known.tenant))
+    if body.get("object") == "batch":
+        batches.settle(pipeline, call, target, body)
+    mark = pipeline.ids.mark(target.provider, call.known.tenant)
+    _cleared(body, mark)
+    _cleared(body.get("data"), mark)  # what was found in files names them too
     sealer.seal(body)
+    kept_bodies.set_ends(body)
     reply.body = orjson.dumps(body)
 
 
@@ -471,5 +564,12 @@ def _passing(pipeline: Pipeline, provider: Provider, call: Call, reply: Reply) -
     return meter
 
 
-_LISTS = frozenset({"files", "batches"})
-_ERRANDS = {"batch_create": _batch_create, "file_upload": _file_upload, "passthrough": _passed}
+_LISTS = frozenset({"files", "batches", "vector_stores"})
+_OF_FILES = frozenset({"vector_store_files", "vector_store_batch_files"})
+_ERRANDS = {
+    "batch_create": _batch_create,
+    "conversation_create": _create,
+    "file_upload": _file_upload,
+    "passthrough": _passed,
+    "vector_store_create": _create,
+}

@@ -37,12 +37,18 @@ class Allowance:
     budget_picos: int | None = None
     """Picodollars in a window."""
     budget_window: Literal["day", "week", "month", "total"] = "month"
+    tenant_budget_picos: int | None = None
+    """The same for all credentials of the tenant together."""
+    tenant_budget_window: Literal["day", "week", "month", "total"] = "month"
 
     def row(self) -> dict[str, Any]:
         """What is said of it, as JSON has it: money as a decimal text."""
         said = {name: value for name, value in asdict(self).items() if value is not None}
-        picos, window = said.pop("budget_picos", None), said.pop("budget_window")
-        return said if picos is None else {**said, "budget_usd": usd(picos), "budget_window": window}
+        for budget in ("budget", "tenant_budget"):
+            picos, window = said.pop(f"{budget}_picos", None), said.pop(f"{budget}_window")
+            if picos is not None:
+                said |= {f"{budget}_usd": usd(picos), f"{budget}_window": window}
+        return said
 
 
 @frozen

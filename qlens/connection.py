@@ -16,7 +16,7 @@ from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 from attrs import define, field
 
-from qlens.account import Account, ClientLeft
+from qlens.account import CLIENT_CLOSED, Account, ClientLeft
 from qlens.call import Call, Reply
 from qlens.errors import (
     BodyTimedOut,
@@ -48,6 +48,9 @@ PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
 
+Refused = Callable[[str, str | None, int], object]
+"""Called with the id, the client's address and the status of what was refused because it is not HTTP."""
+
 _random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
 
 
@@ -65,12 +68,18 @@ class Connection(web.RequestHandler):
     a request is one task, so that the context of one call is no part of the next one's, and its answer one write.
     """
 
-    __slots__ = ("_last", "_serve")
+    __slots__ = ("_last", "_refused", "_serve")
 
-    def __init__(self, manager: web.Server, serve: Callable[[Exchange], Awaitable[None]], **options: Any) -> None:
+    def __init__(
+        self,
+        manager: web.Server,
+        serve: Callable[[Exchange], Awaitable[None]],
+        refused: Refused | None = None,
+        **options: Any,
+    ) -> None:
         options |= {"max_line_size": HEADER_BYTES, "max_field_size": HEADER_BYTES}
         super().__init__(manager, keepalive_timeout=KEEPALIVE_SECONDS, **options)
-        self._serve = serve
+        self._serve, self._refused = serve, refused
         self._last = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -173,7 +182,10 @@ class Connection(web.RequestHandler):
         log.debug("malformed request: %s", type(error).__name__)
         refusal = _refusal(error)
         body = orjson.dumps(refusal.body())
-        lines = f"{of_error(refusal, None)}x-request-id: {new_id()}\r\ncontent-length: {len(body)}\r\n"
+        id_ = new_id()
+        lines = f"{of_error(refusal, None)}x-request-id: {id_}\r\ncontent-length: {len(body)}\r\n"
+        if self._refused is not None:
+            self._refused(id_, self.peername[0] if self.peername else None, refusal.status)
         if self.transport is not None:
             self.transport.write(head(refusal.status, f"{lines}connection: close\r\n") + body)
 
@@ -238,6 +250,8 @@ class Exchange:
     keep_alive: bool = field(init=False)
     begun: bool = field(default=False, init=False)
     """Whether something of the answer was written."""
+    status: int = field(default=CLIENT_CLOSED, init=False)
+    """Of the answer; what it is while there is none, stands for a client that left before one."""
     _events: bool = field(default=False, init=False)
     """Whether what is written is a stream of events, in which an error can still be said."""
     _over: bool = field(default=False, init=False)
@@ -341,7 +355,8 @@ class Exchange:
         """Leave HTTP for WebSocket; raises ClientLeft, or UpgradeRequired where HTTP is too old for it."""
         if not self.message.upgrade or self.message.version < HttpVersion11:
             raise UpgradeRequired("This path is served by WebSocket alone, which needs HTTP/1.1.")
-        self.begun = self._over = True
+        self.begun, self.status = True, 101
+        self._over = True
         await self.connection.send(head(101, f"{lines}x-request-id: {self.id}\r\n"))
         socket = ClientSocket(self.connection)
         self.connection.set_parser(socket.parser)
@@ -390,7 +405,7 @@ class Exchange:
             self.connection.transport.abort()
 
     def _head(self, status: int, lines: str) -> bytes:
-        self.begun = True
+        self.begun, self.status = True, status
         if self.connection.is_closing:
             self.keep_alive = False
         lines = f"{lines}x-request-id: {self.id}\r\n"

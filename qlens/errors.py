@@ -80,6 +80,13 @@ class NotOffered(InvalidRequest):
         self.message = f"{self._lead}{provider} {self._what}"
 
 
+class NotCounted(InvalidRequest):
+    """A provider does not count the tokens of a model: another may, and where none does, the gateway estimates."""
+
+    code = "unsupported_operation"
+    elsewhere = True
+
+
 class Blocked(InvalidRequest):
     """A guard refused the prompt or the answer: 400 with code `content_filter`."""
 

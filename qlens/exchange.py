@@ -42,6 +42,7 @@ _APART = _RAW | {"image_edits", "image_variations"}
 """These, and those that are sent as forms."""
 _ITEMS = {
     "chat": "choices",
+    "compaction": "output",
     "completions": "choices",
     "embeddings": "data",
     "image_edits": "data",

@@ -17,7 +17,7 @@ from qlens.alternative import Alternative
 from qlens.audit import Audit
 from qlens.call import Call, Caller
 from qlens.clock import Clock
-from qlens.config import Config, Draft
+from qlens.config import Config, Draft, Network
 from qlens.crashes import censored
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.events import Events
@@ -203,6 +203,21 @@ class Gateway:
         """The plugins of the current configuration."""
         return self._registration
 
+    @asynccontextmanager
+    async def reach(self, network: Network | None) -> AsyncIterator[Upstream]:
+        """The connections of a plugin: the gateway's own, or, with a network of its own, others that close with it.
+
+        Raises StartupError when the files of its `tls` cannot be used.
+        """
+        if network is None:
+            yield self.http
+            return
+        http = await Upstream.through(network)
+        try:
+            yield http
+        finally:
+            await http.aclose()
+
     # --- what the server uses ------------------------------------------------------------------
 
     @property
@@ -241,6 +256,11 @@ class Gateway:
             if operation.dialect:
                 dialects.named(operation.dialect)  # imported now, so that no call waits for it
         async with self._changing:
+            if (network := registration.config.server.network) is not None:
+                try:
+                    self.http = await Upstream.through(network)
+                except StartupError as error:
+                    raise StartupError([Fault("server", fault.message) for fault in error.faults]) from None
             await self._change(registration)
         self.calls.loads.labels("loaded").inc()
 
@@ -278,7 +298,7 @@ class Gateway:
         old, new = self.config.server, config.server
         faults = [
             Fault(f"server.{name}", "cannot change while the gateway runs; restart it, or set it back")
-            for name in ("host", "port", "workers", "admin")
+            for name in ("host", "port", "workers", "admin", "access_log", "network")
             if getattr(old, name) != getattr(new, name)
         ]
         if faults:

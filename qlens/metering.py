@@ -14,7 +14,8 @@ from qlens.call import Call, Cost, Reply
 from qlens.dialects.plain import Plain
 from qlens.errors import CallError, UpstreamTruncated
 from qlens.exchange import error_from
-from qlens.metering_cut import LONGEST_TOKEN, within
+from qlens.metering_cut import within
+from qlens.metering_length import Length
 from qlens.money import usd
 from qlens.usage import Usage, larger
 from qlens.watching import EventWatcher
@@ -51,15 +52,17 @@ class Meter(EventWatcher):
     _noted: int = field(init=False, default=0)
     _done: bool = field(init=False, default=False)
     """Whether the end mark was seen."""
-    _most: int | None = field(init=False)
-    """The bytes of text that what a budget reserved can have at most."""
-    _weighed: int = field(init=False, default=0)
-    """The bytes of text that were counted exactly."""
+    _bare: int = field(init=False, default=0)
+    """The bytes around the text of the shortest event that was looked at; 0: none was."""
+    _measured: int = field(init=False, default=0)
+    """How many events were looked at for that alone."""
+    _length: Length | None = field(init=False)
+    """What is counted where a budget has reserved so many tokens."""
 
-    @_most.default
-    def _longest(self) -> int | None:
+    @_length.default
+    def _reserved(self) -> Length | None:
         most = self.call.most_output
-        return None if most is None else most * LONGEST_TOKEN
+        return None if most is None else Length(most, vocabularies.encoder(self.call))
 
     def _let_go(self) -> None:
         super()._let_go()
@@ -67,8 +70,8 @@ class Meter(EventWatcher):
 
     def _take(self, piece: bytes) -> bytes:
         block = self._splitter.take(piece)
-        if self._most is not None and self.passed - self.events * self._envelope > self._most:
-            self._weigh(block)
+        if self._length is not None and block:
+            self._weigh(block, self._length)
             if self.reply.cut:
                 return b""
         return self._look(block) if block else b""
@@ -76,22 +79,25 @@ class Meter(EventWatcher):
     def _flush(self) -> bytes:
         return self._sift(self._splitter.flush())
 
-    def _weigh(self, block: bytes) -> None:
-        """Count the texts of a block exactly, since a rough count says that there are too many; cut the stream if so.
+    def _weigh(self, block: bytes, length: Length) -> None:
+        """Count the texts of a block, where there may be too many by a rough count; cut the stream if there are.
 
-        The rough count takes log probabilities for text. This one begins where that ended, so it says less than there
-        is: an answer that keeps to its max tokens is never cut.
+        The rough count takes all that an event has beside its text for text, but for what the shortest has.
         """
         dialect = dialects.named(self.reply.dialect)
-        for event in sse.cut(block):
+        due = length.due(block, self.passed + len(block) - self.events * self._bare)
+        for event in sse.cut(due) if due else ():
             data = sse.data(event)
             if data is None or not data.startswith(b"{"):
                 continue
-            payload = sse.parsed(data)
+            try:
+                payload = sse.parsed(data)
+            except CallError:
+                continue  # whoever looks for what is notable says so
             self._head = {key: payload[key] for key in ("id", "object", "created", "model") if key in payload}
-            for _, _, text in dialect.event_texts(payload):
-                self._weighed += len(text.encode(errors="surrogatepass"))
-        if self._most is not None and self._weighed > self._most:
+            for strand, _, text in dialect.event_texts(payload):
+                length.add(strand, text)
+        if length.is_over:
             self._ended = self.reply.cut = True
             self.reply.finish = "length"
 
@@ -176,7 +182,18 @@ class Meter(EventWatcher):
             self._envelope = len(event)
         if (around := _around_text(event)) is not None:
             self._before, self._after = around
+            self._bare_is(len(self._before) + len(self._after))
             self._noted += 1
+        elif self._length is not None and self._measured < _MOST_NOTED:
+            self._measured += 1
+            try:
+                texts = dialects.named(self.reply.dialect).event_texts(sse.parsed(sse.data(event) or b""))
+            except CallError:
+                return
+            self._bare_is(len(event) - sum(len(orjson.dumps(text)) - 2 for _, _, text in texts))
+
+    def _bare_is(self, size: int) -> None:
+        self._bare = min(self._bare or size, size)
 
     def _sift(self, events: list[bytes]) -> bytes:
         """What of these events goes to the client, each looked into."""

@@ -16,8 +16,6 @@ from qlens.dialects.response_events import CALLS, PARTS, Item, Part, Place, Writ
 from qlens.errors import CallError
 from qlens.usage import Usage
 
-LONGEST_TOKEN = 128
-"""The bytes of the longest token of OpenAI's vocabularies: no text has fewer tokens than its bytes by this."""
 _FOLD_BYTES = 65_536
 """So many bytes of events are remembered as they came; they are many times as long as the texts in them."""
 _DELTA = re.compile(rb"event: content_block_delta\b")
@@ -47,14 +45,10 @@ def ending(dialect: str) -> Ending | None:
 
 
 def within(used: Usage, most: int) -> Usage:
-    """A usage with no more generated than was reserved for it."""
-    reasoning, audio = min(used.reasoning, most), min(used.audio_out, most)
-    return evolve(
-        used,
-        reasoning=reasoning,
-        audio_out=min(audio, most - reasoning),
-        output=max(0, min(used.output, most - reasoning - audio)),
-    )
+    """The usage of a stream that was cut: it had more, and what was reserved for it was generated."""
+    reasoning = min(used.reasoning, most)
+    audio = min(used.audio_out, most - reasoning)
+    return evolve(used, reasoning=reasoning, audio_out=audio, output=most - reasoning - audio)
 
 
 def written(events: Iterable[Body]) -> bytes:

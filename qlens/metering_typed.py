@@ -8,13 +8,14 @@ from typing import Any, Literal
 import orjson
 from attrs import define, evolve, field
 
-from qlens import sse
+from qlens import sse, vocabularies
 from qlens.call import Reply
 from qlens.dialects import typed
 from qlens.dialects.typed import TypedDialect
 from qlens.errors import CallError, UpstreamTruncated
 from qlens.metering import estimated
-from qlens.metering_cut import LONGEST_TOKEN, Ending, ending, within, written
+from qlens.metering_cut import Ending, ending, within, written
+from qlens.metering_length import Length
 from qlens.provider_errors import error_from
 from qlens.usage import Usage, grown
 from qlens.watching import EventWatcher
@@ -33,19 +34,19 @@ class TypedMeter(EventWatcher):
     _spoken: int = field(init=False, default=0)
     """The deltas that passed, and below their bytes: these hold the answer's texts."""
     _spoken_bytes: int = field(init=False, default=0)
+    _failed: bool = field(init=False, default=False)
+    """Whether there is, or was, an error that ends the stream."""
     _last_event: bytes = field(init=False, default=b"", repr=False)
     """The event that ends the stream, once it was there."""
-    _most: int = field(init=False, default=0)
-    """The bytes of text that what a budget reserved can have at most, where there is an `_ending`."""
+    _length: Length = field(init=False)
+    """What is counted where there is an `_ending`."""
     _ending: Ending | None = field(init=False, default=None)
-    """What ends the stream when it has more."""
-    _weighed: int = field(init=False, default=0)
-    """The bytes of text that were counted exactly."""
+    """What ends the stream when it has more than a budget has reserved."""
 
     def __attrs_post_init__(self) -> None:
         self._dialect = typed.typed(self.reply.dialect)
         if self.call.most_output is not None:
-            self._most = self.call.most_output * LONGEST_TOKEN
+            self._length = Length(self.call.most_output, vocabularies.encoder(self.call))
             self._ending = ending(self.reply.dialect)
 
     def _take(self, piece: bytes) -> bytes:
@@ -83,21 +84,25 @@ class TypedMeter(EventWatcher):
                 passing.append(event)
                 self._count(event)
         except CallError as error:
-            self._error = error
-        self._ended = self._ended or self._error is not None or bool(self._last_event) or self.reply.cut
+            self._failed, self._error = True, error
+        self._ended = self._ended or self._failed or bool(self._last_event) or self.reply.cut
         return b"".join(passing)
 
     def _is_too_much(self, event: bytes, ending: Ending) -> bool:
-        """Whether with this event there is more text than was reserved; else it is remembered for the end.
-
-        As for chats, what is counted exactly begins where a rough count has found too much: it says less than there is,
-        and an answer that keeps to its max tokens is never cut.
-        """
-        if self._spoken_bytes - self._spoken * self._envelope > self._most and (data := sse.data(event)):
-            self._weighed += self._said_in(sse.parsed(data))
-            if self._weighed > self._most:
-                self.reply.cut, self.reply.finish = True, ending.finish
-                return True
+        """Whether with this event there is more text than was reserved; else it is remembered for the end."""
+        size = self._spoken_bytes - self._spoken * self._envelope if self._envelope else self.passed + len(event)
+        due = self._length.due(event, size)
+        for each in sse.cut(due) if due else ():
+            try:
+                payload = sse.parsed(sse.data(each) or b"{}")
+            except CallError:
+                continue
+            for strand, _, text in self._dialect.event_texts(payload):
+                if strand:
+                    self._length.add(strand, text)
+        if self._length.is_over:
+            self.reply.cut, self.reply.finish = True, ending.finish
+            return True
         ending.heard(event)
         return False
 
@@ -165,7 +170,7 @@ class TypedMeter(EventWatcher):
 
     def _goes_on(self) -> bool:
         """Whether the provider goes on with the answer though nobody reads this stream any more."""
-        over = self.reply.complete or self._error is not None
+        over = self.reply.complete or self._failed
         return not over and self.reply.dialect == "responses" and self.call.body.get("background") is True
 
     def _guess(self) -> int:

@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     from qlens.config import Config
     from qlens.registry import Instance
 
-Kind = Literal["response", "file", "batch"]
+Kind = Literal["response", "file", "batch", "conversation", "vector_store"]
 
-PREFIXES: Mapping[str, str] = {"response": "resp_", "file": "file-", "batch": "batch_"}
+PREFIXES: Mapping[str, str] = {
+    "response": "resp_",
+    "file": "file-",
+    "batch": "batch_",
+    "conversation": "conv_",
+    "vector_store": "vs_",
+}
 """How the ids of each kind begin: SDKs and people look at it."""
 MOST_CHARS = 512
 """No sealed id is longer."""
@@ -39,7 +45,7 @@ class Origin:
 
     provider: str
     model: str
-    """The name that a response's maker asked for; empty for files and batches, which belong to no model."""
+    """The name that a response's maker asked for; empty for all else, which belongs to no model."""
     id: str
     """The provider's own."""
 

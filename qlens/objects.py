@@ -17,13 +17,27 @@ from qlens.errors import InvalidRequest, ObjectMissing
 from qlens.object_ids import MOST_CHARS, Kept, ObjectIds, Origin, is_sealed
 from qlens.operations import shown
 
+OF_RESPONSES = frozenset({"compaction", "input_tokens", "responses"})
+"""The dialects whose bodies name what Responses keep."""
 _FREE = frozenset({"arguments", "format", "metadata", "parameters", "schema"})
 """Fields whose content is the client's own, or a schema: what looks like an id in there is none."""
 _FILE_FIELDS = frozenset({"error_file_id", "file_id", "input_file_id", "output_file_id"})
 _RESPONSE_FIELDS = frozenset({"previous_response_id", "response_id"})
 _OF_CONTAINERS = "cfile_"
 """How ids of files begin that exist only within a container, which nobody can ask for here."""
-_OBJECTS = {"response": "response", "response.deleted": "response", "file": "file", "batch": "batch"}
+_OBJECTS = {
+    "response": "response",
+    "response.deleted": "response",
+    "file": "file",
+    "batch": "batch",
+    "conversation": "conversation",
+    "conversation.deleted": "conversation",
+    "vector_store": "vector_store",
+    "vector_store.deleted": "vector_store",
+    # What stands in a vector store has the id of the file that it was made of.
+    "vector_store.file": "file",
+    "vector_store.file.deleted": "file",
+}
 # Inside a JSON string the quotes would be escaped, so text never matches.
 _MAY_HAVE_IDS = re.compile(rb'"(?:(?:response|response_id|file_ids?|encrypted_content)"\s*:|type"\s*:\s*"reasoning")')
 
@@ -35,7 +49,9 @@ def missing(kind: str, given: str) -> ObjectMissing:
         return ObjectMissing(f"No such File object: {said}", param="id")
     if kind == "batch":
         return ObjectMissing(f"No batch found with id '{said}'.")
-    return ObjectMissing(f"Response with id '{said}' not found.")
+    if kind == "vector_store":
+        return ObjectMissing(f"Vector store with id '{said}' not found.")
+    return ObjectMissing(f"{kind.capitalize()} with id '{said}' not found.")
 
 
 def file_missing(given: str, param: str) -> InvalidRequest:
@@ -56,9 +72,9 @@ def claim(call: Call, ids: ObjectIds, native: Callable[[Target], bool]) -> None:
     if call.operation.dialect == "chat":
         for place, message in enumerate(body["messages"]):
             claims.files(message.get("content"), f"messages[{place}].content")
-    elif call.operation.dialect == "responses":
+    elif call.operation.dialect in OF_RESPONSES:
         if body.get("conversation") is not None:
-            raise _unsealed("conversation")
+            claims.conversation(body)
         if body.get("previous_response_id") is not None:
             claims.response(body, "previous_response_id")
         for name in ("input", "tools", "prompt"):
@@ -96,6 +112,25 @@ class Claims:
             )
         node[name] = self._taken(origin, said, name)
 
+    def conversation(self, body: Body) -> None:
+        """Put the provider's own id in the place of a conversation's, which is given as it is or in an object."""
+        said = body["conversation"]
+        node, name = (said, "id") if type(said) is dict else (body, "conversation")
+        given = node.get(name)
+        origin = self.ids.open("conversation", self.call.known.tenant, given) if type(given) is str else None
+        if origin is None or type(given) is not str:
+            raise InvalidRequest(
+                f"Conversation with id '{shown(str(given or ''), MOST_CHARS)}' not found.", param="conversation"
+            )
+        node[name] = self._taken(origin, given, "conversation")
+
+    def vector_store(self, said: str, param: str) -> str:
+        """The provider's own id of a vector store."""
+        origin = self.ids.open("vector_store", self.call.known.tenant, said)
+        if origin is None:
+            raise InvalidRequest(f"Vector store with id '{shown(said, MOST_CHARS)}' not found.", param=param)
+        return self._taken(origin, said, param)
+
     def file(self, said: str, param: str) -> str:
         """The provider's own id of a file."""
         if said.startswith(_OF_CONTAINERS):
@@ -106,7 +141,7 @@ class Claims:
         return self._taken(origin, said, param)
 
     def files(self, node: Any, param: str) -> None:
-        """Put the provider's own ids in the places of those of files, at any depth."""
+        """Put the provider's own ids in the places of those of files and vector stores, at any depth."""
         if type(node) is list:
             for place, each in enumerate(node):
                 self.files(each, f"{param}[{place}]")
@@ -117,6 +152,8 @@ class Claims:
                     node[name] = self.file(child, where)
                 elif name == "file_ids" and type(child) is list:
                     node[name] = [self.file(each, where) if type(each) is str else each for each in child]
+                elif name == "vector_store_ids" and type(child) is list:
+                    node[name] = [self.vector_store(each, where) if type(each) is str else each for each in child]
                 elif name not in _FREE:
                     self.files(child, where)
 
@@ -284,6 +321,10 @@ class Sealer:
                     node[name] = self._text(node, name, child)
                 elif name == "file_ids" and type(child) is list:
                     node[name] = [self._file(each) if type(each) is str else each for each in child]
+                elif name == "vector_store_ids" and type(child) is list:
+                    node[name] = [self.id("vector_store", each) if type(each) is str else each for each in child]
+                elif name == "conversation" and type(child) is dict and type(child.get("id")) is str:
+                    child["id"] = self.id("conversation", child["id"])
                 elif name not in _FREE:
                     self.seal(child)
             if node.get("type") == "reasoning" and not node.get("encrypted_content"):
@@ -302,6 +343,8 @@ class Sealer:
             return self._file(text)
         if name == "encrypted_content":
             return self.content(text) if text else text
+        if name == "vector_store_id":
+            return self.id("vector_store", text)
         return self.id("response", text) if name in _RESPONSE_FIELDS else text
 
     def _file(self, own: str) -> str:

@@ -32,7 +32,7 @@ class Operation:
     body: Literal["json", "form", "none"] = "none"
     streams: bool = False
     meters: tuple[str, ...] = ()
-    kind: Literal["", "response", "file", "batch"] = ""
+    kind: Literal["", "response", "file", "batch", "conversation", "vector_store"] = ""
     """What an operation with affinity is about."""
     local: Callable[[Call, Models], Body] | None = field(default=None, repr=False)
 
@@ -113,10 +113,50 @@ _AUDIO = (
         "translations", "POST", "/v1/audio/translations", "full", "translations", "form", False, ("seconds", "tokens")
     ),
 )
+_CONVERSATIONS = tuple(
+    Operation(
+        name, method, f"/v1/conversations{rest}", "affinity", body="json" if asks else "none", kind="conversation"
+    )
+    for name, method, rest, asks in (
+        ("conversation_item", "GET", "/{id}/items/{item}", False),
+        ("conversation_item_delete", "DELETE", "/{id}/items/{item}", False),
+        ("conversation_items", "GET", "/{id}/items", False),
+        ("conversation_items_create", "POST", "/{id}/items", True),
+        ("conversation", "GET", "/{id}", False),
+        ("conversation_update", "POST", "/{id}", True),
+        ("conversation_delete", "DELETE", "/{id}", False),
+        ("conversation_create", "POST", "", True),
+    )
+)
+_VECTOR_STORES = tuple(
+    Operation(
+        name, method, f"/v1/vector_stores{rest}", "affinity", body="json" if asks else "none", kind="vector_store"
+    )
+    for name, method, rest, asks in (
+        ("vector_store_file_content", "GET", "/{id}/files/{file}/content", False),
+        ("vector_store_file", "GET", "/{id}/files/{file}", False),
+        ("vector_store_file_update", "POST", "/{id}/files/{file}", True),
+        ("vector_store_file_delete", "DELETE", "/{id}/files/{file}", False),
+        ("vector_store_batch_cancel", "POST", "/{id}/file_batches/{batch}/cancel", False),
+        ("vector_store_batch_files", "GET", "/{id}/file_batches/{batch}/files", False),
+        ("vector_store_batch", "GET", "/{id}/file_batches/{batch}", False),
+        ("vector_store_batch_create", "POST", "/{id}/file_batches", True),
+        ("vector_store_files", "GET", "/{id}/files", False),
+        ("vector_store_file_create", "POST", "/{id}/files", True),
+        ("vector_store_search", "POST", "/{id}/search", True),
+        ("vector_store", "GET", "/{id}", False),
+        ("vector_store_update", "POST", "/{id}", True),
+        ("vector_store_delete", "DELETE", "/{id}", False),
+        ("vector_stores", "GET", "", False),
+        ("vector_store_create", "POST", "", True),
+    )
+)
 OPERATIONS = (
     Operation("chat", "POST", "/v1/chat/completions", "full", "chat", "json", True, ("tokens",)),
     Operation("completions", "POST", "/v1/completions", "full", "completions", "json", True, ("tokens",)),
     Operation("responses", "POST", "/v1/responses", "full", "responses", "json", True, ("tokens",)),
+    Operation("input_tokens", "POST", "/v1/responses/input_tokens", "count", "input_tokens", "json"),
+    Operation("compaction", "POST", "/v1/responses/compact", "full", "compaction", "json", meters=("tokens",)),
     Operation("messages", "POST", "/v1/messages", "full", "messages", "json", True, ("tokens",)),
     Operation("count_tokens", "POST", "/v1/messages/count_tokens", "count", "count_tokens", "json"),
     Operation("embeddings", "POST", "/v1/embeddings", "full", "embeddings", "json", False, ("tokens",)),
@@ -139,6 +179,8 @@ OPERATIONS = (
     Operation("batch_create", "POST", "/v1/batches", "affinity", body="json", kind="batch"),
     Operation("batch_cancel", "POST", "/v1/batches/{id}/cancel", "affinity", kind="batch"),
     Operation("batch", "GET", "/v1/batches/{id}", "affinity", kind="batch"),
+    *_CONVERSATIONS,
+    *_VECTOR_STORES,
     *(Operation("passthrough", method, "/v1/providers/{provider}/{path}", "affinity") for method in METHODS),
     Operation("models", "GET", "/v1/models", "local", local=_list_models),
     Operation("model", "GET", "/v1/models/{id}", "local", local=_retrieve_model),

@@ -43,8 +43,18 @@ def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served],
 
 
 def plugin_endpoints(registration: Registration) -> list[tuple[str, Endpoint]]:
-    """The endpoints of plugins, each with its owner."""
-    return [(hook.instance, endpoint) for hook in registration.hooks.endpoints for endpoint in hook.fn()]
+    """The endpoints of plugins, each with its owner; of those that instances share, the first one's."""
+    found: list[tuple[str, Endpoint]] = []
+    shared: set[tuple[str, str, str]] = set()
+    for hook in registration.hooks.endpoints:
+        for endpoint in hook.fn():
+            # With the plugin's module: another plugin's path is never taken over in silence.
+            place = endpoint.method, endpoint.path, type(hook.owner).__module__
+            if endpoint.shared and place in shared:
+                continue
+            shared.add(place)
+            found.append((hook.instance, endpoint))
+    return found
 
 
 def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial
 from operator import itemgetter
-from typing import Protocol
+from typing import Any, Protocol
 
 import orjson
 from attrs import evolve, field, frozen
@@ -21,12 +21,13 @@ from qlens.bridges.messages_over_chat import without_extensions
 from qlens.bridges.responses_over_chat.thoughts import without_closed
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
-from qlens.dialects import count_tokens, responses, typed
+from qlens.dialects import count_tokens, input_tokens, responses, typed
 from qlens.dialects.fields import missing
 from qlens.errors import (
     CallError,
     CallTimedOut,
     InvalidRequest,
+    NotCounted,
     PluginFailed,
     Unauthenticated,
     Unavailable,
@@ -90,6 +91,8 @@ class Pipeline:
     settling: set[asyncio.Task[None]] = field(factory=set)
     """What still accounts or stores on its own; shutdown and reload wait for it."""
     deadlines: Deadlines = field(factory=Deadlines)
+    batches_read: set[str] = field(factory=set)
+    """The batches whose output was read for what they used, or is being read."""
     stores_at_once: bool = field(init=False)
     """Whether no cache waits for anything when it keeps an answer: no task is needed then, nor a bound on its time."""
     settles_at_once: bool = field(init=False)
@@ -217,9 +220,13 @@ class Pipeline:
             call.model, call.targets = evolve(call.model, candidates=able, fallbacks={}), able
         await self.admit(account)
         if able:
-            account.reply = await self._wrapped(account)
-            return account.reply
-        return _local(count_tokens.estimate(call.body))
+            try:
+                account.reply = await self._wrapped(account)
+                return account.reply
+            except NotCounted:
+                pass  # it speaks of counting, but not for this model: that shows when it is asked
+        counting = input_tokens if call.operation.dialect == "input_tokens" else count_tokens
+        return _local(counting.estimate(call.body))
 
     async def session(self, account: Account) -> Reply:
         """Open a session; there is no body to guard, to know already or to keep."""
@@ -258,7 +265,7 @@ class Pipeline:
         call.bounded = most is not None or not dialect.GENERATES
         output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
         media = dialect.media(call.body)
-        if media or call.operation.name == "responses":
+        if media or call.operation.dialect in objects.OF_RESPONSES:
             objects.claim(call, self.ids, self.responds)
             if call.form is not None:
                 media = {**media, **meters_of(call)}
@@ -467,12 +474,12 @@ class Pipeline:
             reply.target = reply.target or target  # a provider may know better which model it was
             if bridge is not None:
                 translate(reply, bridge, call.operation.dialect, call.body)
-            elif reply.dialect == "responses":
+            elif reply.dialect in objects.OF_RESPONSES:
                 objects.Sealer.of(call, target, self.ids).reply(reply)
             meter = self.metered(account, reply)
         except CallError as error:
             if bridge is not None:
-                error.param = params.asked(call.operation.dialect, error.param)
+                error.param = params.asked(call.operation.dialect, error.param, outgoing.dialect)
             account.failed(place, error)
             raise
         except mistakes() as error:
@@ -493,7 +500,7 @@ class Pipeline:
                 dialect, spoken, f"The provider {target.provider} of the model `{target.public}`"
             )
             body = bridge.request(body)
-        elif dialect == "responses":
+        elif dialect in objects.OF_RESPONSES:
             body = without_closed(body)
         may_be_extended = dialect == "chat" and (call.extended or bridge is not None)
         if may_be_extended and not getattr(provider.plugin, "takes_extensions", False):
@@ -612,6 +619,29 @@ class Pipeline:
             except (Exception, asyncio.CancelledError) as error:  # also when shutdown cancels one that hangs
                 self.failure(hook, error)
         self.metrics.settled(receipt)
+
+    @property
+    def takes_once(self) -> list[Bound]:
+        """The hooks that know a receipt by its id and take it once."""
+        return [hook for hook in self.hooks.settle if getattr(hook.owner, "takes_once", False)]
+
+    def settle_once(self, call: Call, receipt: Receipt) -> None:
+        """Account for what became known after the call that set it going, and perhaps was accounted for before."""
+        for hook in self.takes_once:
+            self.settle_later(self._settle_once(hook, call, receipt))
+
+    async def _settle_once(self, hook: Bound, call: Call, receipt: Receipt) -> None:
+        try:
+            await hook.fn(call, receipt, None)
+        except (Exception, asyncio.CancelledError) as error:
+            self.failure(hook, error)
+
+    def settle_later(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that no call waits for; shutdown and reload do."""
+        settling = run_apart(work)
+        if not settling.done():
+            self.settling.add(settling)
+            settling.add_done_callback(self.settling.discard)
 
     def failure(self, hook: Bound, error: BaseException, answer: CallError | None = None) -> CallError:
         """Count a hook that failed by itself, and give the error that the client sees for it."""

@@ -17,6 +17,7 @@ from qlens.errors import (
     UpstreamRejected,
     UpstreamTimedOut,
     UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 
 _READ_CHARS = 4096
@@ -86,6 +87,8 @@ def error_from(payload: Mapping[str, Any], status: int | None = None, retry_afte
         return UpstreamModelMissing("The provider does not know the model that is configured for this name.")
     if status in {401, 403}:
         return UpstreamAuth("The provider refused the gateway's credential.")
+    if status == 407:
+        return UpstreamUnreachable("No connection to the provider: the proxy refused the gateway's credential.")
     if status in {402, 429}:
         return _limited(error, status, retry_after)
     if status in {408, 504}:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 from attrs import define, evolve, field, frozen
 
+from qlens import transcription
 from qlens.account import Account, ClientLeft
 from qlens.call import UNPRICED, Call, Reply, Target
 from qlens.errors import (
@@ -79,6 +80,12 @@ def open_session(pipeline: Pipeline, call: Call) -> None:
     if "call_id" in call.query:
         raise InvalidRequest("This gateway does not join calls: leave `call_id` out.", param="call_id")
     name = call.query.get("model") or call.query.get("deployment")
+    if not name and transcription.is_transcription(call):
+        raise InvalidRequest(
+            "You must provide a model parameter, for transcription too: /v1/realtime?intent=transcription&model=NAME. "
+            "Who is asked, and whether you may, is known before a session opens; it is then told the model.",
+            param="model",
+        )
     if not name:
         raise InvalidRequest("You must provide a model parameter: /v1/realtime?model=NAME.", param="model")
     model = pipeline.models.resolve(name)
@@ -203,6 +210,12 @@ class _Join:
     conversation: Conversation
     _last: float = field(factory=time.monotonic, init=False)
     """When the last message passed."""
+    _model: str | None = field(init=False)
+    """Which model is to write down what is heard, in a session that does nothing else."""
+
+    def __attrs_post_init__(self) -> None:
+        target = self.conversation.reply.target
+        self._model = target.model if target and transcription.is_transcription(self.account.call) else None
 
     async def run(self, limits: Server) -> None:
         """Pass frames until a side closes; raises what the receipt says of another end than a good one."""
@@ -269,6 +282,8 @@ class _Join:
         if frame.kind in {"text", "bytes"}:
             self._last = time.monotonic()
             self.conversation.hear(frame)
+            if self._model is not None:
+                return transcription.pinned(frame, self._model)
         return frame
 
     def _from_provider(self, frame: Frame) -> Frame:

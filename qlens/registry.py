@@ -54,6 +54,8 @@ class Endpoint:
     scoped: bool = False
     """Whether the handler minds `call.scope`, the tenant that a caller is confined to: only then it is open to roles
     that rule one tenant (`tenant_admin`, say)."""
+    shared: bool = False
+    """Whether the handler answers for all instances of its plugin: of several, the first serves the path."""
 
 
 @frozen

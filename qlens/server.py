@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 
 from aiohttp import web
@@ -18,9 +19,10 @@ from aiohttp.http import HttpVersion11
 from attrs import define, field
 
 from qlens import config, realtime
+from qlens.access_log import Access, AccessLog
 from qlens.account import ClientLeft
 from qlens.call import Call
-from qlens.connection import Connection, Exchange
+from qlens.connection import Connection, Exchange, Refused
 from qlens.errors import CallError, CallTimedOut, InvalidRequest, StartupError, Unavailable, frames
 from qlens.gateway import Gateway, Generation
 from qlens.operations import Operation, Paths
@@ -111,6 +113,7 @@ async def served(
             server = Server(gateway, *sockets)
             gateway.url = url_of(server.client_socket)
         try:
+            server.log_access(settings.access_log)
             await gateway.start(registration)
             del registration  # after a reload nobody but this frame would keep its plugins, and what a cache holds
             yield server
@@ -126,13 +129,13 @@ async def served(
 class _Http(web.Server):
     """aiohttp's low-level server, with our connections."""
 
-    def __init__(self, serve: Callable[[Exchange], Awaitable[None]]) -> None:
+    def __init__(self, serve: Callable[[Exchange], Awaitable[None]], refused: Refused) -> None:
         # Handler cancellation is off by default: the upstream would run on after the client left.
         super().__init__(_never, handler_cancellation=True)
-        self._serve = serve
+        self._serve, self._refused = serve, refused
 
     def __call__(self) -> Connection:
-        return Connection(self, self._serve, loop=self._loop, access_log=None)
+        return Connection(self, self._serve, self._refused, loop=self._loop, access_log=None)
 
     def running(self) -> list[asyncio.Task[None]]:
         """The requests that run."""
@@ -161,6 +164,7 @@ class Server:
     gateway: Gateway
     client_socket: socket.socket
     admin_socket: socket.socket
+    _access: AccessLog | None = field(default=None, init=False)
     _listening: list[asyncio.Server] = field(factory=list, init=False)
     _http: list[_Http] = field(factory=list, init=False)
 
@@ -181,16 +185,31 @@ class Server:
         """Where operators reach it."""
         return url_of(self.admin_socket)
 
+    def log_access(self, place: Path | None) -> None:
+        """Write an access log, if one is wanted; raises StartupError when it cannot be written."""
+        if place is not None:
+            lost = self.gateway.metrics.counter("qlens_access_log_lost_total", "Lines of the access log that are lost.")
+            access = AccessLog(place, lost.inc)
+            access.open()
+            self._access = access
+
     async def start(self) -> None:
         """Listen."""
         loop = asyncio.get_running_loop()
         for taken, handler in ((self.client_socket, self._client), (self.admin_socket, self._admin)):
-            http = _Http(handler)
+            http = _Http(handler, self._malformed)
             self._http.append(http)
             self._listening.append(await loop.create_server(http, sock=taken, backlog=1024))
 
     async def stop(self, drain_seconds: float) -> None:
         """Stop taking calls, let running ones end, cut off those that take longer than `drain_seconds`."""
+        try:
+            await self._stop(drain_seconds)
+        finally:
+            if self._access is not None:
+                await asyncio.to_thread(self._access.close)
+
+    async def _stop(self, drain_seconds: float) -> None:
         self.gateway.draining = True
         if self._listening and self._listening[0].is_serving():
             await self._close_to_clients()
@@ -238,6 +257,12 @@ class Server:
         generation = self.gateway.current
         await self._handle(exchange, generation, generation.admin)
 
+    def _malformed(self, id_: str, peer: str | None, status: int) -> None:
+        """Note what was refused because it is not HTTP."""
+        self.gateway.calls.refused.labels(str(status)).inc()
+        if self._access is not None:
+            self._access.note(Access(time.time_ns(), id_, peer, None, None, status, 0.0, None, None, None))
+
     async def _handle(self, exchange: Exchange, generation: Generation, paths: Paths[Served]) -> None:
         generation.enter()
         call: Call | None = None
@@ -262,6 +287,8 @@ class Server:
             await self._fail(exchange, call, mistake())
         finally:
             generation.leave()
+            if self._access is not None:
+                self._access.note(_access(exchange, call))
 
     @staticmethod
     def _call(exchange: Exchange, generation: Generation, paths: Paths[Served]) -> tuple[Call, Served]:
@@ -326,20 +353,44 @@ class Server:
             await exchange.fail(error, call)
 
 
+def _access(exchange: Exchange, call: Call | None) -> Access:
+    """What the access log says of a request."""
+    caller = None if call is None else call.caller
+    now = time.monotonic()
+    return Access(
+        wall_ns=time.time_ns() if call is None else call.wall_ns,
+        id=exchange.id,
+        client=exchange.peer,
+        method=exchange.message.method,
+        path=_origin_form(exchange.message.path),
+        status=exchange.status,
+        seconds=0.0 if call is None else now - call.started,
+        tenant=None if caller is None else caller.tenant,
+        key_id=None if caller is None else caller.key_id,
+        model=None if call is None or call.model is None else call.model.name,
+    )
+
+
 def _joined(exchange: Exchange, generation: Generation) -> Relay:
     """What joins a client that changes to WebSocket with its session."""
     return partial(realtime.relay, exchange.switch, generation.registration.config.server)
 
 
 def _path(target: str) -> str:
-    """The path of a request target."""
-    path = target.partition("?")[0]
+    """The path of a request target; raises InvalidRequest."""
+    path = _origin_form(target)
     if not path.isprintable():
         raise InvalidRequest("The path of the request is not valid UTF-8.")
-    if not path.startswith("/"):
-        # The absolute form of a request target (RFC 9112, 3.2.2); its host is as good as any Host header: unused.
-        path = "/" + path.partition("://")[2].partition("/")[2]
     return path
+
+
+def _origin_form(target: str) -> str:
+    """The path of a request target, whatever is in it."""
+    path = target.partition("?")[0]
+    if path.startswith("/"):
+        return path
+    # The absolute form (RFC 9112, 3.2.2); its host is as good as any Host header: unused.
+    return "/" + path.partition("://")[2].partition("/")[2]
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:

@@ -91,7 +91,10 @@ class _Translated:
             if block := self._fed(events):
                 return block
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # its traceback refers to this object: a cycle
         raise StopAsyncIteration
 
     def _fed(self, events: Iterable[bytes]) -> bytes:

@@ -12,16 +12,23 @@ from urllib.parse import urlsplit
 from attrs import define, field, frozen
 
 from qlens import __version__
-from qlens.config import Secret
-from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated, UpstreamUnreachable
+from qlens.config import Network, Secret, Tls
+from qlens.errors import (
+    StartupError,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamTimedOut,
+    UpstreamTruncated,
+    UpstreamUnreachable,
+)
 from qlens.upstream_connection import Connection, Headers, Upload
-from qlens.upstream_dialer import Dialer, Origin, Resolve, Tls, invalid_url
+from qlens.upstream_dialer import Dialer, Origin, Resolve, invalid_url
 
 if TYPE_CHECKING:
     from qlens.session import Session
     from qlens.websocket import Client
 
-__all__ = ["Answer", "Deadlines", "Tls", "Upload", "Upstream", "extra_headers", "header_value", "http_url"]
+__all__ = ["Answer", "Deadlines", "Upload", "Upstream", "extra_headers", "header_value", "http_url"]
 
 MAX_BODY_BYTES = 32 * 1024 * 1024
 
@@ -95,6 +102,8 @@ class Upstream:
     """How many connections one origin may have; calls beyond it wait, up to their deadline for a connection."""
     proxy: str | None = field(default=None, repr=False)
     """`http://[user:password@]host:port` of a proxy that every connection goes through."""
+    tls: Tls | None = None
+    """For requests that say nothing else."""
     resolve: Resolve | None = field(default=None, repr=False)
     """What gives the addresses of hosts for `open`; None: the system's resolver."""
     _dialer: Dialer = field(init=False, repr=False)
@@ -105,6 +114,17 @@ class Upstream:
 
     def __attrs_post_init__(self) -> None:
         self._dialer = Dialer(self.proxy, self.resolve)
+
+    @classmethod
+    async def through(cls, network: Network) -> Upstream:
+        """Connections that are made so; raises StartupError when the files of its `tls` cannot be used."""
+        http = cls(network.max_connections, network.proxy, network.tls)
+        if network.tls is not None:
+            try:
+                await http._dialer.context(network.tls)
+            except UpstreamError as error:
+                raise StartupError(f"network: {'; '.join(error.__notes__)}") from None
+        return http
 
     async def open(
         self,
@@ -154,6 +174,7 @@ class Upstream:
         """
         if self._closed:
             raise _stopping()
+        tls = tls or self.tls
         context = await self._dialer.context(tls) if url.startswith("https:") else None
         if self._sockets is None:
             from qlens.websocket import Client  # it needs this module's errors, and most gateways never need it
@@ -180,7 +201,7 @@ class Upstream:
         """What all requests with these have in common, worked out once."""
         key = method, url, tls, *headers.items()
         if (known := self._known.get(key)) is None:
-            origin, path = _split(url, tls)
+            origin, path = _split(url, tls or self.tls)
             if self.proxy is not None and origin.scheme == "http":
                 path = f"http://{origin.authority}{path}"
                 headers = {**headers, **self._dialer.proxy_headers}
@@ -380,9 +401,9 @@ class _Peer:
 
     async def send(self, method: str, head: bytes, body: bytes | Upload, deadlines: Deadlines) -> Answer:
         bare = method == "HEAD"
+        self._users += 1  # also while it waits: a peer that is waited for is not unused
         if self._slots is not None:
             await self._take_slot(self._slots, deadlines)
-        self._users += 1
         connection = self._last_used()
         try:
             if connection is None:
@@ -426,8 +447,11 @@ class _Peer:
         try:
             async with asyncio.timeout(deadlines.connect_seconds):
                 await slots.acquire()
-        except TimeoutError:
-            raise _unconnected(deadlines) from None
+        except BaseException as error:
+            self._users -= 1
+            if isinstance(error, TimeoutError):
+                raise _unconnected(deadlines) from None
+            raise
 
     def _leave(self) -> None:
         self._users -= 1

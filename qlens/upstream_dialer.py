@@ -15,33 +15,23 @@ import aiohappyeyeballs
 from aiohappyeyeballs import AddrInfoType
 from attrs import define, field, frozen
 
+from qlens.config.network import PROXY_FORM, Tls, is_proxy
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamUnreachable
 from qlens.upstream_connection import READ_BYTES, Connection
 
-__all__ = ["Dialer", "Origin", "Resolve", "Tls", "invalid_url"]
+__all__ = ["Dialer", "Origin", "Resolve", "invalid_url"]
 
 Resolve = Callable[[str, int], Awaitable[Sequence[AddrInfoType]]]
 """What gives the addresses of a host and port, as `getaddrinfo` does; connections go to these and no others."""
 
+_Stamp = tuple[int | None, ...]
+
+_PLAIN = Tls()
 _NAME_SECONDS = 10.0
 _MAX_NAMES = 256
 # After this long without a connection, the next address is tried beside the first. (RFC 8305)
 _NEXT_ADDRESS_SECONDS = 0.25
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-
-
-@frozen
-class Tls:
-    """What TLS to a provider needs beside the defaults; certificates are always verified."""
-
-    ca_file: Path | None = None
-    """PEM certificates that are trusted instead of the system's."""
-    certificate: Path | None = None
-    """The client's own certificate, PEM, with its chain."""
-    key: Path | None = None
-    """The key of `certificate`; None when it is in the same file."""
-    server_name: str | None = None
-    """What the provider's certificate must be for, and what SNI asks for; None: the host of the URL."""
 
 
 @frozen(cache_hash=True)
@@ -86,7 +76,7 @@ class Dialer:
     resolve: Resolve | None = field(default=None, repr=False)
     """None: the system's resolver, and whatever it says."""
     _names: dict[tuple[str, int], _Name] = field(init=False, factory=dict, repr=False)
-    _contexts: dict[Tls | None, ssl.SSLContext] = field(init=False, factory=dict, repr=False)
+    _contexts: dict[Tls, tuple[_Stamp, ssl.SSLContext]] = field(init=False, factory=dict, repr=False)
     _buffer: memoryview = field(init=False, factory=lambda: memoryview(bytearray(READ_BYTES)), repr=False)
     _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
     _proxy_at: tuple[str, int] = field(init=False, default=("", 0), repr=False)
@@ -96,10 +86,10 @@ class Dialer:
     def __attrs_post_init__(self) -> None:
         if self.proxy is None:
             return
+        if not is_proxy(self.proxy):
+            raise ValueError(f"the proxy must be a URL of the form {PROXY_FORM}")
         parts = urlsplit(self.proxy)
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query or parts.fragment:
-            raise ValueError("the proxy must be a URL of the form http://host:port")
-        self._proxy_at = parts.hostname, parts.port or 80
+        self._proxy_at = parts.hostname or "", parts.port or 80
         if parts.username is not None:
             credential = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
             self.proxy_headers = {"proxy-authorization": f"Basic {b64encode(credential.encode()).decode()}"}
@@ -156,13 +146,20 @@ class Dialer:
         return await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
 
     async def context(self, tls: Tls | None) -> ssl.SSLContext:
-        """How TLS is spoken; made once for each set of files."""
-        if (context := self._contexts.get(tls)) is None:
-            try:
-                context = await self._loop.run_in_executor(None, _new_context, tls or Tls())
-            except OSError:
-                raise _no_tls("its TLS files cannot be read") from None
-            self._contexts[tls] = context
+        """How TLS is spoken; made once for each set of files, and again when they have changed."""
+        tls = tls or _PLAIN
+        stamp, kept = _stamp(tls), self._contexts.get(tls)
+        if kept is not None and kept[0] == stamp:
+            return kept[1]
+        try:
+            context = await self._loop.run_in_executor(None, _new_context, tls)
+        except OSError as error:
+            if kept is not None:
+                return kept[1]  # they are being renewed: the next connection looks again
+            refused = _no_tls("its TLS files cannot be read")
+            refused.add_note(f"the files of `tls` cannot be used: {error}")
+            raise refused from None
+        self._contexts[tls] = stamp, context
         return context
 
     async def _ask_for_tunnel(self, proxy: Connection, origin: Origin, until: float) -> None:
@@ -196,12 +193,36 @@ def invalid_url() -> UpstreamUnreachable:
     return UpstreamUnreachable("No connection to the provider: its configured URL is not valid.")
 
 
+def _files(tls: Tls) -> tuple[Path | None, ...]:
+    return tls.ca_file, tls.cert_file, tls.key_file
+
+
 def _new_context(tls: Tls) -> ssl.SSLContext:
+    for file in _files(tls):
+        if file is not None:
+            file.open("rb").close()  # OpenSSL's own error would not say which one it is
     context = ssl.create_default_context(cafile=tls.ca_file)
     context.set_alpn_protocols(["http/1.1"])
-    if tls.certificate is not None:
-        context.load_cert_chain(tls.certificate, tls.key)
+    if tls.cert_file is not None:
+        try:
+            # Without this one, a passphrase would be asked for at the terminal.
+            context.load_cert_chain(tls.cert_file, tls.key_file, password="")
+        except ssl.SSLError as error:
+            said = f"{error}: they must hold a certificate and its key, which has no passphrase"
+            raise ssl.SSLError(error.errno, said) from error
     return context
+
+
+def _stamp(tls: Tls) -> _Stamp:
+    """What tells that its files have changed."""
+    return tuple(map(_changed_at, _files(tls)))
+
+
+def _changed_at(file: Path | None) -> int | None:
+    try:
+        return None if file is None else file.stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def _not_connected(error: OSError | UnicodeError) -> UpstreamError:

@@ -52,7 +52,7 @@ def load(models: Iterable[str]) -> None:
 
 def estimated_input(call: Call) -> int:
     """What a call's input is likely to count at the target that it was sent to last."""
-    encode = _encoder(call)
+    encode = encoder(call)
     if encode is None:
         return call.estimated_input
     text = "\n".join(text for _, text in call.texts())
@@ -63,7 +63,7 @@ def estimated_input(call: Call) -> int:
 
 def estimated_output(call: Call, text: str) -> int | None:
     """What a text that a target wrote is likely to count; None without its vocabulary."""
-    encode = _encoder(call)
+    encode = encoder(call)
     return None if encode is None else _counted(encode, text)
 
 
@@ -72,7 +72,8 @@ def _counted(encode: Encode, text: str) -> int:
     return tokens if len(text) <= MOST_COUNTED else -(-tokens * len(text) // MOST_COUNTED)
 
 
-def _encoder(call: Call) -> Encode | None:
+def encoder(call: Call) -> Encode | None:
+    """The vocabulary of the target that a call was sent to last; None where it is not on this machine."""
     if not _loaded or not call.attempts:
         return None
     target = call.attempts[-1].target

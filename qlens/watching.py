@@ -139,6 +139,7 @@ class EventWatcher(Watcher):
 
     def _let_go(self) -> None:
         super()._let_go()
+        self._error = None  # its traceback refers to this object too
         del self.ended
 
     def _keep(self, block: bytes) -> None:

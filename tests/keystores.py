@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import orjson
+from ledgers import Place
 
 from qlens.clock import Clock
 from qlens.config.entries import BUILT_IN_ROLES
@@ -41,8 +42,10 @@ def _row(key: str, id_: str, tenant: str, role: str) -> str:
     return f"- {{id: {id_}, hash: 'sha256:{hashed}', tenant: {tenant}, roles: [{role}]}}\n"
 
 
-def config(settings: str = "poll_seconds: 0.05", cost: str = "") -> str:
-    """The configuration."""
+def config(settings: str = "poll_seconds: 0.05", cost: str = "", *, place: Place | None = None) -> str:
+    """The configuration, with the keys in a database, by default in a file beside it."""
+    if place is not None:
+        settings += f', url: "{place.url}"'
     return f"""
 server:
   roles: {DEFINED}
@@ -58,9 +61,11 @@ models:
 
 
 @asynccontextmanager
-async def stored(text: str | None = None, *, clock: Clock | None = None) -> AsyncIterator[Running]:
+async def stored(
+    text: str | None = None, *, place: Place | None = None, clock: Clock | None = None
+) -> AsyncIterator[Running]:
     """Run it."""
-    async with running(text or config(), files={"keys.yaml": key_file()}, clock=clock) as gateway:
+    async with running(text or config(place=place), files={"keys.yaml": key_file()}, clock=clock) as gateway:
         yield gateway
 
 

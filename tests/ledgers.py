@@ -1,4 +1,4 @@
-"""The databases a ledger may be in, for tests that hold for each of them."""
+"""The databases a ledger, or a store of keys, may be in, for tests that hold for each of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Place(Protocol):
 
     @property
     def url(self) -> str:
-        """What a ledger's configuration says."""
+        """What a plugin's configuration says."""
 
     def store(self) -> Store:
         """The ledger in it."""
@@ -29,7 +29,7 @@ class Place(Protocol):
         """What a statement finds; nothing while there are no tables."""
 
     def execute(self, sql: str) -> None:
-        """Change something behind the ledger's back."""
+        """Change something behind the gateway's back."""
 
 
 @frozen
@@ -63,9 +63,11 @@ class SqlitePlace:
     def execute(self, sql: str) -> None:
         """Run a statement."""
         database = sqlite3.connect(self.path, timeout=10)
-        database.execute(sql)
-        database.commit()
-        database.close()
+        try:
+            database.execute(sql)
+            database.commit()
+        finally:
+            database.close()
 
 
 @frozen

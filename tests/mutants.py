@@ -50,12 +50,41 @@ HTTP = ("tests/core/test_attacks_http.py",)
 LIFE = ("tests/core/test_attacks_life.py",)
 KEPT = ("tests/core/test_objects.py",)
 BEDROCK = ("tests/plugins/provider/bedrock",)
+GOLDEN = ("tests/plugins/provider/test_golden.py",)
 REALTIME = ("tests/core/test_realtime.py",)
 LIMITS = ("tests/plugins/rate_limit",)
 BUDGETS = ("tests/plugins/cost/test_budgets.py",)
 STORES = ("tests/core/test_stores_redis.py",)
+KEY_STORE = ("tests/plugins/auth/test_key_store_postgres.py",)
+METERS = ("tests/plugins/cost/test_prices_meters.py",)
+BATCHES = ("tests/plugins/cost/test_ledger_batches.py",)
+SUMMARY = ("tests/plugins/cost/test_ledger_summary.py",)
+VERSIONS = ("tests/core/test_stores_sqlite.py",)
+UPKEEP = ("tests/plugins/cost/test_ledger_upkeep.py",)
+RECONCILE = ("tests/plugins/cost/test_reconcile_deployments.py",)
 
 MUTANTS = (
+    Mutant(
+        "operators at a time who lose each other's changes",
+        "plugins/qlens_plugins/auth/key_store/postgres.py",
+        "; SELECT FROM key_state FOR UPDATE",
+        "",
+        KEY_STORE,
+    ),
+    Mutant(
+        "a change whose commit was lost is told to have failed",
+        "plugins/qlens_plugins/auth/key_store/sql_store.py",
+        "        except CommitLost:\n",
+        "        except ZeroDivisionError:\n",
+        KEY_STORE,
+    ),
+    Mutant(
+        "another database is followed from where the first one was",
+        "plugins/qlens_plugins/auth/key_store/sql_store.py",
+        "known = since if database is self._followed else None",
+        "known = since",
+        KEY_STORE,
+    ),
     Mutant(
         "a budget that lets everything pass that is asked for at the same time",
         "plugins/qlens_plugins/cost/budgets/memory.py",
@@ -101,9 +130,58 @@ MUTANTS = (
     Mutant(
         "a stream that never ends is never cut",
         "qlens/metering.py",
-        "        return None if most is None else most * LONGEST_TOKEN\n",
+        "        return None if most is None else Length(most, vocabularies.encoder(self.call))\n",
         "        return None\n",
         BUDGETS,
+    ),
+    Mutant(
+        "text around reasoning is taken for shorter than it is, and hides how long a stream is",
+        "qlens/metering.py",
+        "        elif self._length is not None and self._measured < _MOST_NOTED:\n",
+        "        elif False:\n",
+        ("tests/core/test_metering_length.py",),
+    ),
+    Mutant(
+        "a stream that was cut into pieces counts more tokens than it has",
+        "qlens/metering_length.py",
+        "_AT_EDGE = 2\n",
+        "_AT_EDGE = 0\n",
+        ("tests/core/test_metering_length.py",),
+    ),
+    Mutant(
+        "a budget is projected by what was spent, not by how fast",
+        "plugins/qlens_plugins/cost/budgets/endpoints.py",
+        "spent * whole // elapsed",
+        "spent",
+        ("tests/plugins/cost/test_budgets_seen.py",),
+    ),
+    Mutant(
+        "where only running calls stand in the way, clients are told not to try again",
+        "plugins/qlens_plugins/cost/budgets/refusals.py",
+        "    if need.likely <= left and told.held:\n",
+        "    if False:\n",
+        ("tests/plugins/cost/test_budgets_seen.py",),
+    ),
+    Mutant(
+        "whoever is bound by a tenant's budget may widen it",
+        "plugins/qlens_plugins/auth/key_store/authority.py",
+        "wider_limits(tenant.limits, self.caller.allowance, of_tenant=True)",
+        "wider_limits(tenant.limits, self.caller.allowance)",
+        ("tests/plugins/cost/test_budgets_granted.py",),
+    ),
+    Mutant(
+        "who rules one tenant sees the limits of all",
+        "plugins/qlens_plugins/rate_limit/token_bucket/endpoints.py",
+        " and call.scope in (None, used.tenant)",
+        "",
+        ("tests/plugins/rate_limit/test_token_bucket_shown.py",),
+    ),
+    Mutant(
+        "a reset bucket is forgotten, and the next process says again what was missing",
+        "plugins/qlens_plugins/rate_limit/token_bucket/script.py",
+        "  redis.call('SET', KEYS[1], string.format('%.0f 0', t[1] * 1000000 + t[2]), 'KEEPTTL')\n",
+        "  redis.call('DEL', KEYS[1])\n",
+        ("tests/plugins/rate_limit/test_token_bucket_shown.py",),
     ),
     Mutant(
         "a stream of messages that never ends is never cut",
@@ -173,6 +251,13 @@ MUTANTS = (
         "qlens/stores/redis.py",
         "                await self._in_time(self._send_together(together))\n",
         "                await self._send_together(together)\n",
+        STORES,
+    ),
+    Mutant(
+        "a store that is closed waits for a task whose cancellation was lost",
+        "qlens/stores/redis.py",
+        "            await asyncio.wait(tasks, timeout=_PROBE_SECONDS)\n",
+        "            await asyncio.wait(tasks)\n",
         STORES,
     ),
     Mutant(
@@ -509,8 +594,8 @@ MUTANTS = (
     Mutant(
         "a provider that breaks in its stream is the gateway's mistake",
         "qlens/watching.py",
-        "            raise self.failed(mistake) from mistake\n",
-        "            raise\n",
+        "        return isinstance(reason, CallError) or not isinstance(reason, mistakes())\n",
+        "        return True\n",
         HOOKS,
     ),
     Mutant(
@@ -633,6 +718,27 @@ MUTANTS = (
         BEDROCK,
     ),
     Mutant(
+        "Bedrock is asked to count for a profile",
+        "plugins/qlens_plugins/provider/bedrock/counting.py",
+        "quote(model.base, safe='')",
+        "quote(model.text, safe='')",
+        BEDROCK,
+    ),
+    Mutant(
+        "what passes through to Bedrock has no price",
+        "plugins/qlens_plugins/provider/bedrock/passing.py",
+        "reply.usage, reply.target = meter.usage, asked",
+        "reply.usage = meter.usage",
+        BEDROCK,
+    ),
+    Mutant(
+        "thoughts are counted twice",
+        "plugins/qlens_plugins/provider/bedrock/usage.py",
+        "    output -= reasoning\n",
+        "",
+        BEDROCK,
+    ),
+    Mutant(
         "what was read from Bedrock's cache is billed as fresh input",
         "plugins/qlens_plugins/provider/bedrock/usage.py",
         '        cached_input=_count(raw, "cacheReadInputTokens") or 0,\n',
@@ -733,9 +839,184 @@ MUTANTS = (
     Mutant(
         "a response of a deployment with codex is asked for behind an api-version without Responses",
         "plugins/qlens_plugins/provider/azure_openai/plugin.py",
-        "{self._responses_query if about_responses else self._query}",
-        "{self._query}",
+        '{"responses": self._responses_query, "vector_stores": self._newest_query}',
+        '{"vector_stores": self._newest_query}',
         ("tests/plugins/provider/azure_openai/test_responses.py",),
+    ),
+    Mutant(
+        "a gateway whose plugins share a database loses its log to the next command",
+        "qlens/stores/sqlite.py",
+        "        if not path.exists():\n            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))\n",
+        "        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))\n",
+        ("tests/core/test_stores_sqlite.py",),
+    ),
+    Mutant(
+        "schemas of functions become strict where a chat is asked by Responses",
+        "qlens/bridges/chat_over_responses/request.py",
+        '            "strict": bool(function.get("strict")),\n',
+        '            **({"strict": True} if function.get("strict") else {}),\n',
+        ("tests/core/bridges/test_chat_over_responses.py",),
+    ),
+    Mutant(
+        "a chat asked by Responses is kept by the provider",
+        "qlens/bridges/chat_over_responses/request.py",
+        ', "store": False}',
+        "}",
+        ("tests/core/bridges/test_chat_over_responses.py",),
+    ),
+    Mutant(
+        "a session that transcribes does so by whatever model the client names",
+        "qlens/transcription.py",
+        '            heard["model"] = model\n',
+        "            pass\n",
+        REALTIME,
+    ),
+    Mutant(
+        "items are put into conversations unseen by guards",
+        "qlens/affinity.py",
+        '        pipeline.refuse_unseen("Conversations cannot be filled")\n',
+        "        pass\n",
+        ("tests/core/test_collections.py",),
+    ),
+    Mutant(
+        "speech is asked of Azure by an api-version that lacks it",
+        "plugins/qlens_plugins/provider/azure_openai/plugin.py",
+        '_IN_PREVIEWS = frozenset({"image_edits", "speech"})',
+        '_IN_PREVIEWS = frozenset({"image_edits"})',
+        GOLDEN,
+    ),
+    Mutant(
+        "a response of Azure is asked for at a deployment's path",
+        "plugins/qlens_plugins/provider/azure_openai/plugin.py",
+        'return f"{self._root}/{PATHS[dialect]}{self._responses_query}"',
+        'return f"{self._place}{PATHS[dialect]}{self._responses_query}"',
+        GOLDEN,
+    ),
+    Mutant(
+        "a model at Bedrock that is not ready is a failure like any other",
+        "plugins/qlens_plugins/provider/bedrock/failures.py",
+        '"The model is not ready yet.", code="model_not_ready", retry_after=THROTTLED_SECONDS',
+        '"The model is not ready yet."',
+        ("tests/plugins/provider/test_golden_errors.py",),
+    ),
+    Mutant(
+        "what Bedrock read from a cache is counted in one of its spellings only",
+        "plugins/qlens_plugins/provider/bedrock/usage.py",
+        "        value = raw.get(_OLDER[name])\n",
+        '        value = raw.get(_OLDER[name] if "cache" not in name else name)\n',
+        ("tests/plugins/provider/bedrock/test_pitfalls.py",),
+    ),
+    Mutant(
+        "the tool by which a model fits a schema is shown among its calls",
+        "plugins/qlens_plugins/provider/bedrock/converse_stream.py",
+        '            self._parts[block] = _Part("helper")\n            return b""\n',
+        '            self._parts[block] = _Part("helper")\n            self._calls += 1\n            return b""\n',
+        ("tests/plugins/provider/bedrock/test_pitfalls.py",),
+    ),
+    Mutant(
+        "a variable of the environment leads past the FIPS endpoint",
+        "plugins/qlens_plugins/provider/bedrock/endpoints.py",
+        "if not config.fips and (given := _given()) is not None:",
+        "if (given := _given()) is not None:",
+        ("tests/plugins/provider/bedrock/test_chat.py",),
+    ),
+    Mutant(
+        "who asks for a response again pays for a request",
+        "plugins/qlens_plugins/cost/prices/plugin.py",
+        "if sheet.by_request and call.operation.meters:\n",
+        "if sheet.by_request:\n",
+        METERS,
+    ),
+    Mutant(
+        "what is billed by the character is billed by tokens as well",
+        "plugins/qlens_plugins/cost/prices/book.py",
+        "            lines.clear()\n",
+        "            pass\n",
+        METERS,
+    ),
+    Mutant(
+        "any row is enough for a strict price table",
+        "plugins/qlens_plugins/cost/prices/plugin.py",
+        "if not ways or all(any(sheet.bills(way) for way in ways) for sheet in sheets):\n",
+        "if not ways or all(sheet.entries for sheet in sheets):\n",
+        METERS,
+    ),
+    Mutant(
+        "a batch is in the ledger for each time somebody asks for it",
+        "qlens/batches.py",
+        "    code = int.from_bytes(hashlib",
+        "    whose = (*whose, str(time.time_ns()))\n    code = int.from_bytes(hashlib",
+        BATCHES,
+    ),
+    Mutant(
+        "the lines of a batch are one long prompt",
+        "qlens/batches.py",
+        "        return whole if picos == whole.picos else Cost(picos",
+        "        return whole if whole.picos is not None else Cost(picos",
+        BATCHES,
+    ),
+    Mutant(
+        "a batch whose receipt was deleted is counted again",
+        "plugins/qlens_plugins/cost/ledger/plugin.py",
+        "if not self._is_forgotten(receipt) and not writer.keep(receipt):\n",
+        "if not writer.keep(receipt):\n",
+        BATCHES,
+    ),
+    Mutant(
+        "an output that could not be read is not read again",
+        "qlens/batches.py",
+        "            self.pipeline.batches_read.discard(self.own)\n",
+        "",
+        BATCHES,
+    ),
+    Mutant(
+        "refused calls are no errors in the summary",
+        "plugins/qlens_plugins/cost/ledger/summary.py",
+        'found["failed"] + turned_away, calls + turned_away',
+        'found["failed"], calls + turned_away',
+        SUMMARY,
+    ),
+    Mutant(
+        "pictures that are billed by tokens are not counted",
+        "plugins/qlens_plugins/cost/ledger/rollups.py",
+        '"images": ("images", "output_images"),\n',
+        '"images": ("images",),\n',
+        SUMMARY,
+    ),
+    Mutant(
+        "a gateway writes to tables that are no longer for it",
+        "qlens/stores/sqlite.py",
+        "    if (found[1] if found else version) > known:\n",
+        "    if False:\n",
+        VERSIONS,
+    ),
+    Mutant(
+        "a newer version that disturbs nobody stops older gateways",
+        "qlens/stores/sqlite.py",
+        """        oldest = "ifnull(oldest, version)" if _has_oldest(database) else "version"\n""",
+        """        oldest = "version"\n""",
+        VERSIONS,
+    ),
+    Mutant(
+        "a backup has nothing of receipts that were deleted",
+        "plugins/qlens_plugins/cost/ledger/backup.py",
+        "        yield Batch(number, (), {}, found_rests)\n",
+        "        continue\n",
+        UPKEEP,
+    ),
+    Mutant(
+        "a backup is restored on top of roll-ups",
+        "plugins/qlens_plugins/cost/ledger/backup.py",
+        "                              UNION ALL SELECT 1 FROM usage_groups LIMIT 1) AS found),\n",
+        "                              LIMIT 1) AS found),\n",
+        UPKEEP,
+    ),
+    Mutant(
+        "a deployment that drifts is hidden by the others of its model",
+        "plugins/qlens_plugins/cost/ledger/reconcile_report.py",
+        "self.found.models), *parts)))\n",
+        "self.found.models))))\n",
+        RECONCILE,
     ),
 )
 

@@ -22,6 +22,8 @@ BODIES: dict[str, dict[str, object]] = {
     "completions": {"prompt": "hello"},
     "embeddings": {"input": "hello"},
     "responses": {"input": "hello"},
+    "compaction": {"input": "hello"},
+    "input_tokens": {"input": "hello"},
     "messages": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 10},
     "count_tokens": {"messages": [{"role": "user", "content": "hello"}]},
     "moderations": {"input": "hello"},

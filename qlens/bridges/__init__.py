@@ -43,6 +43,7 @@ def between(client: str, provider: str) -> Bridge | None:
     """The bridge for a client's dialect over a provider's; None when there is none."""
     from qlens.bridges import (
         chat_over_messages,
+        chat_over_responses,
         completions_over_chat,
         composed,
         messages_over_chat,
@@ -51,11 +52,18 @@ def between(client: str, provider: str) -> Bridge | None:
 
     table: dict[tuple[str, str], Callable[[], Bridge]] = {
         ("chat", "messages"): chat_over_messages.bridge,
+        ("chat", "responses"): chat_over_responses.bridge,
         ("completions", "chat"): completions_over_chat.bridge,
         ("completions", "messages"): lambda: composed.Composed(
             "completions", completions_over_chat.bridge(), chat_over_messages.bridge()
         ),
+        ("completions", "responses"): lambda: composed.Composed(
+            "completions", completions_over_chat.bridge(), chat_over_responses.bridge()
+        ),
         ("messages", "chat"): messages_over_chat.bridge,
+        ("messages", "responses"): lambda: composed.Composed(
+            "messages", messages_over_chat.bridge(), chat_over_responses.bridge()
+        ),
         ("responses", "chat"): responses_over_chat.bridge,
         ("responses", "messages"): lambda: composed.Composed(
             "responses", responses_over_chat.bridge(), chat_over_messages.bridge()

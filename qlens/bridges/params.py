@@ -26,17 +26,33 @@ _NAMES: Mapping[str, Mapping[str, str]] = {
         "verbosity": "text.verbosity",
     },
 }
+_IN_CHAT: Mapping[str, str] = {
+    "include": "logprobs",
+    "input": "messages",
+    "max_output_tokens": "max_completion_tokens",
+    "reasoning": "reasoning_effort",
+    "text": "response_format",
+    "text.verbosity": "verbosity",
+}
+"""Chat's words for those of Responses."""
+_FLAT = re.compile(r"(tools\[\d+\]|tool_choice)\.(?!type\b)")
 _FUNCTION = re.compile(r"(tools\[\d+\]|tool_choice)\.(?:function|custom)\b")
 _SCHEMA = re.compile(r"(tools\[\d+\])\.parameters\b")
 
 
-def asked(dialect: str, param: str | None) -> str | None:
-    """The client's own param for one of chat; as it is where both say the same."""
+def asked(dialect: str, param: str | None, said: str = "chat") -> str | None:
+    """The client's own param for one that a provider names in chat's words, or in those of `said`."""
+    if param is not None and said == "responses" and dialect != "responses":
+        param = _IN_CHAT.get(param) or _IN_CHAT.get(_first(param)) or _FLAT.sub(r"\1.function.", param)
     names = _NAMES.get(dialect)
     if param is None or names is None:
         return param
-    name = re.split(r"[.\[]", param, maxsplit=1)[0]
+    name = _first(param)
     if name in names:
         return names[name]
     found = _FUNCTION.sub(r"\1", param)
     return _SCHEMA.sub(r"\1.input_schema", found) if dialect == "messages" else found
+
+
+def _first(param: str) -> str:
+    return re.split(r"[.\[]", param, maxsplit=1)[0]

@@ -14,6 +14,7 @@ from qlens.config.entries import (
     matches,
 )
 from qlens.config.file import draft, parse, read, text_of
+from qlens.config.network import Network, Tls
 from qlens.config.scalars import Secret, Url
 from qlens.config.strict import convert
 
@@ -24,10 +25,12 @@ __all__ = [
     "Config",
     "Draft",
     "ModelEntry",
+    "Network",
     "PluginEntry",
     "Secret",
     "Server",
     "TargetEntry",
+    "Tls",
     "Url",
     "convert",
     "draft",

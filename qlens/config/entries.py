@@ -12,6 +12,7 @@ from attrs.validators import and_, ge, gt, le, optional
 
 from qlens.config.environment import MissingText
 from qlens.config.faults import has_missing
+from qlens.config.network import Network
 from qlens.config.scalars import Secret
 from qlens.errors import Fault
 
@@ -101,6 +102,11 @@ class Server:
     """How long a realtime session may be open."""
     session_idle_seconds: float = field(default=900.0, validator=gt(0))
     """How long a realtime session may be silent: without a message of the client or of the provider."""
+    access_log: Path | None = None
+    """A file that gets a line of JSON for each request: /dev/stdout, say. Without it there is no such log; the ledger
+    has the calls."""
+    network: Network | None = None
+    """How plugins reach providers, issuers of tokens and key sets, unless a provider has a `network` of its own."""
     id_key: Secret | None = field(default=None, validator=optional(_not_guessed))
     """Seals the ids of objects that providers keep (responses, files, batches); the same for all replicas. Without it
     each provider's ids are sealed with its own secrets: ids end when those change, and a provider without any keeps

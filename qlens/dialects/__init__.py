@@ -74,18 +74,32 @@ class Dialect(Protocol):
 @cache
 def named(name: str) -> Dialect:
     """The dialect of this name; KeyError if there is none."""
-    from qlens.dialects import audio, chat, completions, embeddings, images, messages, moderations, rerank, responses
+    from qlens.dialects import (
+        audio,
+        chat,
+        compaction,
+        completions,
+        embeddings,
+        images,
+        messages,
+        moderations,
+        rerank,
+        responses,
+    )
     from qlens.dialects.count_tokens import COUNT_TOKENS
+    from qlens.dialects.input_tokens import INPUT_TOKENS
     from qlens.dialects.uploads import UPLOADS
 
     table: dict[str, Dialect] = {
         "chat": chat,
+        "compaction": compaction,
         "completions": completions,
         "count_tokens": COUNT_TOKENS,
         "embeddings": embeddings,
         "image_edits": images.IMAGE_EDITS,
         "image_variations": images.IMAGE_VARIATIONS,
         "images": images.IMAGES,
+        "input_tokens": INPUT_TOKENS,
         "messages": messages,
         "moderations": moderations.MODERATIONS,
         "rerank": rerank.RERANK,

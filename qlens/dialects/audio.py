@@ -72,9 +72,16 @@ def _used(body: Body) -> Usage | None:
     said, tier = body.get("usage"), body.get("service_tier")
     if isinstance(said, dict) and said.get("type") != "duration":
         details = said.get("input_token_details", said.get("input_tokens_details"))
-        return usages.from_responses({**said, "input_tokens_details": details}, tier)
+        counted, length = usages.from_responses({**said, "input_tokens_details": details}, tier), body.get("duration")
+        lasting = _lasting(length) if counted is not None else None
+        return counted if counted is None or lasting is None else evolve(counted, meters=_counted(lasting))
     used = _lasting(said.get("seconds") if isinstance(said, dict) else body.get("duration"))
     return evolve(used, tier=tier) if used is not None and isinstance(tier, str) else used
+
+
+def _counted(lasting: Usage) -> Meters:
+    """The seconds of what is billed by tokens."""
+    return {"input_seconds": lasting.meters["seconds"]}
 
 
 def _lasting(seconds: object) -> Usage | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from attrs import evolve
+
 from qlens.dialects import Body, Ref, fields
 from qlens.dialects.plain import Meters, Plain, tokens_of
 from qlens.errors import InvalidRequest
@@ -62,11 +64,14 @@ def _asked(body: Body) -> Meters:
 
 
 def _used(body: Body) -> Usage | None:
-    """The tokens, for models that count them; else the images that are there."""
+    """The tokens, for models that count them, and the images that are there; else these alone."""
     images = body.get("data")
+    # A stream's last event is an image itself.
+    made = len(images) if isinstance(images, list) else int("b64_json" in body)
     if body.get("usage") and (said := tokens_of(body)) is not None and said.total:
-        return with_image_tokens(said, body["usage"])
-    return Usage(meters={"images": len(images)}, source="provider") if isinstance(images, list) and images else None
+        used = with_image_tokens(said, body["usage"])
+        return evolve(used, meters={**used.meters, "output_images": made}) if made else used
+    return Usage(meters={"images": made}, source="provider") if made and images else None
 
 
 IMAGES = Plain(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import orjson
@@ -92,42 +92,41 @@ _REASONING = fields.record(
 )
 _CHOSEN = fields.tagged("type", {}, _ANY)
 _STORED = fields.either("a string or an object", {str: fields.text, dict: fields.free_form})
-_REQUEST = fields.record(
-    {
-        "background": fields.flag,
-        "conversation": _STORED,
-        "include": fields.array(fields.text, of="strings"),
-        "input": fields.either(
-            "a string or an array of objects", {str: fields.text, list: fields.array(_item, of="objects")}
-        ),
-        "instructions": fields.text,
-        # OpenAI's least is 16.
-        "max_output_tokens": fields.integer(16, fields.MAX_TOKENS),
-        "max_tool_calls": fields.integer(1, fields.MAX_TOKENS),
-        "metadata": fields.table(fields.text),
-        "model": fields.MODEL,
-        "parallel_tool_calls": fields.flag,
-        "previous_response_id": fields.text,
-        "prompt": fields.record({"id": fields.text, "variables": fields.free_form}, required=("id",)),
-        "prompt_cache_key": fields.text,
-        "prompt_cache_retention": fields.text,
-        "reasoning": _REASONING,
-        "safety_identifier": fields.text,
-        "service_tier": fields.text,
-        "store": fields.flag,
-        "stream": fields.flag,
-        "stream_options": fields.record({"include_obfuscation": fields.flag}),
-        "temperature": fields.number(0, 2),
-        "text": _TEXT,
-        "tool_choice": fields.either("a string or an object", {str: fields.text, dict: _CHOSEN}),
-        "tools": fields.array(_TOOL, of="objects"),
-        "top_logprobs": fields.integer(0, 20),
-        "top_p": fields.number(0, 1),
-        "truncation": fields.one_of("auto", "disabled"),
-        "user": fields.text,
-    },
-    required=("model",),
-)
+FIELDS: Mapping[str, fields.Rule] = {
+    "background": fields.flag,
+    "conversation": _STORED,
+    "include": fields.array(fields.text, of="strings"),
+    "input": fields.either(
+        "a string or an array of objects", {str: fields.text, list: fields.array(_item, of="objects")}
+    ),
+    "instructions": fields.text,
+    # OpenAI's least is 16.
+    "max_output_tokens": fields.integer(16, fields.MAX_TOKENS),
+    "max_tool_calls": fields.integer(1, fields.MAX_TOKENS),
+    "metadata": fields.table(fields.text),
+    "model": fields.MODEL,
+    "parallel_tool_calls": fields.flag,
+    "previous_response_id": fields.text,
+    "prompt": fields.record({"id": fields.text, "variables": fields.free_form}, required=("id",)),
+    "prompt_cache_key": fields.text,
+    "prompt_cache_retention": fields.text,
+    "reasoning": _REASONING,
+    "safety_identifier": fields.text,
+    "service_tier": fields.text,
+    "store": fields.flag,
+    "stream": fields.flag,
+    "stream_options": fields.record({"include_obfuscation": fields.flag}),
+    "temperature": fields.number(0, 2),
+    "text": _TEXT,
+    "tool_choice": fields.either("a string or an object", {str: fields.text, dict: _CHOSEN}),
+    "tools": fields.array(_TOOL, of="objects"),
+    "top_logprobs": fields.integer(0, 20),
+    "top_p": fields.number(0, 1),
+    "truncation": fields.one_of("auto", "disabled"),
+    "user": fields.text,
+}
+"""What a request may say, by its rules."""
+_REQUEST = fields.record(FIELDS, required=("model",))
 _PROMPTED = ("input", "previous_response_id", "conversation", "prompt")
 
 

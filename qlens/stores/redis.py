@@ -26,11 +26,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from attrs import define, field, fields, frozen
 from attrs.validators import ge, min_len, optional
@@ -55,6 +56,9 @@ _SLICES = 5
 """In how many slices the time of an answer runs."""
 _MOST_TOGETHER = 64
 """How many scripts travel together at most."""
+_LIST_SECONDS = 10
+"""How long a look at all keys may take."""
+_LIST_TOGETHER = 1000
 _LOG_SECONDS = 60
 """How often a store that stays away is logged."""
 _SCHEMES = ("redis", "rediss", "unix")
@@ -113,6 +117,12 @@ class RedisSettings:
         # Quoted: a brace or colon in a tenant's name must not end the tag, nor make one key of two.
         tail = ":".join(quote(part, safe=" ,=*#", errors="surrogatepass") for part in parts)
         return f"{self.prefix}:{{{quote(slot, safe=' =', errors='surrogatepass')}}}:{tail}"
+
+    def parts(self, key: str) -> tuple[str, list[str]]:
+        """The slot and the parts that a key was made of."""
+        slot, _, tail = key.removeprefix(f"{self.prefix}:{{").partition("}:")
+        said = [unquote(part, errors="surrogatepass") for part in (slot, *tail.split(":"))]
+        return said[0], said[1:]
 
 
 def _bare(url: str) -> str:
@@ -198,6 +208,25 @@ class RedisStore:
             self._working = True
             self._start(self._work())
         return await answer
+
+    async def names(self, first: str) -> list[str]:
+        """The keys whose first part this is, of all slots; raises StoreUnavailable.
+
+        The server looks at every key it has, a few at a time: for operators' questions, not for calls.
+        """
+        if not self.ok:
+            raise StoreUnavailable(self._trouble)
+        begin = _literal(f"{self.settings.prefix}:{{")
+        pattern = f"{begin}*}}:{_literal(self.key(first, slot='').rpartition(':')[2])}:*"
+        try:
+            async with asyncio.timeout(_LIST_SECONDS):
+                # A key may be told twice while the server makes its table larger.
+                names = {name async for name in self._client.scan_iter(match=pattern, count=_LIST_TOGETHER)}
+                return [name.decode() for name in names]
+        except TimeoutError:
+            raise StoreUnavailable(f"its keys could not be listed within {_LIST_SECONDS} s") from None
+        except (*self._refusals, OSError) as error:
+            raise StoreUnavailable(f"{type(error).__name__}: {error}") from error
 
     def _start(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -390,11 +419,18 @@ class RedisStore:
         """Let go of every connection."""
         self._give_up(self._waiting)
         self._waiting.clear()
-        for task in (tasks := list(self._tasks)):
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while tasks := list(self._tasks):
+            for task in tasks:
+                task.cancel()
+            # More than once: redis-py loses a cancellation that comes while it gives up a connection.
+            await asyncio.wait(tasks, timeout=_PROBE_SECONDS)
         for client in (self._client, *self._sentinels):
             await client.aclose()
+
+
+def _literal(text: str) -> str:
+    """A text as a pattern of the server's that fits it alone."""
+    return re.sub(r"([][*?^\\-])", r"\\\1", text)
 
 
 def _fail(asked: _Asked, why: str) -> None:

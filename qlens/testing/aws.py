@@ -19,7 +19,11 @@ WEB_TOKEN = "example-web-identity-token"  # noqa: S105 - known to everybody
 CONTAINER_TOKEN = "example-container-token"  # noqa: S105
 SSO_TOKEN = "example-sso-token"  # noqa: S105
 ROLE = "arn:aws:iam::123456789012:role/example"
+SSO_CLIENT = {"clientId": "example-client", "clientSecret": "example-client-secret"}
+"""The client that a token of single sign-on is kept with, which may renew it."""
+SSO_REFRESH_TOKEN = "example-sso-refresh-token"  # noqa: S105
 
+_ECS = "/v2/credentials/"
 _META = "/latest/meta-data/iam/security-credentials/"
 _STS = "https://sts.amazonaws.com/doc/2011-06-15/"
 
@@ -38,6 +42,10 @@ class FakeAws(FakeUpstream):
     """What was given out so far."""
     asked: list[Mapping[str, str]] = field(factory=list)
     """The parameters of calls of STS so far."""
+    container_token: str = CONTAINER_TOKEN
+    """What the container's endpoint wants to see; at EKS it is a file's, which changes."""
+    sso_tokens: set[str] = field(factory=lambda: {SSO_TOKEN})
+    """The access tokens of single sign-on that are good."""
     _sessions: set[str] = field(factory=set)
 
     @property
@@ -45,15 +53,22 @@ class FakeAws(FakeUpstream):
         """For AWS_CONTAINER_CREDENTIALS_FULL_URI."""
         return f"{self.root}/credentials"
 
+    @property
+    def container_path(self) -> str:
+        """For AWS_CONTAINER_CREDENTIALS_RELATIVE_URI, as ECS has it: no token is wanted there."""
+        return f"{_ECS}00000000-example"
+
     def _usual(self, request: Recorded) -> Scripted:
         if request.method == "PUT" and request.path == "/latest/api/token":
             return self._session(request)
         if request.path.startswith(_META):
             return self._instance(request)
-        if request.path == "/credentials":
+        if request.path == "/credentials" or request.path.startswith(_ECS):
             return self._container(request)
         if request.path == "/federation/credentials":
             return self._sso(request)
+        if request.path == "/token":
+            return self._sso_token(request)
         return self._sts(request)
 
     # --- where AWS has it ----------------------------------------------------------------------
@@ -73,13 +88,17 @@ class FakeAws(FakeUpstream):
         return Scripted(body={"Code": "Success", "Type": "AWS-HMAC", **self._as_json(self.issue())})
 
     def _container(self, request: Recorded) -> Scripted:
-        if request.headers.get("authorization") != CONTAINER_TOKEN:
+        wanted = None if request.path.startswith(_ECS) else self.container_token
+        if request.headers.get("authorization") != wanted:
             return Scripted(401)
         return Scripted(body={"RoleArn": ROLE, **self._as_json(self.issue())})
 
     def _sso(self, request: Recorded) -> Scripted:
-        if request.headers.get("x-amz-sso_bearer_token") != SSO_TOKEN:
+        if request.headers.get("x-amz-sso_bearer_token") not in self.sso_tokens:
             return Scripted(401, {"x-amzn-errortype": "UnauthorizedException"}, body={"message": "no session"})
+        if {"role_name", "account_id"} - request.query.keys():
+            message = {"message": "role_name and account_id are required"}
+            return Scripted(400, {"x-amzn-errortype": "InvalidRequestException"}, body=message)
         identity = self.issue()
         assert identity.expires_at is not None
         given = {
@@ -89,6 +108,15 @@ class FakeAws(FakeUpstream):
             "expiration": int(identity.expires_at * 1000),
         }
         return Scripted(body={"roleCredentials": given})
+
+    def _sso_token(self, request: Recorded) -> Scripted:
+        """CreateToken of the OpenID Connect service beside the portal, by a refresh token."""
+        wanted = {**SSO_CLIENT, "grantType": "refresh_token", "refreshToken": SSO_REFRESH_TOKEN}
+        if request.body != wanted:
+            return Scripted(400, {"x-amzn-errortype": "InvalidGrantException"}, body={"error": "invalid_grant"})
+        token = f"sso-{uuid4().hex}"
+        self.sso_tokens.add(token)
+        return Scripted(body={"accessToken": token, "tokenType": "Bearer", "expiresIn": 28_800})
 
     def _sts(self, request: Recorded) -> Scripted:
         form = {name: values[0] for name, values in parse_qs(request.content.decode()).items()}

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 import orjson
 from attrs import define, evolve, field, frozen
 
+from qlens.testing import azure_fields
 from qlens.testing.entra import FakeEntra
 from qlens.testing.objects import FakeKeeper
 from qlens.testing.upstreams import (
@@ -30,7 +31,10 @@ from qlens.testing.upstreams import (
 
 KEY = "example-azure-key"
 RESPONSES_VERSIONS = ("2025-03-01-preview", "2025-04-01-preview")
-CLASSIC_VERSIONS = ("2023-05-15", "2024-02-01", "2024-06-01", "2024-10-21", "2024-12-01-preview", *RESPONSES_VERSIONS)
+CLASSIC_VERSIONS = (
+    *("2023-05-15", "2024-02-01", "2024-06-01", "2024-10-01-preview", "2024-10-21", "2024-12-01-preview"),
+    *("2025-01-01-preview", *RESPONSES_VERSIONS),
+)
 V1_VERSIONS = (None, "v1", "preview")
 AUDIENCES = ("https://cognitiveservices.azure.com", "https://ai.azure.com")
 
@@ -44,15 +48,26 @@ OFFSETS = {"check_offset": 44, "start_offset": 44, "end_offset": 64}
 _NAMELESS = {"id": "", "object": "", "created": 0, "model": ""}
 _PLACE = re.compile(r"/openai/(?:deployments/(?P<deployment>[^/]+)|(?P<v1>v1))/(?P<operation>.+)")
 _RESPONSES = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>responses(?:/.*)?)")
-_KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?:batches|files)(?:/.*)?)")
+_KEPT = re.compile(r"/openai/(?P<v1>v1/)?(?P<rest>(?P<kind>batches|conversations|files|vector_stores)(?:/.*)?)")
 
 
 @frozen
 class BaseModel:
     """What Azure knows of a model."""
 
-    kind: Literal["chat", "completions", "embeddings", "responses", "both"] = "both"
-    """What it speaks; both: chat and Responses."""
+    kind: Literal[
+        "chat",
+        "completions",
+        "embeddings",
+        "responses",
+        "both",
+        "images",
+        "image edits",
+        "speech",
+        "transcriptions",
+        "translations",
+    ] = "both"
+    """What it does; both: chat and Responses, image edits: images too, translations: transcriptions too."""
     series: Literal["gpt", "o", "reasoning"] = "gpt"
     """gpt: takes sampling parameters; o and reasoning: do not."""
     default_effort: str | None = None
@@ -73,6 +88,12 @@ MODELS: Mapping[str, BaseModel] = {
     "gpt-5.1": BaseModel(series="reasoning", default_effort="none", version="2025-11-13"),
     "gpt-5.1-codex": BaseModel(kind="responses", series="reasoning"),
     "text-embedding-3-small": BaseModel(kind="embeddings", version="1"),
+    "dall-e-3": BaseModel(kind="images", version="3.0"),
+    "gpt-image-1": BaseModel(kind="image edits", version="2025-04-15"),
+    "gpt-4o-mini-tts": BaseModel(kind="speech", version="2025-03-20"),
+    "tts": BaseModel(kind="speech", version="001"),
+    "gpt-4o-transcribe": BaseModel(kind="transcriptions", version="2025-03-20"),
+    "whisper": BaseModel(kind="translations", version="001"),
     "model-router": BaseModel(kind="chat", version="2025-08-07"),
 }
 
@@ -140,8 +161,13 @@ class FakeAzure(FakeUpstream):
             return None
         if not self._known(request):
             return access_denied()
-        versions = V1_VERSIONS if place["v1"] else CLASSIC_VERSIONS
-        if request.query.get("api-version") not in versions:
+        version = request.query.get("api-version")
+        if version not in (V1_VERSIONS if place["v1"] else CLASSIC_VERSIONS):
+            return resource_not_found()
+        if not place["v1"] and (
+            place["kind"] == "conversations"
+            or (place["kind"] == "vector_stores" and not (version or "").endswith("-preview"))
+        ):
             return resource_not_found()
         return self.keeper.answer(evolve(request, path=f"/v1/{place['rest']}"))
 
@@ -154,9 +180,13 @@ class FakeAzure(FakeUpstream):
             return access_denied()
         if request.query.get("api-version") not in (V1_VERSIONS if place["v1"] else RESPONSES_VERSIONS):
             return resource_not_found()
+        if place["rest"] == "responses/input_tokens":
+            return resource_not_found()
         asked = evolve(request, path=f"/v1/{place['rest']}")
-        if request.method != "POST" or place["rest"] != "responses":
+        if request.method != "POST" or place["rest"] not in {"responses", "responses/compact"}:
             return self.keeper.answer(asked)
+        if place["rest"] == "responses/compact" and not place["v1"]:
+            return resource_not_found()
         deployment = self.deployments.get(request.body.get("model"))
         if deployment is None:
             return deployment_not_found()
@@ -252,22 +282,26 @@ async def azure(
 
 # --- operations ---------------------------------------------------------------------------------
 
-_SHARED = {"model", "user", "stream", "n", "stop", "temperature", "top_p", "presence_penalty", "frequency_penalty"}
-_SHARED |= {"logit_bias", "logprobs", "max_tokens", "seed"}
-_CHAT = _SHARED | {"messages", "tools", "tool_choice", "functions", "function_call", "response_format", "top_logprobs"}
-_CHAT |= {"data_sources", "parallel_tool_calls", "store", "metadata", "modalities", "audio", "prediction"}
-_CHAT |= {"service_tier", "safety_identifier", "prompt_cache_key"}
-_FIELDS = {
-    "chat/completions": _CHAT,
-    "completions": _SHARED | {"prompt", "suffix", "echo", "best_of"},
-    "embeddings": {"model", "input", "user", "dimensions", "encoding_format"},
-}
 _FORMS = {"images/edits", "audio/transcriptions", "audio/translations"}
-_OTHER = {*_FORMS, "images/generations", "audio/speech"}
+_OTHER: Mapping[str, frozenset[str]] = {
+    "images/generations": frozenset({"images", "image edits"}),
+    "images/edits": frozenset({"image edits"}),
+    "audio/speech": frozenset({"speech"}),
+    "audio/transcriptions": frozenset({"transcriptions", "translations"}),
+    "audio/translations": frozenset({"translations"}),
+}
+"""The kinds of models that have each operation beside those that write."""
 _IN_PREVIEWS = {"images/edits", "audio/speech"}
-_CALLED = {"chat/completions": "chatCompletion", "completions": "completion"}
+_CALLED = {
+    "audio/speech": "audioSpeech",
+    "audio/transcriptions": "audioTranscription",
+    "audio/translations": "audioTranslation",
+    "chat/completions": "chatCompletion",
+    "completions": "completion",
+    "images/edits": "imageEdit",
+    "images/generations": "imageGeneration",
+}
 """What Azure calls operations that a model does not have."""
-_SINCE = {"stream_options": "2024-09-01", "max_completion_tokens": "2024-09-01", "reasoning_effort": "2024-12-01"}
 _SAMPLING = {"temperature": 1, "top_p": 1, "presence_penalty": 0, "frequency_penalty": 0}
 _SAMPLED = ("temperature", "top_p", "top_logprobs")
 _WITHOUT_SAMPLING = ("logprobs", "top_logprobs", "logit_bias")
@@ -277,8 +311,9 @@ def _operate(operation: str, deployment: Deployment, request: Recorded, version:
     if operation in _IN_PREVIEWS and version is not None and not version.endswith("-preview"):
         return resource_not_found()
     if operation in _OTHER:
-        return usual_answer(request)
-    if operation not in _FIELDS or (operation == "completions" and version is None):
+        fits = deployment.base.kind in _OTHER[operation]
+        return usual_answer(request) if fits else not_supported(operation, deployment)
+    if operation not in azure_fields.OPERATIONS or (operation == "completions" and version is None):
         return resource_not_found()
     kind = "chat" if operation == "chat/completions" else operation
     if deployment.base.kind not in {kind, *(("both",) if kind == "chat" else ())}:
@@ -300,10 +335,7 @@ def _operate(operation: str, deployment: Deployment, request: Recorded, version:
 def _unknown_field(
     operation: str, deployment: Deployment, body: Mapping[str, Any], version: str | None
 ) -> Scripted | None:
-    known = set(_FIELDS[operation])
-    if operation != "embeddings":
-        # A preview knows what was new at its date; the last GA has what the one before had as a preview.
-        known |= {name for name, since in _SINCE.items() if version is None or version >= since}
+    known = azure_fields.known(operation, version)
     if deployment.base.series == "gpt":
         known.discard("reasoning_effort")
     unknown = sorted(body.keys() - known)

@@ -13,7 +13,7 @@ import orjson
 from attrs import define, evolve, field
 from botocore.model import OperationModel
 
-from qlens.testing import converse_rules, frames
+from qlens.testing import bedrock_claude, converse_rules, frames
 from qlens.testing.aws_signature import Identities, Identity, Refusal
 from qlens.testing.service_model import fault, service_model
 from qlens.testing.upstreams import FakeUpstream, Recorded, Scripted, serving
@@ -27,9 +27,19 @@ PICTURE = "iVBORw0KGgo="
 """The image of every answer."""
 USAGE = {"inputTokens": 9, "outputTokens": 4, "totalTokens": 13}
 
-_PATH = re.compile(r"/model/(?P<model>[^/]+)/(?P<operation>converse|converse-stream|invoke)")
-_OPERATIONS = {"converse": "Converse", "converse-stream": "ConverseStream", "invoke": "InvokeModel"}
+_PATH = re.compile(
+    r"/model/(?P<model>[^/]+)/(?P<operation>converse|converse-stream|invoke|invoke-with-response-stream|count-tokens)"
+)
+_OPERATIONS = {
+    "converse": "Converse",
+    "converse-stream": "ConverseStream",
+    "invoke": "InvokeModel",
+    "invoke-with-response-stream": "InvokeModelWithResponseStream",
+    "count-tokens": "CountTokens",
+}
+_GUARD = re.compile(r"/guardrail/(?P<guardrailIdentifier>[^/]+)/version/(?P<guardrailVersion>[^/]+)/apply")
 _MOST_BYTES = 25_000_000
+_GUARD_UNITS = ("topicPolicyUnits", "contentPolicyUnits", "wordPolicyUnits", "contextualGroundingPolicyUnits")
 _GUARDRAIL = {f"guardrail{part}": f"x-amzn-bedrock-guardrail{part.lower()}" for part in ("Identifier", "Version")}
 
 
@@ -58,12 +68,18 @@ class FakeBedrock(FakeUpstream):
         return evolve(answered, headers={"x-amzn-requestid": str(uuid4()), **answered.headers})
 
     def _usual(self, request: Recorded) -> Scripted:
+        if _GUARD.fullmatch(request.path):
+            return Scripted(body={"usage": dict.fromkeys(_GUARD_UNITS, 1), "action": "NONE", "outputs": []})
         found = _PATH.fullmatch(request.path)
         return _usual_of(found["operation"], unquote(found["model"]), request.body) if found else Scripted()
 
     def _refusal(self, request: Recorded) -> Refusal | None:
         if refusal := self.identities.refusal(request, "bedrock", self.region):
             return refusal
+        if request.method == "POST" and (guarding := _GUARD.fullmatch(request.path)):
+            shape = service_model("bedrock-runtime").operation_model("ApplyGuardrail").input_shape
+            message = fault(shape, {**guarding.groupdict(), **request.body})
+            return Refusal(400, "ValidationException", message) if message else None
         found = _PATH.fullmatch(request.path)
         if found is None or request.method != "POST":
             return Refusal(404, "UnknownOperationException", "")
@@ -97,14 +113,15 @@ def invalid(operation: str, model: str, content: bytes, headers: Mapping[str, st
         body = orjson.loads(content)
     except orjson.JSONDecodeError:
         return "The request body is not valid JSON."
-    if operation == "InvokeModel":
+    if operation.startswith("InvokeModel"):
         guardrail = {name: headers[header] for name, header in _GUARDRAIL.items() if headers and header in headers}
         if len(guardrail) == 1:
             return "A guardrail needs both its identifier and its version."
         found = fault(known.input_shape, {"modelId": model, **guardrail})
         return found or _invalid_body(model, body)
     found = fault(known.input_shape, {"modelId": model, **body} if isinstance(body, dict) else body)
-    return found or converse_rules.refusal(model, body)
+    refusal = bedrock_claude.count_refusal if operation == "CountTokens" else converse_rules.refusal
+    return found or refusal(model, body)
 
 
 def _invalid_body(model: str, body: Any) -> str | None:
@@ -125,6 +142,8 @@ def _invalid_body(model: str, body: Any) -> str | None:
     elif "cohere.embed" in model:
         known = {"texts", "input_type", "truncate", "embedding_types", *(["output_dimension"] if "v4" in model else [])}
         texts, good = body.get("texts") or [None], "input_type" in body and len(body.get("texts") or ()) <= 96
+    elif "anthropic." in model:
+        return bedrock_claude.body_refusal(model, body)
     else:
         return "The provided model identifier is invalid."
     if unknown := body.keys() - known:
@@ -159,7 +178,8 @@ def streamed(answer: Mapping[str, Any], size: int = 6) -> list[bytes]:
     told = [frames.event("messageStart", {"role": "assistant", "p": "abcdefghij"})]
     for index, block in enumerate(answer["output"]["message"]["content"]):
         told += _told(index, block, size)
-    stop = {"stopReason": answer["stopReason"]}
+    own = ("stopReason", "additionalModelResponseFields")
+    stop = {name: answer[name] for name in own if name in answer}
     rest = {name: answer[name] for name in ("usage", "metrics", "serviceTier", "performanceConfig") if name in answer}
     return [*told, frames.event("messageStop", stop), frames.event("metadata", {**rest, "p": "abc"})]
 
@@ -217,6 +237,10 @@ def failure(name: str, message: str = "", *, status: int = 400, in_header: bool 
 def _usual_of(operation: str, model: str, body: Any) -> Scripted:
     if operation == "invoke":
         return _invoked(model, body)
+    if operation == "invoke-with-response-stream":
+        return stream(bedrock_claude.chunks(TEXT, USAGE))
+    if operation == "count-tokens":
+        return Scripted(body={"inputTokens": USAGE["inputTokens"]})
     told = _usual_answer(body)
     return whole(told) if operation == "converse" else stream(streamed(told))
 
@@ -239,6 +263,9 @@ def _invoked(model: str, body: Any) -> Scripted:
         return Scripted(body={"results": [{"index": index, "relevance_score": 1 / (1 + index)} for index in order]})
     if "imageGenerationConfig" in body:
         return Scripted(body={"images": [PICTURE] * body["imageGenerationConfig"]["numberOfImages"], "error": None})
+    if "anthropic." in model:
+        counts = {f"x-amzn-bedrock-{name}-token-count": str(USAGE[f"{name}Tokens"]) for name in ("input", "output")}
+        return Scripted(body=bedrock_claude.message(TEXT, USAGE), headers=counts)
     if model.startswith("stability."):
         return Scripted(body={"images": [PICTURE], "seeds": [1], "finish_reasons": [None]})
     return _vectors(model, body)

@@ -1,4 +1,4 @@
-"""A real HTTP server that plays OpenAI as far as it keeps things: responses, files and batches, of one account.
+"""A real HTTP server that plays OpenAI as far as it keeps things: responses, files, batches and collections.
 
 https://platform.openai.com/docs/api-reference/files
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from attrs import define, field
 
+from qlens.testing.collections import Conversations, VectorStores
 from qlens.testing.responses import FakeResponses, Refused
 from qlens.testing.upstreams import Recorded, Scripted, serving
 
@@ -28,6 +29,11 @@ class FakeKeeper(FakeResponses):
     files: dict[str, Body] = field(factory=dict)
     contents: dict[str, bytes] = field(factory=dict)
     batches: dict[str, Body] = field(factory=dict)
+    conversations: Conversations = field(factory=Conversations)
+    vector_stores: VectorStores = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.vector_stores = VectorStores(self._file)
 
     def keep_file(self, content: bytes, filename: str = "input.jsonl", purpose: str = "batch") -> Body:
         """Put a file into the account, as an upload does."""
@@ -44,10 +50,12 @@ class FakeKeeper(FakeResponses):
         self.files[file["id"]], self.contents[file["id"]] = file, content
         return file
 
-    def complete(self, name: str, output: bytes) -> None:
-        """Let a batch end with this output."""
+    def complete(self, name: str, output: bytes, **more: Any) -> None:
+        """Let a batch end with this output; `more` is what else it says: `usage`, `model`, `completed_at`."""
         written = self.keep_file(output, f"{name}_output.jsonl", "batch_output")
-        self.batches[name].update(status="completed", output_file_id=written["id"])
+        self.batches[name].update(
+            {"status": "completed", "output_file_id": written["id"], "completed_at": 1700000100, **more}
+        )
 
     def answer(self, request: Recorded) -> Scripted:
         """What it says to a request, for fakes that keep the same things at other addresses."""
@@ -60,6 +68,10 @@ class FakeKeeper(FakeResponses):
                 return self._files(request, steps[1:])
             if steps[:1] == ["batches"]:
                 return self._batches(request, steps[1:])
+            if steps[:1] == ["conversations"]:
+                return self.conversations.answer(request, steps[1:])
+            if steps[:1] == ["vector_stores"]:
+                return self.vector_stores.answer(request, steps[1:])
             if request.path == "/v1/models":
                 return Scripted(body={"object": "list", "data": [{"id": "upstream", "object": "model"}]})
         except Refused as refused:
@@ -160,7 +172,7 @@ class FakeKeeper(FakeResponses):
 
 @asynccontextmanager
 async def keeper() -> AsyncIterator[FakeKeeper]:
-    """Serve responses, files and batches on a free loopback port until the block is left."""
+    """Serve all that it keeps on a free loopback port until the block is left."""
     async with serving(FakeKeeper()) as fake:
         yield fake
 

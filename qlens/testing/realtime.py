@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import binascii
 from base64 import b64decode, b64encode
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -86,6 +86,8 @@ class FakeRealtime:
     """Whether an answer stops after its first piece, until it is cancelled."""
     refuses_with: int | None = None
     """A status with which every upgrade is refused."""
+    script: Mapping[str, Sequence[Mapping[str, Any]]] = field(factory=dict, repr=False)
+    """What it says, word for word, to a client's event of a type; and under `session.created`, at the start."""
     reading: asyncio.Event = field(factory=asyncio.Event, repr=False)
     """While it is not set, nothing is read from clients."""
     sessions: list[Joined] = field(factory=list, repr=False)
@@ -125,7 +127,8 @@ class FakeRealtime:
         session = Joined(request.path, dict(request.query), request.headers, socket, beta)
         self.sessions.append(session)
         try:
-            await session.say("session.created", session=self._described(session))
+            if not await self._scripted(session, "session.created"):
+                await session.say("session.created", session=self._described(session))
             await self._serve(session)
         except ConnectionError:
             pass  # the client has left
@@ -150,6 +153,9 @@ class FakeRealtime:
             if "deployment" in request.query:
                 return 400, "unknown_parameter", "Unknown query parameter: deployment"
             name = request.query.get("model")
+            if request.query.get("intent") == "transcription":
+                wording = "You must not provide a model parameter for transcription sessions."
+                return (400, "invalid_model", wording) if name is not None else None
         else:
             return 404, "unknown_url", "Invalid URL"
         if name not in self.models:
@@ -163,7 +169,7 @@ class FakeRealtime:
     def _described(self, session: Joined) -> dict[str, Any]:
         name = session.query.get("model") or session.query.get("deployment")
         described = {"id": "sess_1", "object": "realtime.session", "model": name, "instructions": ""}
-        return described if session.beta else {**described, "type": "realtime"}
+        return described if session.beta else {**described, "type": _kind(session)}
 
     async def _serve(self, session: Joined) -> None:
         while True:
@@ -181,7 +187,15 @@ class FakeRealtime:
             session.events.append(event)
             await self._answer(session, event)
 
+    async def _scripted(self, session: Joined, kind: str) -> bool:
+        """Say what the script has for an event of this type; whether it has anything."""
+        for event in self.script.get(kind, ()):
+            await session.socket.send_str(orjson.dumps(event).decode())
+        return kind in self.script
+
     async def _answer(self, session: Joined, event: dict[str, Any]) -> None:
+        if await self._scripted(session, str(event.get("type"))):
+            return
         match event.get("type"):
             case "session.update":
                 await self._update(session, event)
@@ -200,7 +214,7 @@ class FakeRealtime:
 
     async def _update(self, session: Joined, event: dict[str, Any]) -> None:
         wanted = event.get("session")
-        if not isinstance(wanted, dict) or (not session.beta and wanted.get("type") != "realtime"):
+        if not isinstance(wanted, dict) or (not session.beta and wanted.get("type") != _kind(session)):
             await session.refuse("Missing required parameter: 'session.type'.", "missing_required_parameter", event)
             return
         await session.say("session.updated", session={**self._described(session), **wanted})
@@ -284,6 +298,10 @@ def _response(name: str, status: str, text: str | None) -> dict[str, Any]:
         "output": [item] if text else [],
         "usage": None,
     }
+
+
+def _kind(session: Joined) -> str:
+    return "transcription" if session.query.get("intent") == "transcription" else "realtime"
 
 
 @asynccontextmanager

@@ -49,6 +49,18 @@ _PARAMETERS = frozenset(
         ),
     }
 )
+_COUNTED = frozenset(
+    {
+        *("conversation", "input", "instructions", "model", "parallel_tool_calls", "personality"),
+        *("previous_response_id", "reasoning", "text", "tool_choice", "tools", "truncation"),
+    }
+)
+_COMPACTED = frozenset(
+    {
+        *("input", "instructions", "model", "previous_response_id", "prompt_cache_key", "prompt_cache_options"),
+        "prompt_cache_retention",
+    }
+)
 _TOOLS = frozenset({"function", "custom", "web_search", "file_search", "code_interpreter", "image_generation", "mcp"})
 _PARTS = {
     "assistant": frozenset({"output_text", "refusal"}),
@@ -112,6 +124,11 @@ class FakeResponses(FakeUpstream):
         match request.method, steps:
             case "POST", []:
                 return self._create(request.body)
+            case "POST", ["input_tokens"]:
+                _check_counted(request.body)
+                return Scripted(body={"object": "response.input_tokens", "input_tokens": USAGE["input_tokens"]})
+            case "POST", ["compact"]:
+                return self._compact(request.body)
             case "GET", [name]:
                 return self._retrieve(self._find(name), request.query)
             case "DELETE", [name]:
@@ -155,6 +172,18 @@ class FakeResponses(FakeUpstream):
         if body.get("stream"):
             return Scripted(events=events, headers={"x-request-id": "req-upstream"})
         return Scripted(body=response, headers={"x-request-id": "req-upstream"})
+
+    def _compact(self, body: Body) -> Scripted:
+        """The user's messages, and all else in an item that this account can read."""
+        for name in body:
+            if name not in _COMPACTED:
+                raise Refused(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+        self.made += 1
+        items = self._items(body.get("input") or [], self.made)
+        item = {"id": f"cmp_{self.made:048x}", "type": "compaction", "encrypted_content": self.encrypted()}
+        output = [*(each for each in items if each.get("role") == "user"), item]
+        head = {"id": f"resp_{self.made:048x}", "object": "response.compaction", "created_at": 1700000000}
+        return Scripted(body={**head, "output": output, "usage": USAGE})
 
     def _items(self, given: Any, number: int) -> list[Body]:
         """The input as items with ids; refuses what is none, and what this account does not know."""
@@ -285,6 +314,12 @@ def _check(body: Body) -> None:
         _check_tool(tool, f"tools[{at}]")
 
 
+def _check_counted(body: Body) -> None:
+    for name in body:
+        if name not in _COUNTED:
+            raise Refused(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+
+
 def _check_tool(tool: Body, param: str) -> None:
     kind = tool.get("type")
     if kind not in _TOOLS:
@@ -335,6 +370,7 @@ def _response(body: Body, number: int, model: str) -> Body:
         "created_at": 1700000000,
         "status": "in_progress",
         "background": bool(body.get("background")),
+        "conversation": {"id": _conversation(body)} if body.get("conversation") else None,
         "error": None,
         "incomplete_details": None,
         "instructions": body.get("instructions"),
@@ -356,6 +392,11 @@ def _response(body: Body, number: int, model: str) -> Body:
         "user": None,
         "metadata": body.get("metadata") or {},
     }
+
+
+def _conversation(body: Body) -> str:
+    given = body["conversation"]
+    return str(given["id"] if isinstance(given, dict) else given)
 
 
 @define(eq=False)

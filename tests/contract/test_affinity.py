@@ -35,6 +35,20 @@ def text(up: FakeKeeper, may: dict[str, Any], who: dict[str, Any]) -> str:
     return config({"auth": [who], "rate_limit": [may]}, {"keeper": provider}, MODELS)
 
 
+ITEM = {"type": "message", "role": "user", "content": "Hello"}
+BODIES: dict[str, dict[str, Any]] = {
+    "conversation_create": {},
+    "conversation_items_create": {"items": [ITEM]},
+    "conversation_update": {"metadata": {"a": "b"}},
+    "vector_store_create": {},
+    "vector_store_file_update": {"attributes": {"a": "b"}},
+    "vector_store_search": {"query": "Hello"},
+    "vector_store_update": {"name": "x"},
+}
+MADE = 7
+"""How many calls make them."""
+
+
 async def made(gateway: Running) -> dict[str, str]:
     """An object of each kind."""
     file = await gateway.post_form("/v1/files", {"purpose": "batch"}, {"file": b"{}"})
@@ -42,15 +56,38 @@ async def made(gateway: Running) -> dict[str, str]:
     asked = {"input_file_id": name, "endpoint": "/v1/responses", "completion_window": "24h"}
     batch = await gateway.post("/v1/batches", asked)
     response = await gateway.post("/v1/responses", {"model": "gpt-4o-mini", "input": "Hello", "background": True})
-    return {"file": name, "batch": batch.json()["id"], "response": response.json()["id"], "": ""}
+    conversation = await gateway.post("/v1/conversations", {"items": [ITEM]})
+    items = await gateway.get(f"/v1/conversations/{conversation.json()['id']}/items")
+    store = await gateway.post("/v1/vector_stores", {"file_ids": [name]})
+    within = await gateway.post(f"/v1/vector_stores/{store.json()['id']}/file_batches", {"file_ids": [name]})
+    return {
+        "file": name,
+        "batch": batch.json()["id"],
+        "response": response.json()["id"],
+        "conversation": conversation.json()["id"],
+        "item": items.json()["data"][0]["id"],
+        "vector_store": store.json()["id"],
+        "file_batch": within.json()["id"],
+        "": "",
+    }
 
 
 async def ask(gateway: Running, operation: Operation, path: str, ids: dict[str, str]) -> Response:
     """The operation, as a client asks for it."""
     place = path.replace("{id}", ids[operation.kind]).replace("{provider}", "keeper").replace("{path}", "models")
+    place = place.replace("{item}", ids["item"]).replace("{file}", ids["file"]).replace("{batch}", ids["file_batch"])
     if operation.body == "form":
         return await gateway.post_form(place, {"purpose": "batch"}, {"file": b"{}"})
-    asked = {"input_file_id": ids["file"], "endpoint": "/v1/responses", "completion_window": "24h"}
+    asked: dict[str, Any] = {
+        "input_file_id": ids["file"],
+        "endpoint": "/v1/responses",
+        "completion_window": "24h",
+    }
+    if operation.kind != "batch":
+        files = (
+            {"file_ids": [ids["file"]]} if operation.name == "vector_store_batch_create" else {"file_id": ids["file"]}
+        )
+        asked = BODIES.get(operation.name, files)
     if operation.body == "json":
         return await gateway.post(place, asked)
     return await gateway.request(operation.method, place)
@@ -63,7 +100,7 @@ async def test_every_path_authenticates_admits_asks_the_provider_and_settles(
     whole = text(up, probe("may", hold="h"), probe("who", answer=["authenticate"]))
     async with running(whole) as gateway:
         ids = await made(gateway)
-        await gateway.settled(3)
+        await gateway.settled(MADE)
         who: Probe = gateway.plugin("auth", "who")
         may: Probe = gateway.plugin("rate_limit", "may")
         who.events.clear()
@@ -71,12 +108,13 @@ async def test_every_path_authenticates_admits_asks_the_provider_and_settles(
         before = len(up.requests)
         answer = await ask(gateway, operation, path, ids)
         assert answer.status == 200, answer.text
-        receipt = (await gateway.settled(4))[-1]
+        receipt = (await gateway.settled(MADE + 1))[-1]
         assert (receipt.operation, receipt.outcome, receipt.usage.total) == (operation.name, "complete", 0)
         assert receipt.target is not None
         assert receipt.target.provider == "keeper"
         assert len(up.requests) == before + 1
-        assert not {*ids.values()} - {""} & set(up.requests[-1].path.split("/"))
+        sealed = {each for name, each in ids.items() if name not in {"", "file_batch", "item"}}
+        assert not sealed & set(up.requests[-1].path.split("/"))
         assert "authenticate" in who.events
         assert may.events.index("admit") < may.events.index("wrap_send")
         assert may.events[-1] == "settle complete"

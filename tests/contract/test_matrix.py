@@ -131,7 +131,7 @@ async def test_what_is_not_in_a_table_is_not_served() -> None:
             "/admin",
             "/docs",
             "/v1/chat",
-            "/v1/vector_stores",
+            "/v1/assistants",
             "/openai/deployments/x/chat",
         ):
             for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "TRACE"):

@@ -19,7 +19,14 @@ EVERYTHING = """{plugin: prices, table: [{model: "*", input: 1, output: 1}]},
     {plugin: budgets, limits: [{per: tenant, usd: 9}, {per: project, usd: 9}, {per: key, usd: 9}, {per: model, usd: 9},
       {per: tag, tag: team, usd: 9}], store: {kind: sqlite, url: "sqlite:///budgets.db"}},
     {plugin: ledger, flush_seconds: 0.01}"""
+LIMITS = """{plugin: token_bucket, limits: [{per: tenant, requests_per_minute: 9000}, {per: key, concurrency: 99},
+    {per: model, requests_per_minute: 90000}, {per: provider, requests_per_minute: 90000}]}"""
 PATHS = {"auditor": "/admin/audit", "key_desk": "/admin/keys", "team_desk": "/admin/keys"}
+
+
+def everything(cost: str = EVERYTHING) -> str:
+    """A configuration in which every plugin with endpoints serves them."""
+    return config(cost=cost).replace("  cost:", f"  rate_limit: [{LIMITS}]\n  cost:")
 
 
 def opens(role: str, endpoint: Endpoint) -> bool:
@@ -44,8 +51,8 @@ def endpoints(gateway: Running) -> list[Endpoint]:
 
 @pytest.mark.parametrize("role", [None, *ROLES])
 async def test_every_endpoint_asks_exactly_its_role(role: str | None) -> None:
-    async with stored(config(cost=EVERYTHING)) as gateway:
-        assert len(endpoints(gateway)) >= 36
+    async with stored(everything()) as gateway:
+        assert len(endpoints(gateway)) >= 39
         for endpoint in endpoints(gateway):
             path = endpoint.path.replace("{id}", "key-0").replace("{name}", "nobody")
             answer = await gateway.request(endpoint.method, path, body=b"[]", key=key_of(role) if role else None)
@@ -63,7 +70,7 @@ async def test_every_endpoint_asks_exactly_its_role(role: str | None) -> None:
 
 
 async def test_every_endpoint_of_operators_asks_for_a_role_and_only_known_ones_are_open_to_roles_of_a_tenant() -> None:
-    async with stored(config(cost=EVERYTHING)) as gateway:
+    async with stored(everything()) as gateway:
         public = {(e.method, e.path) for e in endpoints(gateway) if e.role is None}
         assert public == {
             *(("GET", "/healthz"), ("HEAD", "/healthz"), ("GET", "/readyz"), ("HEAD", "/readyz")),
@@ -80,6 +87,8 @@ async def test_every_endpoint_of_operators_asks_for_a_role_and_only_known_ones_a
             "/admin/audit",
             "/admin/budgets",
             "/admin/budgets/{id}",
+            "/admin/limits",
+            "/admin/limits/{id}",
         }
         # Of those that read and are open to members, each says what it makes of the roles that its callers have.
         assert all(e.scoped for e in endpoints(gateway) if e.role == "member")
@@ -103,16 +112,18 @@ async def _lived_in(gateway: Running) -> dict[str, list[str]]:
         while len((await send(gateway, "GET", "/v1/usage/calls?limit=100")).json()["data"]) < 4:
             await asyncio.sleep(0.02)
     budgets = (await send(gateway, "GET", "/admin/budgets")).json()["data"]
+    limits = (await send(gateway, "GET", "/admin/limits")).json()["data"]
     return {
         "/admin/keys/": [keys["globex"]["id"]],
         "/admin/tenants/": ["globex"],
         "/admin/budgets/": [row["id"] for row in budgets if "acme" not in str(row)],
+        "/admin/limits/": [row["id"] for row in limits if row["tenant"] != "acme"],
         "/v1/usage/calls/": [receipt.id for receipt in receipts if receipt.caller.tenant == "globex"],
     }
 
 
 async def test_nobody_who_rules_one_tenant_or_none_reads_of_another_one_at_any_endpoint() -> None:
-    async with stored(config(cost=EVERYTHING)) as gateway:
+    async with stored(everything()) as gateway:
         theirs = await _lived_in(gateway)
         assert all(theirs.values())
         read = 0
@@ -142,7 +153,7 @@ async def test_nobody_who_rules_one_tenant_or_none_reads_of_another_one_at_any_e
 
 async def test_an_operator_raises_no_budget_that_binds_the_operator_and_an_admin_raises_any() -> None:
     cost = EVERYTHING.replace("{per: model,", "{per: model, usd: 9, match: {tenant: [globex]}}, {per: model,")
-    text = config(cost=cost) + '  "x/*": {max_output_tokens: 1000, targets: [{provider: echo, model: "*"}]}\n'
+    text = everything(cost) + '  "x/*": {max_output_tokens: 1000, targets: [{provider: echo, model: "*"}]}\n'
     ask = {"usd": "1", "expires_at": "2999-01-01T00:00:00Z", "reason": "launch"}
     async with stored(text) as gateway:
         has: dict[str, Any] = {"limits": {"budget_usd": "1"}, "project": "p", "tags": {"team": "one"}}

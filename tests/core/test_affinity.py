@@ -364,7 +364,7 @@ async def test_whoever_names_no_model_where_several_providers_could_is_told(gate
             await client.files.create(file=("a.txt", b"a"), purpose="user_data")
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             await client.files.create(file=("a.txt", b"a"), purpose="user_data", extra_body={"model": "none"})
-        with pytest.raises(openai.BadRequestError, match="No provider of the model `talk` does file_upload"):
+        with pytest.raises(openai.BadRequestError, match=r"No provider of the model `talk` \(echo\) does file_upload"):
             await client.files.create(file=("a.txt", b"a"), purpose="user_data", extra_body={"model": "talk"})
 
 
@@ -536,7 +536,7 @@ async def test_a_provider_without_any_secret_keeps_nothing(one: FakeKeeper, two:
 
 async def test_a_provider_may_keep_no_files(one: FakeKeeper, two: FakeKeeper) -> None:
     async with kept(settings(one, two, more=", files: false")) as gateway, sdk(gateway) as client:
-        with pytest.raises(openai.BadRequestError, match="No provider of the model `first` does files"):
+        with pytest.raises(openai.BadRequestError, match=r"No provider of the model `first` \(one\) does files"):
             [each async for each in client.files.list(extra_query={"model": "first"})]
         file = await client.files.create(file=("a.txt", b"a"), purpose="user_data")  # one is left that could
         assert (await client.files.retrieve(file.id)).id == file.id

@@ -105,6 +105,24 @@ async def _breaks_upstream(gateway: Running, up: FakeUpstream) -> None:
     assert "[DONE]" not in answer.text
 
 
+async def _fails_in_the_middle(gateway: Running, up: FakeUpstream) -> None:
+    up.script(Scripted(events=[EVENT, EVENT, {"error": {"message": "no", "type": "server_error"}}]))
+    answer = await gateway.post(CHAT, STREAM)
+    assert '"error"' in answer.text
+
+
+async def _fails_in_the_middle_of_another_dialect(gateway: Running, up: FakeUpstream) -> None:
+    up.script(Scripted(events=[EVENT, EVENT, {"error": {"message": "no", "type": "server_error"}}]))
+    answer = await gateway.post("/v1/messages", {**STREAM, "max_tokens": 100})
+    assert '"error"' in answer.text
+
+
+async def _says_nonsense_in_the_middle(gateway: Running, up: FakeUpstream) -> None:
+    up.script(Scripted(events=[EVENT, EVENT, b'data: {"finish_reason":"stop\n\n']))
+    answer = await gateway.post(CHAT, STREAM)
+    assert '"error"' in answer.text
+
+
 WAYS = [
     _leaves_a_stream,
     _leaves_while_the_provider_thinks,
@@ -112,6 +130,9 @@ WAYS = [
     _is_blocked,
     _fails_upstream,
     _breaks_upstream,
+    _fails_in_the_middle,
+    _fails_in_the_middle_of_another_dialect,
+    _says_nonsense_in_the_middle,
 ]
 
 

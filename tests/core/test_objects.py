@@ -256,7 +256,7 @@ def reference(item: Body) -> Body:
     return {"type": "item_reference", "id": item["id"]}
 
 
-def check_refused(answer: Response, param: str, code: str = "unsupported_parameter") -> None:
+def check_refused(answer: Response, param: str, code: str | None = "unsupported_parameter") -> None:
     error = answer.json()["error"]
     assert (answer.status, error["param"], error["code"]) == (400, param, code), answer.text
 
@@ -293,7 +293,7 @@ async def test_a_reference_beside_an_earlier_response_goes_to_its_account(
 
 
 @pytest.mark.parametrize("conversation", ["conv_1", {"id": "conv_1"}, {}, ""])
-async def test_a_conversation_that_an_account_keeps_goes_to_nobody(
+async def test_a_conversation_that_the_tenant_does_not_have_goes_to_nobody(
     gateway: Running, one: FakeKeeper, two: FakeKeeper, conversation: Any
 ) -> None:
     made = (await ask(gateway, "first", store=True)).json()
@@ -301,7 +301,7 @@ async def test_a_conversation_that_an_account_keeps_goes_to_nobody(
     besides: list[Body] = [{}, {"previous_response_id": made["id"]}, {"input": "Hello"}]
     for fields in besides:
         for model in ("first", "both"):
-            check_refused(await ask(gateway, model, conversation=conversation, **fields), "conversation")
+            check_refused(await ask(gateway, model, conversation=conversation, **fields), "conversation", None)
     assert (len(one.requests), len(two.requests)) == (before, 0)
     assert (await ask(gateway, "first", conversation=None)).status == 200
 

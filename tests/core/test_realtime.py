@@ -139,6 +139,43 @@ async def test_what_another_model_writes_down_is_metered_apart() -> None:
         assert receipt.cost.picos == 5 * 100_000_000
 
 
+@pytest.mark.parametrize(
+    ("wanted", "headers"),
+    [
+        ({"type": "transcription", "audio": {"input": {"transcription": {"model": "another", "language": "de"}}}}, {}),
+        ({"input_audio_transcription": {"model": "another", "language": "de"}}, {"openai-beta": "realtime=v1"}),
+    ],
+    ids=["the API", "its beta"],
+)
+async def test_a_session_that_only_transcribes_keeps_to_the_model_it_was_let_in_for(
+    wanted: Mapping[str, Any], headers: Mapping[str, str]
+) -> None:
+    async with realtime() as up, running(yaml(up)) as gateway:
+        async with joined(gateway, "intent=transcription&model=voice", headers=headers) as socket:
+            assert up.sessions[0].query == {"intent": "transcription"}  # OpenAI refuses a model here
+            twice = b'{"type": "x", "type": "session.update", "session": %b}' % orjson.dumps(wanted)
+            for update in (orjson.dumps({"type": "session.update", "session": wanted}), twice):
+                await socket.send_str(update.decode())
+                said = (await until(socket, "session.updated"))["session"]
+                heard = said.get("input_audio_transcription") or said["audio"]["input"]["transcription"]
+                assert heard == {"model": "gpt-realtime", "language": "de"}
+            await say(
+                socket, {"type": "input_audio_buffer.append", "audio": "AAAA"}, {"type": "input_audio_buffer.commit"}
+            )
+            await until(socket, "conversation.item.input_audio_transcription.completed")
+        receipt = await only_receipt(gateway)
+        assert (receipt.outcome, receipt.model, bool(receipt.usage.meters)) == ("complete", "voice", True)
+
+
+async def test_a_session_that_only_transcribes_names_its_model_to_the_gateway() -> None:
+    async with realtime() as up, running(yaml(up)) as gateway:
+        answer = await gateway.get("/v1/realtime?intent=transcription", headers=UPGRADE)
+        error = answer.json()["error"]
+        assert (answer.status, error["param"]) == (400, "model")
+        assert "/v1/realtime?intent=transcription&model=NAME" in error["message"]
+        assert up.requests == 0
+
+
 async def test_an_answer_without_usage_is_estimated_and_not_free() -> None:
     async with realtime(usage=None) as up, running(yaml(up)) as gateway:
         async with joined(gateway) as socket:

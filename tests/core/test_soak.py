@@ -8,6 +8,7 @@ import os
 import random
 import sqlite3
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import aiohttp
@@ -42,6 +43,7 @@ STAGES = {
     "route": [{"plugin": "weighted"}, {"plugin": "retry"}, {"plugin": "circuit_breaker"}],
     "cost": [
         {"plugin": "prices", "table": [{"model": "gpt-4o-mini", "input": 0.15, "output": 0.60}]},
+        {"plugin": "budgets", "limits": [{"per": "tenant", "usd": 1000, "window": "total"}]},
         {"plugin": "ledger", "url": "sqlite:///qlens.db"},
     ],
 }
@@ -131,6 +133,10 @@ async def test_ten_thousand_calls_leave_one_receipt_each_and_nothing_else() -> N
 
         limits = await gateway.post(CHAT, {"model": "gpt-4o-mini", "messages": [{"role": "user", "content": "last"}]})
         assert limits.status == 200  # no concurrency is held any more
+        spent = sum(receipt.cost.picos or 0 for receipt in await gateway.settled(len(ids) + 1))
+        (budget,) = (await gateway.get("/v1/budgets")).json()["data"]
+        assert Decimal(budget["spent_usd"]) * 10**12 == spent > 0
+        assert Decimal(budget["reserved_usd"]) == 0
         await gateway.session.close()
         async with asyncio.timeout(20):
             while _files() > before_files or len(asyncio.all_tasks()) > 12:

@@ -44,6 +44,18 @@ async def until(store: RedisStore, *, ok: bool, seconds: float) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_a_store_is_closed_though_a_cancellation_is_lost() -> None:
+    """By redis-py, while it gives up a connection whose password was wrong."""
+    async with redis_server() as server:
+        await server.command("ACL", "SETUSER", "qlens", "on", ">right", "~*", "&*", "+@all")
+        wrong = RedisSettings(url=Url(f"redis://qlens:other@127.0.0.1:{server.port}"), timeout_ms=1000)
+        for turns in range(12):
+            async with asyncio.timeout(10), opened(wrong) as store:
+                assert not store.ok
+                for _ in range(turns):  # each time the cancellation comes to another place
+                    await asyncio.sleep(0)
+
+
 async def test_scripts_that_are_asked_for_together_each_get_their_own_answer() -> None:
     async with redis_server() as server, opened(at(server.port, 2000)) as store:
         answers = await asyncio.gather(*(store.run(ADD, [store.key("n", slot=str(n))], [n]) for n in range(200)))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from qlens import StartupError, file_identity, open_sqlite, sqlite_path, sqlite_transaction
+from qlens import SqliteFile, StartupError, file_identity, open_sqlite, sqlite_path, sqlite_transaction
 from qlens.stores.sqlite import APPLICATION
 
 ONE = (("CREATE TABLE one (x)", "INSERT INTO one VALUES (1)"),)
@@ -43,6 +47,23 @@ def test_many_who_open_it_at_a_time_make_its_tables_once(tmp_path: Path) -> None
         assert sorted(threads.map(use, range(16))) == [0] * 8 + [1] * 8
 
 
+def test_other_processes_that_come_and_go_leave_the_log_of_those_who_stay(tmp_path: Path) -> None:
+    path = tmp_path / "qlens.db"
+    # Several plugins of a gateway, and then a command beside it.
+    one, other = opened(path), opened(path, "other", OTHER)
+    try:
+        visit = "import sqlite3, sys; d = sqlite3.connect(sys.argv[1]); d.execute('INSERT INTO other VALUES (7)')"
+        subprocess.run([sys.executable, "-c", f"{visit}; d.commit(); d.close()", str(path)], check=True)
+        assert path.with_name("qlens.db-wal").exists()
+        assert one.execute("SELECT x FROM other").fetchall() == [(7,)]
+        one.execute("UPDATE one SET x = 2")
+        with contextlib.closing(sqlite3.connect(path)) as late:
+            assert late.execute("SELECT x FROM one").fetchall() == [(2,)]
+    finally:
+        other.close()
+        one.close()
+
+
 def test_an_older_version_is_upgraded_and_a_newer_one_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "qlens.db"
     opened(path).close()
@@ -50,9 +71,40 @@ def test_an_older_version_is_upgraded_and_a_newer_one_left_alone(tmp_path: Path)
     database = opened(path, migrations=TWO)
     assert database.execute("SELECT x, y FROM one").fetchall() == [(1, None)]
     database.close()
-    with pytest.raises(StartupError, match="version 2, this QLens knows up to version 1"):
+    # As long as nobody says that an older version may go on writing.
+    with pytest.raises(StartupError, match=r"version 2 and are not for a QLens .* version 1, .* upgrade QLens"):
         open_sqlite(path, "one", ONE)
     opened(path, "other", OTHER).close()
+
+
+def test_a_newer_version_s_tables_are_used_by_those_for_whom_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "qlens.db"
+    running = open_sqlite(path, "one", ONE, oldest=1)
+    open_sqlite(path, "one", TWO, oldest=1).close()
+    late = open_sqlite(path, "one", ONE, oldest=1)
+    for database in (running, late):
+        database.execute("INSERT INTO one (x) VALUES (2)")
+        database.close()
+    open_sqlite(path, "one", (*TWO, ("ALTER TABLE one DROP COLUMN x",)), oldest=3).close()
+    for number, migrations in enumerate((ONE, TWO), 1):
+        with pytest.raises(StartupError, match=f"version 3 and are not for a QLens that knows up to version {number}"):
+            open_sqlite(path, "one", migrations, oldest=1)
+
+
+def test_a_file_that_does_not_say_for_whom_it_is_is_for_its_own_version_and_later_ones(tmp_path: Path) -> None:
+    path = tmp_path / "qlens.db"
+    opened(path, migrations=TWO).close()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("ALTER TABLE versions DROP COLUMN oldest")
+    with pytest.raises(StartupError, match="version 2 and are not for a QLens"):
+        open_sqlite(path, "one", ONE)
+    open_sqlite(path, "one", TWO).close()
+    # Another owner adds the column, in which nothing stands for this one then.
+    opened(path, "other", OTHER).close()
+    with pytest.raises(StartupError, match="version 2 and are not for a QLens"):
+        open_sqlite(path, "one", ONE)
+    open_sqlite(path, "one", (*TWO, ("ALTER TABLE one ADD COLUMN z",)), oldest=1).close()
+    opened(path).close()
 
 
 def test_tables_from_before_there_were_versions_are_taken_over(tmp_path: Path) -> None:
@@ -69,7 +121,7 @@ def test_tables_from_before_there_were_versions_are_taken_over(tmp_path: Path) -
     for _ in range(2):
         database = open_sqlite(path, "one", TWO, unversioned=unversioned)
         assert database.execute("SELECT x, y FROM one").fetchall() == []
-        assert sorted(database.execute("SELECT * FROM versions")) == [("one", 2), ("other", 1)]
+        assert sorted(database.execute("SELECT * FROM versions")) == [("one", 2, 2), ("other", 1, 1)]
         database.close()
 
 
@@ -118,3 +170,34 @@ def test_urls_name_files(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"names no file|not supported") as caught:
             sqlite_path(url, tmp_path)
         assert "example-password" not in str(caught.value)
+
+
+def test_a_file_that_is_gone_is_away_and_not_made_anew_and_another_one_is_opened(tmp_path: Path) -> None:
+    path, aside = tmp_path / "qlens.db", tmp_path / "aside.db"
+    file = SqliteFile(path, "one", ONE)
+    file.connected().execute("INSERT INTO one VALUES (2)")
+    file.connected().execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    assert file.connected() is file.connected()
+    os.replace(path, aside)
+    for _ in range(2):
+        with pytest.raises(sqlite3.OperationalError):
+            file.connected()
+    assert not path.exists()
+    opened(path).close()
+    assert file.connected().execute("SELECT x FROM one").fetchall() == [(1,)]
+    os.replace(aside, path)  # as who puts a copy back
+    with pytest.raises(sqlite3.OperationalError, match="moved or deleted"):
+        file.connected()
+    assert file.connected().execute("SELECT x FROM one").fetchall() == [(1,), (2,)]
+    file.drop()
+    file.drop()
+
+
+def test_a_file_that_may_not_be_made_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "qlens.db"
+    file = SqliteFile(path, "one", ONE, makes=False)
+    with pytest.raises(sqlite3.OperationalError, match="does not exist"):
+        file.connected()
+    opened(path).close()
+    assert file.connected().execute("SELECT x FROM one").fetchall() == [(1,)]
+    file.drop()

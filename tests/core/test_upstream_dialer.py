@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import trustme
 from listeners import listening
+from proxies import Proxy
 
 from qlens import Deadlines, Upstream, UpstreamTimedOut, UpstreamUnreachable
+from qlens.config import Tls
 from qlens.testing import Scripted, upstream
 from qlens.testing.upstreams import FakeUpstream
-from qlens.upstream import Tls
 
 PATIENT = Deadlines()
 LONG_AGO = datetime.now(UTC) - timedelta(days=2)
@@ -139,7 +140,7 @@ async def test_client_certificate_is_shown_to_a_provider_that_wants_one(
     authority.configure_trust(context)
     async with listening(answer_all, context) as port:
         url = f"https://localhost:{port}/"
-        assert await fetch(http, url, tls=Tls(trusting.ca_file, certificate=tmp_path / "ours.pem"))
+        assert await fetch(http, url, tls=Tls(trusting.ca_file, cert_file=tmp_path / "ours.pem"))
         with pytest.raises(UpstreamUnreachable):
             await fetch(http, url, tls=trusting)
 
@@ -299,41 +300,6 @@ async def test_url_that_leads_nowhere_is_unreachable_and_not_shown(http: Upstrea
 # --- a proxy -----------------------------------------------------------------------------------
 
 
-class Proxy:
-    """Records what it is asked; tunnels what comes by CONNECT."""
-
-    def __init__(self, answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n") -> None:
-        self.answer = answer
-        self.heads: list[str] = []
-
-    async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).decode()
-        self.heads.append(head)
-        if not head.startswith("CONNECT "):
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
-            await reader.read()
-            return
-        writer.write(self.answer)
-        if b" 200 " not in self.answer:
-            return
-        host, _, port = head.split()[1].rpartition(":")
-        inner_reader, inner_writer = await asyncio.open_connection(host, int(port))
-        try:
-            await asyncio.wait(
-                [asyncio.ensure_future(_copy(reader, inner_writer)), asyncio.ensure_future(_copy(inner_reader, writer))]
-            )
-        finally:
-            inner_writer.close()
-
-
-async def _copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
-
-
 async def test_http_goes_through_the_proxy_with_its_whole_url_and_the_credential() -> None:
     proxy = Proxy()
     async with listening(proxy.talk) as port:
@@ -416,5 +382,5 @@ async def test_silent_proxy_times_out_as_a_connection() -> None:
 
 @pytest.mark.parametrize("proxy", ["127.0.0.1:3128", "https://proxy.example", "http://proxy.example/path", "http://"])
 async def test_proxy_must_be_an_http_url(proxy: str) -> None:
-    with pytest.raises(ValueError, match="http://host:port"):
+    with pytest.raises(ValueError, match="of the form http://"):
         Upstream(proxy=proxy)

@@ -16,9 +16,9 @@ from attrs import define, frozen
 from yamls import CHAT, HELLO, config
 
 from qlens import Deadlines, Reply, Target, Upstream, UpstreamUnreachable
+from qlens.config import Tls
 from qlens.testing import Scripted, running, upstream
 from qlens.testing.upstreams import FakeUpstream
-from qlens.upstream import Tls
 
 SECONDS = 10
 PATIENT = Deadlines()

@@ -14,7 +14,7 @@ from aiohttp import WSMsgType, web
 from listeners import listening
 
 from qlens import CallError, Deadlines, Frame, Session, SessionClosed, Upstream
-from qlens.upstream import Tls
+from qlens.config import Tls
 from qlens.websocket import FRAME_BYTES
 
 QUICK = Deadlines(connect_seconds=1, first_byte_seconds=1, idle_seconds=1)

@@ -49,6 +49,7 @@ PLACES = (
     Place("echo", "echo", "gpt-4o", "gpt-5-mini", "text-embedding-3-small"),
     Place("openai", "openai", "gpt-4o", "gpt-5-mini", "text-embedding-3-small"),
     Place("openai-compatible", "compatible", "gpt-4o", "gpt-5-mini", "text-embedding-3-small"),
+    Place("azure-default", "azure-default", "our-chat", "our-thinker", "our-vectors"),
     Place("azure-classic", "azure", "our-chat", "our-thinker", "our-vectors"),
     Place("azure-v1", "azure-v1", "our-chat", "our-thinker", "our-vectors"),
     Place("azure-older", "azure-older", "our-chat", "our-thinker", "our-vectors"),
@@ -59,6 +60,8 @@ PLACES = (
     Place("bedrock-mistral-7b", "aws", MISTRAL_7B, MISTRAL_7B, "cohere.embed-multilingual-v3"),
     Place("anthropic", "claude", claude.MODEL, claude.MODEL, claude.MODEL),
 )
+AZURES = frozenset(place.name for place in PLACES if place.provider.startswith("azure"))
+"""The surfaces of Azure, and api-versions of the classic one: the default, the last, and one before Responses."""
 REFERENCE = PLACES[0]
 """What the others are compared with."""
 OTHERS = PLACES[1:]
@@ -107,6 +110,7 @@ async def world() -> AsyncIterator[World]:
         behind: Mapping[str, Voice] = {
             "openai": ours,
             "compatible": ours,
+            "azure-default": cloud,
             "azure": cloud,
             "azure-v1": cloud,
             "azure-older": cloud,
@@ -122,6 +126,7 @@ def _config(ours: str, cloud: str, aws: str, theirs: str) -> str:
         "echo": {"plugin": "echo"},
         "openai": {"plugin": "openai", "base_url": ours},
         "compatible": {"plugin": "openai", "base_url": ours, "responses": False},
+        "azure-default": resource,
         "azure": {**resource, "api_version": "2025-04-01-preview"},
         "azure-v1": {**resource, "surface": "v1"},
         # From before there were Responses, which are therefore spoken over chat.

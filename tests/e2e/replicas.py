@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 from attrs import define, field, frozen
+from e2e.clocks import WrongClock
 from e2e.serving import Served, serving
 
 from qlens.testing.faults import FaultProxy, fault_proxy
@@ -44,6 +45,8 @@ class Replicas:
     proxies: list[FaultProxy]
     served: list[Served]
     session: aiohttp.ClientSession
+    clocks: Sequence[WrongClock] = ()
+    """Those of the replicas, where they are wrong."""
     calls: list[tuple[str, Answered]] = field(factory=list)
 
     async def call(self, model: str, replica: int) -> Answered:
@@ -133,24 +136,31 @@ class Replicas:
 
 Changes = Callable[[int, FaultProxy], Mapping[str, Any]]
 """What the configuration of a replica has, by its number and the proxy through which it reaches the Redis."""
+Aheads = Sequence[float]
+"""By how many seconds the time of day of each replica is wrong."""
 
 
 @asynccontextmanager
-async def replicated(folder: Path, redis: RedisServer, count: int, changes: Changes) -> AsyncIterator[Replicas]:
-    """Start so many gateways on config/qlens.yaml, each with changes of its own."""
+async def replicated(
+    folder: Path, redis: RedisServer, count: int, changes: Changes, aheads: Aheads = ()
+) -> AsyncIterator[Replicas]:
+    """Start so many gateways on config/qlens.yaml, each with changes and, where they are given, clocks of its own."""
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
         proxies = [await stack.enter_async_context(fault_proxy(redis.port)) for _ in range(count)]
         processes = ExitStack()
         stack.push_async_callback(asyncio.to_thread, processes.close)
+        places = [folder / f"{number}" for number in range(count)]
+        for place in places:
+            place.mkdir()
+        clocks = [WrongClock(places[n], monotonic=1000.0 * n, ahead=ahead) for n, ahead in enumerate(aheads)]
 
         def start(number: int) -> Served:
-            place = folder / f"{number}"
-            place.mkdir()
-            return processes.enter_context(serving(place, changes=changes(number, proxies[number])))
+            env = clocks[number].env if clocks else None
+            return processes.enter_context(serving(places[number], changes=changes(number, proxies[number]), env=env))
 
         served = await asyncio.gather(*(asyncio.to_thread(start, number) for number in range(count)))
-        yield Replicas(redis, proxies, list(served), session)
+        yield Replicas(redis, proxies, list(served), session, clocks)
 
 
 # --- what happens to the Redis -----------------------------------------------------------------

@@ -52,7 +52,7 @@ WORDS: Mapping[str, Mapping[str, Scripted]] = {
     },
 }
 """The same failures as each provider tells them."""
-SAME = {"compatible": "openai", "azure-v1": "azure", "azure-older": "azure"}
+SAME = {"compatible": "openai", **dict.fromkeys(("azure-default", "azure-v1", "azure-older"), "azure")}
 
 OPENAI: Mapping[str, tuple[type[openai.APIStatusError], str]] = {
     "throttled": (openai.RateLimitError, "rate_limit_exceeded"),

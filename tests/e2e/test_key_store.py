@@ -5,19 +5,24 @@ from __future__ import annotations
 import http.client
 import json
 import signal
-import sqlite3
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
 from attrs import define
 from e2e.serving import Served, serving
+from ledgers import Place, PostgresPlace, SqlitePlace
 from openai import OpenAI
+
+from qlens.testing.postgres import postgres_server
+
+if TYPE_CHECKING:
+    from _pytest.fixtures import SubRequest
 
 WITHIN_SECONDS = 5
 """How fast a revoked key must be refused everywhere."""
@@ -55,23 +60,31 @@ def status(served: Served, key: str) -> int:
         connection.close()
 
 
-def store(database: Path) -> dict[str, Any]:
+def store(url: str) -> dict[str, Any]:
     """What a gateway needs to keep its keys in a database."""
-    keys = {"plugin": "key_store", "url": f"sqlite:///{database}"}
+    keys = {"plugin": "key_store", "url": url}
     demo = {"plugin": "api_keys", "file": "keys.yaml", "demo_key_file": "demo.key"}
-    return {"pipeline": {"auth": [demo, keys], "cost": [{"plugin": "ledger", "url": f"sqlite:///{database}"}]}}
+    return {"pipeline": {"auth": [demo, keys], "cost": [{"plugin": "ledger", "url": url}]}}
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgres"])
+def place(request: SubRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    if request.param == "sqlite":
+        yield SqlitePlace(tmp_path_factory.mktemp("shared") / "qlens.db")
+        return
+    with postgres_server() as server:
+        yield PostgresPlace(server, server.new_database())
 
 
 @pytest.fixture(scope="module")
-def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Served]]:
+def replicas(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Served, Served]]:
     """A gateway of two workers and one of one, on one database."""
-    shared = tmp_path_factory.mktemp("shared") / "qlens.db"
     with ExitStack() as running:
-        pair = store(shared) | {"server": {"workers": 2}}
+        pair = store(place.url) | {"server": {"workers": 2}}
         pair["pipeline"] |= {"rate_limit": [], "cache": []}
         folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
         one = running.enter_context(serving(folders[0], changes=pair))
-        two = running.enter_context(serving(folders[1], changes=store(shared)))
+        two = running.enter_context(serving(folders[1], changes=store(place.url)))
         yield one, two
 
 
@@ -127,9 +140,10 @@ def test_openais_sdk_works_with_a_key_and_sees_what_the_key_may_use(replicas: tu
             sdk.models.list()
 
 
-def test_whatever_was_answered_survives_a_kill_and_nothing_is_there_by_half(tmp_path: Path) -> None:
+def test_whatever_was_answered_survives_a_kill_and_nothing_is_there_by_half(place: Place, tmp_path: Path) -> None:
+    before = {row["id"] for row in place.rows("SELECT id FROM keys")}
     shown: list[dict[str, Any]] = []
-    with serving(tmp_path, changes=store(tmp_path / "qlens.db")) as served:
+    with serving(tmp_path, changes=store(place.url)) as served:
         served.leaves_with = -signal.SIGKILL
 
         def create() -> None:
@@ -152,15 +166,13 @@ def test_whatever_was_answered_survives_a_kill_and_nothing_is_there_by_half(tmp_
         for thread in threads:
             thread.join()
     assert len(shown) >= 40
-    with sqlite3.connect(tmp_path / "qlens.db") as database:
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        kept = {id_ for (id_,) in database.execute("SELECT id FROM keys")}
-        noted = {id_ for (id_,) in database.execute("SELECT object FROM audit WHERE action = 'keys.create'")}
-        change = database.execute("SELECT change FROM key_state").fetchone()[0]
-    database.close()
+    if isinstance(place, SqlitePlace):
+        assert place.rows("PRAGMA integrity_check") == [{"integrity_check": "ok"}]
+    kept = {row["id"] for row in place.rows("SELECT id FROM keys")} - before
+    noted = {row["object"] for row in place.rows("SELECT object FROM audit WHERE action = 'keys.create'")} - before
     assert kept == noted  # a key and its entry, or neither
-    assert change == len(kept)
+    assert place.rows("SELECT change AS n FROM key_state") == place.rows("SELECT count(*) AS n FROM audit")
     assert {key["id"] for key in shown} <= kept
-    with serving(tmp_path, changes=store(tmp_path / "qlens.db")) as served:
+    with serving(tmp_path, changes=store(place.url)) as served:
         assert status(served, shown[0]["key"]) == status(served, shown[-1]["key"]) == 200
         assert served.qlens("audit", "--verify").returncode == 0

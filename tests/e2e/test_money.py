@@ -18,14 +18,15 @@ from typing import Any
 
 import aiohttp
 import pytest
-from attrs import define, evolve, field, frozen
+from attrs import define, field
+from e2e.tills import BUCKETS, METERS, TIERS, UNITS, Bill, Till, price_rows
 from ledgers import Place, PostgresPlace, SqlitePlace
 
 from qlens import Receipt
 from qlens.cli import main
-from qlens.testing import Running, Scripted, running
+from qlens.testing import Running, running
 from qlens.testing.postgres import postgres_server
-from qlens.testing.upstreams import Event, FakeUpstream, Recorded, error, serving
+from qlens.testing.upstreams import serving
 from qlens_plugins.cost.ledger import verifying
 from qlens_plugins.cost.ledger.store import Database
 
@@ -36,19 +37,17 @@ BATCH = 2000
 """Calls whose receipts are kept in memory before they are added up."""
 SEED = 20261128
 
-CHAT, EMBEDDINGS = "/v1/chat/completions", "/v1/embeddings"
-BUCKETS = ("input", "cached_input", "output", "reasoning")
-# Picodollars for a token, in the order of the buckets; the longer prompts' in the second line.
-PRICES = {
-    "small": ([150_001, 75_000, 600_000, 600_000],),
-    "large": ([2_500_000, 1_250_000, 10_000_000, 12_000_006], [5_000_002, 2_500_000, 15_000_000, 18_000_000]),
-    "spare": ([3_000_000, 300_000, 15_000_000, 15_000_000],),
-    "vectors": ([20_000, 20_000, 0, 0],),
+CHAT, TRANSCRIPTIONS = "/v1/chat/completions", "/v1/audio/transcriptions"
+PATHS = {
+    "vectors": "/v1/embeddings",
+    "response": "/v1/responses",
+    "message": "/v1/messages",
+    "images": "/v1/images/generations",
+    "ranks": "/v1/rerank",
+    "speech": "/v1/audio/speech",
+    "transcript": TRANSCRIPTIONS,
 }
-LONG = 4000
-"""Prompts of more tokens pay the second line."""
-TIERS = {None: (1, 1), "default": (1, 1), "flex": (1, 2), "priority": (2, 1)}
-"""By service tier, the factor on `large`."""
+"""By kind of call; the others are chats."""
 TENANTS, PROJECTS = ("acme", "globex", "initech"), ("search", "chat")
 
 CONFIG = """
@@ -74,157 +73,11 @@ models:
   spare: {{max_output_tokens: 4096, targets: [{{provider: two, model: spare}}]}}
   vectors: {{targets: [{{provider: one, model: vectors}}]}}
   unpriced: {{max_output_tokens: 4096, targets: [{{provider: two, model: unpriced}}]}}
+  painter: {{targets: [{{provider: one, model: painter}}]}}
+  judge: {{targets: [{{provider: two, model: judge}}]}}
+  speaker: {{targets: [{{provider: one, model: speaker}}]}}
+  writer: {{targets: [{{provider: two, model: writer}}]}}
 """
-
-
-def price_rows() -> str:
-    rows = []
-    for model, lines in PRICES.items():
-        for place, line in enumerate(lines):
-            row: dict[str, Any] = {name: Decimal(each) / 10**6 for name, each in zip(BUCKETS, line, strict=True)}
-            row |= {"model": model, **({"above_prompt_tokens": LONG} if place else {})}
-            if model == "large":
-                row["tiers"] = "{flex: 0.5, priority: 2}"
-            rows.append("{" + ", ".join(f"{name}: {value}" for name, value in row.items()) + "}")
-    return f"[{', '.join(rows)}]"
-
-
-# --- the providers -----------------------------------------------------------------------------
-
-
-@frozen
-class Used:
-    """What a provider says that a call used."""
-
-    counts: tuple[int, ...]
-    """In the order of BUCKETS."""
-    tier: str | None = None
-
-    @property
-    def said(self) -> dict[str, Any]:
-        """As OpenAI says it."""
-        fresh, cached, output, reasoning = self.counts
-        return {
-            "prompt_tokens": fresh + cached,
-            "completion_tokens": output + reasoning,
-            "total_tokens": sum(self.counts),
-            "prompt_tokens_details": {"cached_tokens": cached},
-            "completion_tokens_details": {"reasoning_tokens": reasoning},
-        }
-
-    def picos(self, model: str) -> int:
-        """What it costs, worked out here once more."""
-        lines = PRICES[model]
-        line = lines[-1] if sum(self.counts[:2]) > LONG else lines[0]
-        over, under = TIERS[self.tier] if model == "large" else (1, 1)
-        return sum(count * (each * over // under) for count, each in zip(self.counts, line, strict=True))
-
-
-@frozen
-class Served:
-    """An answer that was charged for."""
-
-    text: str
-    """What was asked."""
-    port: int
-    """Of the provider."""
-    connection: int
-    seconds: float
-    """Monotonic."""
-
-
-@define(eq=False)
-class Bill:
-    """What the providers will charge, by what they know."""
-
-    picos: Counter[tuple[str, str, str]] = field(factory=Counter)
-    """By their own model, the model that was asked for, and tenant."""
-    tokens: Counter[str] = field(factory=Counter)
-    """By bucket, models without a price included."""
-    unclaimed: dict[str, Served] = field(factory=dict)
-    """What no receipt has named yet, by the id that was sent with it."""
-    _served: int = field(default=0, init=False)
-
-    def by(self, place: int) -> Counter[str]:
-        """The sums by one of the names."""
-        found: Counter[str] = Counter()
-        for names, picos in self.picos.items():
-            found[names[place]] += picos
-        return found
-
-    def charge(self, model: str, asked: str, tenant: str, used: Used) -> None:
-        """Charge for an answer."""
-        if model in PRICES:
-            self.picos[model, asked, tenant] += used.picos(model)
-        self.tokens.update(dict(zip(BUCKETS, used.counts, strict=True)))
-
-    def note(self, served: Served) -> str:
-        """Give an answer that is charged for an id."""
-        self._served += 1
-        self.unclaimed[name := f"served-{self._served}"] = served
-        return name
-
-
-@define(eq=False)
-class Till(FakeUpstream):
-    """A provider that does with a request what its text says, and charges for what it answers."""
-
-    bill: Bill = field(kw_only=True)
-    heard: dict[str, asyncio.Event] = field(kw_only=True)
-    """By the text of a request whose client waits to know that it has arrived."""
-    _seen: Counter[str] = field(factory=Counter, init=False)
-
-    def _answer(self, request: Recorded) -> Scripted:
-        self.requests.clear()  # nobody looks at them, and there are many
-        body = request.body
-        text = body["input"] if "input" in body else body["messages"][0]["content"]
-        fate, asked, tenant, counts, tier = json.loads(text)["say"]
-        self._seen[text] += 1
-        fails = {"busy": True, "fails once": self._seen[text] == 1, "falls back": body["model"] == "large"}
-        if fails.get(fate):
-            return error(503, "Try again.")
-        if fate == "refused":
-            return error(400, "Not like this.")
-        if fate == "gone":
-            self.heard.pop(text).set()
-            return Scripted(hang=True)
-        used = Used(tuple(counts), tier)
-        self.bill.charge(body["model"], asked, tenant, used)
-        name = self.bill.note(Served(text, self.port, request.connection, time.monotonic()))
-        if body["model"] == "vectors":
-            answer = _vectors(counts[0])
-        else:
-            answer = _stream(fate, used) if body.get("stream") else _whole(used)
-        return evolve(answer, headers={"x-request-id": name})
-
-
-def _vectors(count: int) -> Scripted:
-    data = [{"object": "embedding", "index": 0, "embedding": [0.5]}]
-    usage = {"prompt_tokens": count, "total_tokens": count}
-    return Scripted(body={"object": "list", "data": data, "model": "vectors", "usage": usage})
-
-
-def _whole(used: Used) -> Scripted:
-    choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "hi"}}
-    body = {"id": "x", "object": "chat.completion", "model": "m", "usage": used.said, "choices": [choice]}
-    return Scripted(body=body if used.tier is None else {**body, "service_tier": used.tier})
-
-
-def _stream(fate: str, used: Used) -> Scripted:
-    head: dict[str, Any] = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    if used.tier is not None:
-        head["service_tier"] = used.tier
-
-    def piece(text: str | None, finish: str | None = None) -> dict[str, Any]:
-        delta = {} if text is None else {"content": text}
-        return {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
-
-    told: list[Event] = [piece("a"), {**piece("told"), "usage": used.said}]
-    if fate == "left":
-        return Scripted(events=told, hang=True)
-    if fate == "breaks off":
-        return Scripted(events=told)
-    return Scripted(events=[piece("a"), piece(None, "stop"), {**head, "choices": [], "usage": used.said}, "[DONE]"])
 
 
 # --- the calls ---------------------------------------------------------------------------------
@@ -232,7 +85,19 @@ def _stream(fate: str, used: Used) -> Scripted:
 KINDS = (
     *("whole", "whole", "stream", "stream", "left", "breaks off", "vectors", "vectors", "cached", "fails once"),
     *("gone", "falls back", "busy", "refused", "unpriced", "faulty", "unknown"),
+    *("response", "message", "images", "ranks", "speech", "transcript"),
 )
+MODELS = {
+    "falls back": "large",
+    "vectors": "vectors",
+    "unpriced": "unpriced",
+    "unknown": "?",
+    "images": "painter",
+    "ranks": "judge",
+    "speech": "speaker",
+    "transcript": "writer",
+}
+"""By kind, where it is not any that chats."""
 
 
 @define(eq=False)
@@ -274,21 +139,36 @@ class Client:
         tenant, project = chance.choice(TENANTS), chance.choice((None, *PROJECTS))
         headers = {"x-tenant": tenant, "x-user": "somebody", **({"x-project": project} if project else {})}
         model = "small" if kind == "cached" else chance.choice(("small", "large", "spare"))
-        model = {"falls back": "large", "vectors": "vectors", "unpriced": "unpriced", "unknown": "?"}.get(kind, model)
+        model = MODELS.get(kind, model)
         counts = [chance.randrange(1, 3000), chance.choice([0, chance.randrange(4000)]), chance.randrange(1, 500)]
         counts += [chance.choice([0, chance.randrange(900)])]
         if kind == "vectors":
             counts[1:] = [0, 0, 0]
-        tier = chance.choice(list(TIERS)) if model in {"large", "small"} and kind != "vectors" else None
+        if model in UNITS:
+            counts = [chance.randrange(1, 5), 0, 0, 0]
+        tier = chance.choice(list(TIERS)) if model in {"large", "small"} else None
         text = json.dumps({"number": self._number, "say": [kind, model, tenant, counts, tier]})
-        body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+        body = self._body(kind, model, text, counts[0])
         if kind in {"stream", "left", "breaks off"}:
             body |= {"stream": True, "stream_options": {"include_usage": chance.random() < 0.5}}
-        if kind == "vectors":
-            body = {"model": model, "input": text}
         if kind == "faulty":
             body["max_tokens"] = "many"
         return lambda: self._call(kind, headers, body)
+
+    def _body(self, kind: str, model: str, text: str, count: int) -> dict[str, Any]:
+        """What is asked, in the words of the operation."""
+        bodies: dict[str, dict[str, Any]] = {
+            "vectors": {"input": text},
+            "response": {"input": text},
+            "images": {"prompt": text, "n": count},
+            "ranks": {"query": text, "documents": ["a document"]},
+            "speech": {"input": text, "voice": "alloy"},
+            "transcript": {"prompt": text},
+        }
+        if kind in bodies:
+            return {"model": model, **bodies[kind]}
+        chat: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": text}]}
+        return {**chat, "max_tokens": 100, "stream": self.chance.random() < 0.5} if kind == "message" else chat
 
     async def _call(self, kind: str, headers: dict[str, str], body: dict[str, Any]) -> None:
         if kind == "left":
@@ -300,8 +180,11 @@ class Client:
             await heard.wait()
             asking.cancel()
             return
-        path = EMBEDDINGS if kind == "vectors" else CHAT
-        answer = await self.gateway.post(path, body, headers=headers)
+        path = PATHS.get(kind, CHAT)
+        if path == TRANSCRIPTIONS:
+            answer = await self.gateway.post_form(path, body, {"file": bytes(9000)}, headers=headers)
+        else:
+            answer = await self.gateway.post(path, body, headers=headers)
         expected = {"busy": 503, "refused": 400, "faulty": 400, "unknown": 404}.get(kind, 200)
         assert answer.status == expected, (kind, answer.text)
         if kind == "cached":
@@ -345,6 +228,9 @@ class Settled:
     odd: list[str] = field(factory=list)
     """Calls with an attempt that ended in another way than any should."""
     tokens: Counter[str] = field(factory=Counter)
+    """As the providers said, by bucket and meter."""
+    guessed_tokens: int = 0
+    """Of what is spoken, of which no provider counts them."""
 
     async def take(self, gateway: Running, bill: Bill, count: int) -> None:
         """Wait for so many receipts, rejected calls' included, compare each with the bill, and let go of them."""
@@ -361,7 +247,11 @@ class Settled:
                 self.odd.append(_told(receipt))
             self.picos += receipt.cost.picos or 0
             self.unpriced += receipt.cost.picos is None
-            self.tokens.update({name: getattr(receipt.usage, name) for name in BUCKETS})
+            self.tokens.update({name: receipt.usage.meters.get(name, 0) for name in METERS})
+            if receipt.operation == "speech":
+                self.guessed_tokens += receipt.usage.total
+            else:
+                self.tokens.update({name: getattr(receipt.usage, name) for name in BUCKETS})
             for attempt in receipt.attempts:
                 if attempt.billed:
                     served = bill.unclaimed.pop(attempt.upstream_id or "", None)
@@ -474,12 +364,12 @@ async def test_receipts_roll_ups_usage_api_and_the_providers_bill_are_one_sum(
             _print(client, bill, settled, stored, analytics, time.monotonic() - begun)
     assert settled.picos == owed, settled.odd
     assert settled.calls == client.receipts
-    assert settled.tokens == bill.tokens
+    assert +settled.tokens == +bill.tokens
     assert settled.outcomes["abandoned"] == client.kinds["left"] + client.kinds["gone"]
     assert settled.unpriced == client.kinds["unpriced"] == totals["unpriced_calls"]
     assert stored == dict.fromkeys(("receipts", *ROLLUPS), (client.receipts, owed))
     assert analytics == dict.fromkeys(analytics, owed)
-    assert totals["total_tokens"] == sum(bill.tokens.values())
+    assert totals["total_tokens"] == sum(bill.tokens[name] for name in BUCKETS) + settled.guessed_tokens
     # Not only in all: by model, and by tenant, whose projects the API has apart.
     assert +by_model == bill.by(1)
     tenants: Counter[str] = Counter()
@@ -492,7 +382,7 @@ async def test_receipts_roll_ups_usage_api_and_the_providers_bill_are_one_sum(
     reconcile = ["--openai", str(tmp_path / "costs.json"), "--provider", "one", "--provider", "two", "--threshold", "0"]
     code = await asyncio.to_thread(main, ["reconcile", "-c", str(tmp_path / "qlens.yaml"), "--json", *reconcile])
     found = json.loads(capsys.readouterr().out)
-    assert (code, found["total"]["drift_usd"], found["total"]["bill_usd"]) == (0, "0", f"{Decimal(owed).scaleb(-12):f}")
+    assert (code, found["total"]["drift_usd"], picos_of(found["total"]["bill_usd"])) == (0, "0", owed)
     what_if = ["what-if", "-c", str(tmp_path / "qlens.yaml"), "--config", str(tmp_path / "qlens.yaml"), "--json"]
     assert await asyncio.to_thread(main, what_if) == 0
     assert json.loads(capsys.readouterr().out)["total"]["calls"] == client.receipts

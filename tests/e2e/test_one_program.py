@@ -9,7 +9,7 @@ import bedrocks
 import openai
 import pytest
 from attrs import field, frozen
-from e2e.places import OTHERS, PLACES, Place, World
+from e2e.places import AZURES, OTHERS, PLACES, Place, World
 from e2e.programs import Program, Scene
 from e2e.transcripts import Difference, Transcript, changed, instead
 from e2e.voices import Said
@@ -279,17 +279,16 @@ DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
         place.name: AS_CHAT for place in OTHERS if place.name not in {"openai", "openai-compatible"}
     },
     embeddings: {"anthropic": NO_VECTORS},
-    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
+    headers: dict.fromkeys(AZURES, REGION),
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 
-AZURE = {"azure-classic", "azure-v1", "azure-older"}
 THINKERS = {"bedrock-claude", "bedrock-nova", "anthropic"}
 SIGNERS = {"bedrock-claude", "anthropic"}
 UNKNOWN: Mapping[str, set[str]] = {
     "usage.cost_usd": {place.name for place in PLACES},  # the gateway's own: what a stream cost
-    "prompt_filter_results": AZURE,  # what Azure's content filter found
-    "choices.content_filter_results": AZURE,
+    "prompt_filter_results": {*AZURES},  # what Azure's content filter found
+    "choices.content_filter_results": {*AZURES},
     "choices.message.reasoning_content": THINKERS,  # thoughts, as most servers write them
     "choices.delta.reasoning_content": THINKERS,
     "choices.message.thinking_blocks": SIGNERS,  # the same with what proves them, to be sent back

@@ -10,7 +10,7 @@ import bedrocks
 import orjson
 import pytest
 from attrs import field, frozen
-from e2e.places import OTHERS, PLACES, Place, World
+from e2e.places import AZURES, OTHERS, PLACES, Place, World
 from e2e.programs import Program, Scene
 from e2e.transcripts import Difference, Transcript, changed, instead
 from e2e.voices import Said
@@ -205,7 +205,7 @@ DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     parallel_tools_streamed: {"bedrock-mistral-7b": NO_TOOLS},
     forced_tool: {"bedrock-mistral-7b": NO_TOOLS},
     thinking: {"bedrock-claude": CLAUDE, "bedrock-nova": NOVA, "anthropic": CLAUDE},
-    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
+    headers: dict.fromkeys(AZURES, REGION),
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 

@@ -9,7 +9,7 @@ import bedrocks
 import openai
 import pytest
 from attrs import field, frozen
-from e2e.places import OTHERS, PLACES, Place, World
+from e2e.places import AZURES, OTHERS, PLACES, Place, World
 from e2e.programs import Program, Scene
 from e2e.transcripts import Difference, Transcript, changed, instead
 from e2e.voices import Said
@@ -201,18 +201,18 @@ SHOWN = Difference(
 NO_TOOLS = Difference("This model takes no tools.", instead("BadRequestError unsupported_parameter tools"))
 REGION = Difference("Azure says where it answered.", changed({"x-qlens-attempts": ("x-ms-region", "x-qlens-attempts")}))
 
-SHOWING = ("openai", "azure-classic", "azure-v1", "bedrock-claude", "bedrock-nova", "anthropic")
+SHOWING = ("openai", "azure-default", "azure-classic", "azure-v1", "bedrock-claude", "bedrock-nova", "anthropic")
 
 DIFFERENCES: Mapping[Scene[Asking], Mapping[str, Difference]] = {
     tools_over_several_turns: {"bedrock-mistral-7b": NO_TOOLS},
     parallel_tools: {"bedrock-mistral-7b": NO_TOOLS},
     reasoning: dict.fromkeys(SHOWING, SHOWN),
-    headers: {"azure-classic": REGION, "azure-v1": REGION, "azure-older": REGION},
+    headers: dict.fromkeys(AZURES, REGION),
 }
 """All there is: whatever stands here must differ, and nothing else may."""
 
 EVERYWHERE = {place.name for place in PLACES}
-BRIDGED = EVERYWHERE - {"openai", "azure-classic", "azure-v1"}
+BRIDGED = EVERYWHERE - {"openai", "azure-default", "azure-classic", "azure-v1"}
 UNKNOWN: Mapping[str, set[str]] = {
     "store": EVERYWHERE,  # OpenAI's API has it
     "frequency_penalty": BRIDGED,  # OpenAI's API has them, its fakes here leave them out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from decimal import Decimal
 from typing import Any
 
 import anthropic
@@ -37,6 +38,7 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 CACHED = 3059
 """Far more than what was not cached."""
+PRICE = {"model": "*", "input": 10, "cached_input": 1, "output": 20}
 
 
 def _converse() -> Scripted:
@@ -63,17 +65,32 @@ def _chat(prompt: int) -> Scripted:
     )
 
 
+PRICED: Any = {"pipeline": {"cost": [{"plugin": "prices", "catalogue": False, "table": [PRICE]}]}}
+
+
 def _compatible(url: str) -> str:
-    return claudes.config({"plugin": "openai", "base_url": url, "responses": False}, "gpt-4o")
+    return claudes.config({"plugin": "openai", "base_url": url, "responses": False}, "gpt-4o", **PRICED)
 
 
 # An OpenAI-compatible server may leave what was cached out of its prompt tokens, which OpenAI does not.
 COUNTS = {
-    "bedrock": (bedrock, lambda up: bedrock_config(up.root), _converse),
-    "anthropic": (claude.anthropic, lambda up: claudes.claude(up.url), _messages),
+    "bedrock": (bedrock, lambda up: bedrock_config(up.root, **PRICED), _converse),
+    "anthropic": (claude.anthropic, lambda up: claudes.claude(up.url, **PRICED), _messages),
     "chat": (upstream, lambda up: _compatible(up.url), lambda: _chat(CACHED + 5)),
     "chat, cached apart": (upstream, lambda up: _compatible(up.url), lambda: _chat(5)),
 }
+
+
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
+async def test_pitfall_06_what_was_cached_is_billed_once_however_it_is_counted(counts: Any) -> None:
+    serve, config, answer = counts
+    async with serve() as up, running(config(up)) as gateway, openai_client(gateway) as sdk:
+        up.script(answer())
+        raw = await sdk.chat.completions.with_raw_response.create(model="ours", messages=HELLO)
+        picos = 5 * 10_000_000 + CACHED * 1_000_000 + 4 * 20_000_000
+        assert Decimal(raw.headers["x-qlens-cost-usd"]) * 10**12 == picos
+        (receipt,) = await gateway.settled(1)
+        assert (receipt.cost.picos, receipt.cost.state) == (picos, "exact")
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -277,8 +294,8 @@ async def test_pitfall_26_results_of_parallel_calls_are_taken_in_any_order_with_
         user("Both?"),
         called(("call_1", "get_weather", "{}"), ("call_2", "get_weather", '{"city":"Oslo"}')),
         result("call_2"),
-        result("call_1", [{"type": "text", "text": "rainy"}]),
         {"role": "system", "content": "Be brief."},
+        result("call_1", [{"type": "text", "text": "rainy"}]),
         user("Well?"),
     ]
     assert (await taken(everywhere, place, talk, tools=[WEATHER])).content

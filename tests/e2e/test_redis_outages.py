@@ -1,4 +1,6 @@
-"""Three gateways lose the one Redis that keeps their limits and budgets: killed, slow, emptied, frozen.
+"""Three gateways, their clocks hours apart, lose the one Redis that keeps their limits and budgets.
+
+It is killed, slow, emptied and frozen.
 
 How long each outage lasts is said by the environment variable QLENS_OUTAGE_SECONDS; `pytest -s` shows how fast calls
 were answered before, while and after.
@@ -33,7 +35,9 @@ OUTAGE_SECONDS = float(os.environ.get("QLENS_OUTAGE_SECONDS", "2.5"))
 BACK_SECONDS = 2
 """After so long everything is as before, on a machine that has time for it."""
 REPLICAS = 3
-FAULTS = ("kill", "slow", "flush", "freeze")
+AHEADS = (-3600.0, 0.0, 5400.0)
+"""How many seconds the clock of each is ahead."""
+FAULTS = ("kill", "slow", "flush", "freeze", "all")
 RATE, BURST = 5, 120
 """What the narrow limit gives: calls a second, and at once."""
 LEASED = 6
@@ -81,7 +85,7 @@ async def three(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Repli
     folder = tmp_path_factory.mktemp("outages")
     async with (
         redis_server() as redis,
-        replicated(folder, redis, REPLICAS, lambda _, proxy: changes(folder, redis, proxy)) as found,
+        replicated(folder, redis, REPLICAS, lambda _, proxy: changes(folder, redis, proxy), AHEADS) as found,
     ):
         yield found
 
@@ -232,6 +236,46 @@ async def test_a_store_that_forgets_again_and_again_fails_no_call_and_gives_nobo
     assert in_time.count(False) <= len(in_time) // 10
 
     assert statuses(replicas, tight) <= {200, 429, 503}
+    assert 0 < len(replicas.passed(tight)) <= MOST_CALLS
+    await assert_known(replicas, strict, is_exact=False)
+
+
+async def test_a_store_that_is_killed_comes_back_empty_is_emptied_and_frozen_gives_nobody_more(
+    replicas: Replicas,
+) -> None:
+    """R8, R10, R11 and R12 in one load, with hardly a moment between them."""
+    wide, narrow, soft, strict, tight = models = [
+        f"{kind}-all" for kind in ("wide", "narrow", "soft", "strict", "tight")
+    ]
+    async with replicas.load(*models, pause=0.1):
+        await asyncio.sleep(1)
+        back_seconds = usually_back(replicas)
+        await kill(replicas)
+        await replicas.until_ok(ok=False, seconds=5, plugins=PLUGINS)
+        await asyncio.sleep(0.5)
+        await restart(replicas)
+        for _ in range(3):  # while the sums are being gathered, and when they have just been
+            await asyncio.sleep(0.7)
+            await flush(replicas)
+        await freeze(replicas)
+        await replicas.until_ok(ok=False, seconds=5, plugins=PLUGINS)
+        await thaw(replicas)
+        await flush(replicas)
+        over = time.monotonic()
+        await replicas.until_ok(ok=True, seconds=2 * back_seconds, plugins=PLUGINS)
+        await until_spent(replicas, tight, narrow)
+        await asyncio.sleep(back_seconds)
+
+    assert statuses(replicas, wide) == statuses(replicas, soft) == {200}
+    passed = replicas.passed(narrow)
+    seconds = max(each.ended for each in passed) - min(each.sent for each in passed)
+    # Redis is told by whoever asks first, who may not have heard of the others' last calls: five times.
+    assert len(passed) <= BURST + RATE * seconds + LEASED + 2 * REPLICAS * 5
+    assert {(each.status, each.code) for each in replicas.answers(strict) if each.status != 200} == {
+        (503, "budget_unavailable")
+    }
+    assert any(each.sent > over for each in replicas.passed(strict))
+    assert statuses(replicas, tight) == {200, 429, 503}
     assert 0 < len(replicas.passed(tight)) <= MOST_CALLS
     await assert_known(replicas, strict, is_exact=False)
 

@@ -93,7 +93,9 @@ class Transcript:
         assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens, usage
         cached = usage.prompt_tokens_details.cached_tokens
         assert 0 <= cached <= usage.prompt_tokens, usage
-        assert 0 <= usage.completion_tokens_details.reasoning_tokens <= usage.completion_tokens, usage
+        # Bedrock shows thoughts and does not always count them.
+        thought = usage.completion_tokens_details.reasoning_tokens
+        assert thought is None or 0 <= thought <= usage.completion_tokens, usage
         if choices == 1:
             self.counts.add((usage.prompt_tokens, cached, usage.completion_tokens))
         self.write("prompt + completion = total; cached within prompt, reasoning within completion")

@@ -82,7 +82,8 @@ class PatternConfig:
     hold_back: int = field(default=64, validator=[ge(1), _fit])
     """The longest match in characters that is sure to be found in a stream, which is kept back by as many."""
     realtime: Literal["refuse", "pass"] = "refuse"
-    """Realtime sessions and lines of batches cannot be looked into: they are refused with a 400, or pass unseen."""
+    """Realtime sessions, lines of batches and items put into conversations cannot be looked into: they are refused
+    with a 400, or pass unseen."""
 
 
 Compiled = tuple[tuple[Rule, re.Pattern[str]], ...]

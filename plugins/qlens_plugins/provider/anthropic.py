@@ -15,6 +15,7 @@ from qlens import (
     Call,
     Deadlines,
     Gateway,
+    Network,
     Outgoing,
     Reply,
     Secret,
@@ -67,6 +68,8 @@ class AnthropicConfig:
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /v1/models`. It runs auth and
     limits, is not priced, and objects there belong to all tenants."""
+    network: Network | None = None
+    """How the server is reached, where it is not as `server.network` says."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
@@ -112,8 +115,8 @@ class Anthropic:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the gateway's connections."""
-        self._http = gateway.http
-        yield
+        async with gateway.reach(self.config.network) as self._http:
+            yield
 
     @hookimpl
     async def send(self, call: Call, outgoing: Outgoing) -> Reply:

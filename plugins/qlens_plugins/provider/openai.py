@@ -13,6 +13,7 @@ from qlens import (
     Call,
     Deadlines,
     Gateway,
+    Network,
     Outgoing,
     Reply,
     Secret,
@@ -20,21 +21,25 @@ from qlens import (
     Target,
     Upstream,
     extra_headers,
+    fits,
     header_value,
     hookimpl,
     http_url,
     path_patterns,
     post_openai,
     send_request,
+    speaks_responses_only,
 )
 
 PATHS = {
     "chat": "/chat/completions",
+    "compaction": "/responses/compact",
     "completions": "/completions",
     "embeddings": "/embeddings",
     "image_edits": "/images/edits",
     "image_variations": "/images/variations",
     "images": "/images/generations",
+    "input_tokens": "/responses/input_tokens",
     "moderations": "/moderations",
     "rerank": "/rerank",
     "responses": "/responses",
@@ -42,6 +47,8 @@ PATHS = {
     "transcriptions": "/audio/transcriptions",
     "translations": "/audio/translations",
 }
+
+_OF_RESPONSES = frozenset({"compaction", "input_tokens", "responses"})
 
 BETA = {"openai-beta": "realtime=v1"}
 """What asks for the first version of realtime sessions."""
@@ -69,12 +76,18 @@ class OpenAIConfig:
     stream_options: bool = True
     """Ask streams for their usage; false for servers that refuse the field `stream_options`."""
     responses: bool = True
-    """Send calls of the Responses API as they are; false for servers without it: they are then asked by chat."""
+    """Send calls of the Responses API as they are, and keep conversations; false for servers without it: they are then
+    asked by chat."""
+    responses_only: tuple[str, ...] = ()
+    """Models with the Responses API alone, as `my-codex` or `gpt-9-pro*`: their chats are asked by it. OpenAI's codex,
+    pro and deep research models are known, at OpenAI itself and wherever a target's `base_model` names them."""
     files: bool = True
-    """Keep files and batches for clients; false for servers without them."""
+    """Keep files, batches and vector stores for clients; false for servers without them."""
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
     runs auth and limits, is not priced, and objects there belong to all tenants."""
+    network: Network | None = None
+    """How the server is reached, where it is not as `server.network` says."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))
@@ -93,6 +106,8 @@ class OpenAI:
     _spoken: tuple[str, ...] = field(init=False, repr=False)
     _spoken_by_chats: tuple[str, ...] = field(init=False, repr=False)
     """The dialects of the models that OpenAI has no completions for."""
+    _spoken_by_others: tuple[str, ...] = field(init=False, repr=False)
+    """The dialects of the models that have no chat either."""
     _urls: Mapping[str, str] = field(init=False, repr=False)
     _headers: Mapping[str, str] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
@@ -101,9 +116,11 @@ class OpenAI:
 
     def __attrs_post_init__(self) -> None:
         config = self.config
-        self._spoken = tuple(dialect for dialect in PATHS if dialect != "responses" or config.responses)
+        self._spoken = tuple(dialect for dialect in PATHS if dialect not in _OF_RESPONSES or config.responses)
         others = self.kind != "openai"
         self._spoken_by_chats = tuple(dialect for dialect in self._spoken if others or dialect != "completions")
+        no_chats = {"chat", "completions"} if config.responses else set[str]()
+        self._spoken_by_others = tuple(dialect for dialect in self._spoken if dialect not in no_chats)
         self._urls = {dialect: config.base_url.rstrip("/") + path for dialect, path in PATHS.items()}
         named = {
             "authorization": f"Bearer {config.api_key.reveal()}" if config.api_key else None,
@@ -121,7 +138,17 @@ class OpenAI:
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects spoken for a target."""
+        if self._has_no_chat(target):
+            return self._spoken_by_others
         return self._spoken if _COMPLETES.match(target.model) else self._spoken_by_chats
+
+    def _has_no_chat(self, target: Target) -> bool:
+        name = target.base_model or target.model
+        if fits(name, self.config.responses_only) or fits(target.model, self.config.responses_only):
+            return True
+        # Another server may well speak chat for a model of that name.
+        is_openais = target.base_model is not None or self.kind == "openai"
+        return is_openais and speaks_responses_only(name)
 
     @property
     def passthrough(self) -> tuple[str, ...]:
@@ -131,20 +158,24 @@ class OpenAI:
     @property
     def objects(self) -> tuple[str, ...]:
         """What is kept for clients."""
-        return (*(("response",) if self.config.responses else ()), *(("file", "batch") if self.config.files else ()))
+        of_responses = ("response", "conversation") if self.config.responses else ()
+        return (*of_responses, *(("file", "batch", "vector_store") if self.config.files else ()))
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the gateway's connections."""
-        self._http = gateway.http
-        yield
+        async with gateway.reach(self.config.network) as self._http:
+            yield
 
     @hookimpl
     async def connect(self, call: Call, target: Target) -> Session:
         """Open a realtime session, of the kind that the client speaks: the events of the beta are others."""
         assert self._http is not None, "the lifespan is not open"
-        asked = {"model": target.model, **({"intent": call.query["intent"]} if "intent" in call.query else {})}
+        intent = call.query.get("intent")
+        # A session that only transcribes is told its model later: OpenAI refuses one that names it here.
+        model = {} if intent == "transcription" else {"model": target.model}
+        asked = {**model, **({"intent": intent} if intent is not None else {})}
         headers = {**self._headers, **(BETA if _is_beta(call) else {})}
         place = f"{self.config.base_url.rstrip('/')}/realtime?{urlencode(asked)}"
         return await self._http.connect(place, headers=headers, deadlines=self._deadlines)

@@ -96,10 +96,55 @@ async def test_a_wrong_place_is_not_found(path: str, expected: str) -> None:
 async def test_pictures_are_edited_in_previews_alone(version: str, status: int) -> None:
     form = aiohttp.FormData({"prompt": "a hat"})
     form.add_field("image", b"a", filename="a.png")
-    async with azure() as cloud, aiohttp.ClientSession(headers={"api-key": KEY}) as session:
+    deployments = {"my-deployment": Deployment("gpt-image-1")}
+    async with azure(deployments) as cloud, aiohttp.ClientSession(headers={"api-key": KEY}) as session:
         place = f"{cloud.root}/openai/deployments/my-deployment/images/edits?api-version={version}"
         async with session.post(place, data=form) as answer:
             assert answer.status == status
+
+
+@pytest.mark.parametrize(
+    ("version", "field", "status"),
+    [
+        ("2024-10-21", {"max_completion_tokens": 5}, 200),
+        ("2024-10-21", {"store": True}, 400),  # in the preview before it, and not in it
+        ("2024-10-01-preview", {"store": True}, 200),
+        ("2024-10-01-preview", {"user_security_context": {}}, 400),
+        ("2024-12-01-preview", {"prediction": {}}, 400),
+        ("2025-01-01-preview", {"prediction": {}, "modalities": ["text"], "audio": {}}, 200),
+        ("2025-04-01-preview", {"service_tier": "auto"}, 400),
+        ("2025-04-01-preview", {"prompt_cache_key": "a"}, 400),
+        (None, {"service_tier": "auto", "prompt_cache_key": "a", "safety_identifier": "b", "store": True}, 200),
+        (None, {"of_tomorrow": 1}, 400),
+    ],
+)
+async def test_it_knows_the_fields_of_its_api_version(version: str | None, field: dict[str, Any], status: int) -> None:
+    path = V1 if version is None else CLASSIC.replace("2024-10-21", version)
+    async with azure() as cloud:
+        got, body = await ask(cloud, path, {**HELLO, "model": "my-deployment", **field})
+        assert got == status
+        if status == 400:
+            assert body["error"]["message"] == f"Unrecognized request argument supplied: {', '.join(field)}"
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "status"),
+    [
+        ("gpt-image-1", "images/generations", 200),
+        ("dall-e-3", "images/generations", 200),
+        ("gpt-4o", "images/generations", 400),
+        ("tts", "audio/speech", 200),
+        ("whisper", "audio/speech", 400),
+        ("gpt-image-1", "chat/completions", 400),
+    ],
+)
+async def test_a_deployment_does_what_its_model_can(model: str, path: str, status: int) -> None:
+    body = {"model": "my-deployment", "prompt": "a", "input": "a", "voice": "alloy", **HELLO}
+    async with azure({"my-deployment": Deployment(model)}) as cloud:
+        got, said = await ask(cloud, f"/openai/v1/{path}", body)
+        assert got == status
+        if status == 400:
+            assert code(said) == "OperationNotSupported"
 
 
 @pytest.mark.parametrize(

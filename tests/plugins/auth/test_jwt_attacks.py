@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import hmac
+import itertools
 import logging
 import random
 import string
 from base64 import b64encode
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import jwt
@@ -22,6 +25,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
+from keystores import ADMIN, made, send
 from tokens import MODELS, ask, config, entry, packed, refused, taken, unsigned
 
 from qlens import Call, Caller, Unauthenticated
@@ -389,32 +393,48 @@ async def test_what_is_known_is_bounded_and_what_is_refused_is_soon_forgotten(is
 
 async def test_ten_thousand_odd_credentials_give_no_identity_without_a_tenant(issuer: FakeIssuer) -> None:
     key = "sk-example-Zb1yQ0cW8mT5rL2vX7nK4hJ9dF6gS3aP"
-    row = f"{{id: one, hash: 'sha256:{hashlib.sha256(key.encode()).hexdigest()}', tenant: acme}}"
+    row, root = (
+        f"{{id: {id_}, hash: 'sha256:{hashlib.sha256(each.encode()).hexdigest()}', tenant: acme, roles: [{role}]}}"
+        for id_, each, role in (("one", key, "member"), ("root", ADMIN, "admin"))
+    )
     trusted = {
         "plugin": "trusted_header",
         "proxies": ["10.0.0.0/8"],
         "headers": {"tenant": "x-tenant", "subject": "x-user"},
     }
-    auth = (trusted, {"plugin": "api_keys", "file": "keys.yaml"}, entry(issuer, secret=SECRET, roles_claim="roles"))
-    async with running(config(*auth), files={"keys.yaml": f"keys: [{row}]"}, clock=issuer.clock) as gateway:
+    stored = {"plugin": "key_store", "poll_seconds": 0.05}
+    keys = {"plugin": "api_keys", "file": "keys.yaml"}
+    auth = (trusted, keys, stored, entry(issuer, secret=SECRET, roles_claim="roles"))
+    async with running(config(*auth), files={"keys.yaml": f"keys: [{row}, {root}]"}, clock=issuer.clock) as gateway:
+        held, revoked = await made(gateway), await made(gateway)
+        assert (await send(gateway, "DELETE", f"/admin/keys/{revoked['id']}")).status == 200
         dice = random.Random(20261128)
-        outcomes = {"caller": 0, "refused": 0}
-        for headers, peer in _odd_heads(dice, 10_000, key, issuer):
+        callers: Counter[str] = Counter()
+
+        async def ask_for(headers: dict[str, str], peer: str) -> None:
             try:
                 caller = await gateway.gateway.current.pipeline.authenticate(_call(headers, peer))
             except Unauthenticated:
-                outcomes["refused"] += 1
-            else:
-                outcomes["caller"] += 1
-                assert caller.tenant
-                assert caller.tenant.isprintable()
-                assert caller.subject
-                assert caller.roles == {"member"}
-        assert outcomes["caller"] > 300
-        assert outcomes["refused"] > 5000
+                callers["refused"] += 1
+                return
+            callers[caller.by] += 1
+            assert caller.tenant
+            assert caller.tenant.isprintable()
+            assert caller.subject
+            assert caller.roles == {"member"}
+            assert caller.key_id != revoked["id"]
+
+        heads = _odd_heads(dice, 10_000, [key, held["key"], revoked["key"]], issuer)
+        while together := list(itertools.islice(heads, 500)):  # as unknown keys share their looks at the database
+            await asyncio.gather(*(ask_for(*head) for head in together))
+        assert callers.pop("refused") > 5000
+        assert callers.total() > 300
+        assert set(callers) == {"trusted_header", "api_keys", "key_store", "jwt"}
 
 
-def _odd_heads(dice: random.Random, count: int, key: str, issuer: FakeIssuer) -> Iterator[tuple[dict[str, str], str]]:
+def _odd_heads(
+    dice: random.Random, count: int, keys: Sequence[str], issuer: FakeIssuer
+) -> Iterator[tuple[dict[str, str], str]]:
     """Heads of requests: credentials that are right, nearly right, and not at all."""
     values: list[Any] = [
         None,
@@ -434,7 +454,7 @@ def _odd_heads(dice: random.Random, count: int, key: str, issuer: FakeIssuer) ->
         "\ud7ff",
         "é",
     ]
-    seeds = [key, hs({}, issuer.claims(), SECRET.encode()), issuer.token(), "a.b.c", "Bearer", "null", "' OR 1=1 --"]
+    seeds = [*keys, hs({}, issuer.claims(), SECRET.encode()), issuer.token(), "a.b.c", "Bearer", "null", "' OR 1=1 --"]
     for _ in range(count):
         match dice.randrange(4):
             case 0:  # signed as it must be, with odd claims

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from keystores import ADMIN, CALL, config, key_file, made, send, status, stored
+from ledgers import Place
 
 from qlens import ConfigError, StartupError
 from qlens.testing import ManualClock, Running, check_plugin, running
@@ -43,8 +44,8 @@ def test_it_keeps_the_contract_of_its_stage() -> None:
 # --- who is let in -----------------------------------------------------------------------------
 
 
-async def test_a_key_tells_everything_about_its_caller() -> None:
-    async with stored() as gateway:
+async def test_a_key_tells_everything_about_its_caller(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(
             gateway,
             name="search",
@@ -69,8 +70,8 @@ async def test_a_key_tells_everything_about_its_caller() -> None:
         assert (await gateway.post("/v1/chat/completions", {**CALL, "model": "claude"}, key=key["key"])).status == 404
 
 
-async def test_only_the_whole_key_is_the_key_and_of_a_wrong_one_little_is_shown() -> None:
-    async with stored() as gateway:
+async def test_only_the_whole_key_is_the_key_and_of_a_wrong_one_little_is_shown(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = (await made(gateway))["key"]
         assert key.startswith(STORED)
         for wrong in (key[:-1], key + "x", key.swapcase(), STORED, STORED + "ключ", STORED + "x" * 4000):
@@ -94,9 +95,9 @@ async def test_what_is_not_shaped_like_its_keys_is_left_to_others_wherever_it_st
             assert await status(gateway, (await made(gateway))["key"]) == 200
 
 
-async def test_an_expired_key_is_refused_and_told_so() -> None:
+async def test_an_expired_key_is_refused_and_told_so(place: Place) -> None:
     clock = ManualClock()
-    async with stored(clock=clock) as gateway:
+    async with stored(place=place, clock=clock) as gateway:
         key = await made(gateway, expires_at="2027-01-15T09:00:00Z")
         assert await status(gateway, key["key"]) == 200
         clock.advance(86_400)
@@ -107,9 +108,9 @@ async def test_an_expired_key_is_refused_and_told_so() -> None:
         assert await status(gateway, key["key"]) == 200
 
 
-async def test_a_rotated_key_works_beside_the_new_one_until_the_overlap_ends() -> None:
+async def test_a_rotated_key_works_beside_the_new_one_until_the_overlap_ends(place: Place) -> None:
     clock = ManualClock()
-    async with stored(clock=clock) as gateway:
+    async with stored(place=place, clock=clock) as gateway:
         old = await made(gateway)
         new = (await send(gateway, "POST", f"/admin/keys/{old['id']}/rotate", {"overlap_seconds": 60})).json()
         assert new["id"] == old["id"]
@@ -123,8 +124,8 @@ async def test_a_rotated_key_works_beside_the_new_one_until_the_overlap_ends() -
         assert [await status(gateway, key["key"]) for key in (old, new, last)] == [401, 401, 200]
 
 
-async def test_a_disabled_tenant_loses_its_keys_and_its_models_and_limits_are_the_keys() -> None:
-    async with stored() as gateway:
+async def test_a_disabled_tenant_loses_its_keys_and_its_models_and_limits_are_the_keys(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key, other = await made(gateway, limits={"concurrency": 3}), await made(gateway, tenant="globex")
         settings = {"name": "acme", "models": ["gpt-4o*"], "limits": {"concurrency": 9, "tokens_per_minute": 50}}
         assert (await send(gateway, "POST", "/admin/tenants", settings)).status == 200
@@ -141,38 +142,35 @@ async def test_a_disabled_tenant_loses_its_keys_and_its_models_and_limits_are_th
 # --- following the database --------------------------------------------------------------------
 
 
-async def test_what_one_gateway_changes_another_one_follows() -> None:
-    async with stored() as one:
-        text = config(f"poll_seconds: 0.05, url: 'sqlite:///{one.folder}/qlens.db'")
-        async with stored(text) as two:
-            key = await made(one)
-            assert await status(two, key["key"]) == 200  # at once: an unknown key makes it look
-            assert (await send(two, "DELETE", f"/admin/keys/{key['id']}")).status == 200
-            assert await status(two, key["key"]) == 401
-            await eventually(lambda: _is(one, key["key"], 401))
-            assert "revoked" in (await one.get("/v1/models", key=key["key"])).text
+async def test_what_one_gateway_changes_another_one_follows(place: Place) -> None:
+    async with stored(place=place) as one, stored(place=place) as two:
+        key = await made(one)
+        assert await status(two, key["key"]) == 200  # at once: an unknown key makes it look
+        assert (await send(two, "DELETE", f"/admin/keys/{key['id']}")).status == 200
+        assert await status(two, key["key"]) == 401
+        await eventually(lambda: _is(one, key["key"], 401))
+        assert "revoked" in (await one.get("/v1/models", key=key["key"])).text
 
 
 async def _is(gateway: Running, key: str, expected: int) -> bool:
     return await status(gateway, key) == expected
 
 
-async def test_a_key_that_is_made_while_somebody_looks_is_found() -> None:
-    async with stored() as one:
-        text = config(f"poll_seconds: 4, url: 'sqlite:///{one.folder}/qlens.db'")
-        async with stored(text) as two:
-            for _ in range(3):
-                wrong = asyncio.gather(*(status(two, f"{STORED}wrong-{each:030}") for each in range(20)))
-                key = await made(one)
-                assert await status(two, key["key"]) == 200
-                assert set(await wrong) == {401}
+async def test_a_key_that_is_made_while_somebody_looks_is_found(place: Place) -> None:
+    async with stored(place=place) as one, stored(config("poll_seconds: 4", place=place)) as two:
+        for _ in range(3):
+            wrong = asyncio.gather(*(status(two, f"{STORED}wrong-{each:030}") for each in range(20)))
+            key = await made(one)
+            assert await status(two, key["key"]) == 200
+            assert set(await wrong) == {401}
 
 
 async def test_a_flood_of_wrong_keys_asks_the_database_a_few_times_and_is_remembered_in_bounds(
+    place: Place,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("qlens_plugins.auth.key_store.keyring.MOST_UNKNOWN", 100)
-    async with stored(config("poll_seconds: 4")) as gateway:
+    async with stored(config("poll_seconds: 4", place=place)) as gateway:
         ring = keyring(gateway)
         asked = 0
         changes = ring.store.changes
@@ -200,27 +198,28 @@ class _Counting:
         return getattr(self._store, name)
 
 
-async def test_a_reload_keeps_what_is_known_and_another_pepper_is_refused() -> None:
-    async with stored() as gateway:
+async def test_a_reload_keeps_what_is_known_and_another_pepper_is_refused(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key, ring = await made(gateway), keyring(gateway)
-        await gateway.reload(config("poll_seconds: 0.1"))
+        await gateway.reload(config("poll_seconds: 0.1", place=place))
         assert keyring(gateway) is ring
         assert await status(gateway, key["key"]) == 200
         assert len((await send(gateway, "GET", "/admin/audit")).json()["data"]) == 1
         await made(gateway)
         assert len((await send(gateway, "GET", "/admin/audit")).json()["data"]) == 2  # each once
         with pytest.raises(StartupError, match="another `pepper`"):
-            await gateway.reload(config("pepper: example-pepper-example-pepper"))
+            await gateway.reload(config("pepper: example-pepper-example-pepper", place=place))
         assert await status(gateway, key["key"]) == 200
 
 
-async def test_with_a_pepper_a_key_works_and_the_database_has_no_hash_that_could_be_tried() -> None:
-    async with stored(config("pepper: example-pepper-example-pepper")) as gateway:
+async def test_with_a_pepper_a_key_works_and_the_database_has_no_hash_that_could_be_tried(place: Place) -> None:
+    async with stored(config("pepper: example-pepper-example-pepper", place=place)) as gateway:
         key = (await made(gateway))["key"]
         assert await status(gateway, key) == 200
-        content = (gateway.folder / "qlens.db").read_bytes() + (gateway.folder / "qlens.db-wal").read_bytes()
-        assert hashlib.sha256(key.encode()).digest() not in content
-        assert b"example-pepper" not in content
+        content = repr([place.rows(f"SELECT * FROM {table}") for table in ("keys", "key_state", "audit")])
+        assert key[-4:] in content  # its hint: it is the right place to look
+        assert repr(hashlib.sha256(key.encode()).digest()) not in content
+        assert "example-pepper" not in content
 
 
 # --- the database is away ----------------------------------------------------------------------
@@ -262,24 +261,23 @@ def _move(folder: Path, *, away: bool) -> None:
             os.rename(source, target)
 
 
-async def test_a_row_that_cannot_be_read_is_trouble_and_does_not_end_the_following() -> None:
-    async with stored() as gateway:
+async def test_a_row_that_cannot_be_read_is_trouble_and_does_not_end_the_following(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway)
-        database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
-        database.execute("UPDATE keys SET limits = '{\"from_the_future\": 1}', change = 9")
-        database.execute("UPDATE key_state SET change = 9")
+        place.execute("UPDATE keys SET limits = '{\"from_the_future\": 1}', change = 9")
+        place.execute("UPDATE key_state SET change = 9")
         await eventually(lambda: _unhealthy(gateway))
         assert await status(gateway, key["key"]) == 200
-        database.execute("UPDATE keys SET limits = NULL, revoked_at = 1 WHERE id = ?", (key["id"],))
-        database.close()
+        place.execute("UPDATE keys SET limits = NULL, revoked_at = 1")
         await eventually(lambda: _is(gateway, key["key"], 401))
 
 
 async def test_a_database_that_does_not_answer_holds_up_nobody_whose_key_is_known(
+    place: Place,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("qlens_plugins.auth.key_store.keyring.ANSWER_SECONDS", 0.3)
-    async with stored() as gateway:
+    async with stored(place=place) as gateway:
         key = await made(gateway)
         stuck = threading.Event()
         keyring(gateway).store._following._thread.submit(stuck.wait, 5)
@@ -289,17 +287,15 @@ async def test_a_database_that_does_not_answer_holds_up_nobody_whose_key_is_know
         await eventually(lambda: _is(gateway, STORED + "x" * 30, 401))
 
 
-async def test_whatever_operators_ask_for_a_revocation_is_heard_of_in_time() -> None:
-    async with stored() as gateway:
+async def test_whatever_operators_ask_for_a_revocation_is_heard_of_in_time(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key, other = await made(gateway), await made(gateway)
         stuck = threading.Event()
         keyring(gateway).store._lists._thread.submit(stuck.wait, 5)
         assert (await send(gateway, "DELETE", f"/admin/keys/{other['id']}")).status == 200
         keyring(gateway).store._desk._thread.submit(stuck.wait, 5)
-        database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
-        database.execute("UPDATE keys SET revoked_at = 1, change = 9")
-        database.execute("UPDATE key_state SET change = 9")
-        database.close()
+        place.execute("UPDATE keys SET revoked_at = 1, change = 9")
+        place.execute("UPDATE key_state SET change = 9")
         await eventually(lambda: _is(gateway, key["key"], 401))
         assert not stuck.is_set()
         stuck.set()
@@ -364,7 +360,9 @@ async def test_another_programs_database_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("url: 'postgresql://user:example-password@db/keys'", "postgresql:... is not supported"),
+        ("url: 'mysql://user:example-password@db/keys'", "keys at mysql:... are not supported"),
+        ("url: 'postgresql://user:example-password@db'", "names no host and database"),
+        ("url: 'postgresql://db/keys?password=example-password'", "a password belongs before the host"),
         ("url: 'sqlite:///:memory:'", "names no file"),
         ("pepper: short", "at least 16 characters"),
         ("poll_seconds: 9", "poll_seconds"),

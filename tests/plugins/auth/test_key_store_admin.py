@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import sqlite3
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 from keystores import ADMIN, CALL, config, key_of, made, send, status, stored
+from ledgers import Place, SqlitePlace
 
 from qlens import Allowance, AuditEntry, Caller, Forbidden
 from qlens.testing import Running
@@ -38,8 +40,8 @@ async def listed(gateway: Running, path: str, key: str = ADMIN) -> list[dict[str
 # --- keys --------------------------------------------------------------------------------------
 
 
-async def test_a_key_is_made_shown_once_changed_and_revoked() -> None:
-    async with stored() as gateway:
+async def test_a_key_is_made_shown_once_changed_and_revoked(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway, name="one", models=["gpt-4o"], limits={"concurrency": 2})
         path = f"/admin/keys/{key['id']}"
         plain = key.pop("key")
@@ -59,8 +61,8 @@ async def test_a_key_is_made_shown_once_changed_and_revoked() -> None:
         assert len(await listed(gateway, "/admin/audit?action=keys.revoke")) == 1
 
 
-async def test_lists_are_paged_the_newest_first() -> None:
-    async with stored() as gateway:
+async def test_lists_are_paged_the_newest_first(place: Place) -> None:
+    async with stored(place=place) as gateway:
         ids = [(await made(gateway, tenant=("acme", "globex")[place % 2]))["id"] for place in range(5)]
         seen, after = [], ""
         while True:
@@ -122,8 +124,8 @@ async def test_bodies_are_read_strictly_and_what_is_wrong_is_named() -> None:
         assert await listed(gateway, "/admin/keys") == []
 
 
-async def test_a_key_that_is_revoked_while_its_body_arrives_changes_nothing() -> None:
-    async with stored() as gateway:
+async def test_a_key_that_is_revoked_while_its_body_arrives_changes_nothing(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway, tenant="ops", roles=["admin"])
         reader, writer = await asyncio.open_connection(*gateway.admin_url.removeprefix("http://").split(":"))
         body = b'{"tenant": "acme", "roles": ["admin"]}'
@@ -148,9 +150,9 @@ async def test_metadata_is_small_and_not_deep() -> None:
         assert (answer.status, answer.json()["error"]["param"]) == (400, "metadata")
 
 
-async def test_notes_about_a_key_are_kept_shown_replaced_and_audited() -> None:
+async def test_notes_about_a_key_are_kept_shown_replaced_and_audited(place: Place) -> None:
     notes = {"owner": "search team\nroom 4", "ticket": "", "x" * 64: "y" * 512}
-    async with stored(config(cost="{plugin: ledger, flush_seconds: 0.01}")) as gateway:
+    async with stored(config(cost="{plugin: ledger, flush_seconds: 0.01}", place=place)) as gateway:
         key = await made(gateway, metadata=notes)
         path = f"/admin/keys/{key['id']}"
         assert key["metadata"] == (await send(gateway, "GET", path)).json()["metadata"] == notes
@@ -188,15 +190,15 @@ async def test_a_database_of_before_there_were_notes_about_keys_is_taken_over() 
             assert (row["id"], row["metadata"]) == (key["id"], {})
 
 
-async def test_a_change_that_changes_nothing_is_none() -> None:
-    async with stored() as gateway:
+async def test_a_change_that_changes_nothing_is_none(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway, name="one")
         assert (await send(gateway, "PATCH", f"/admin/keys/{key['id']}", {"name": "one"})).status == 200
         assert len(await listed(gateway, "/admin/audit")) == 1
 
 
-async def test_two_who_change_a_key_at_a_time_lose_nothing() -> None:
-    async with stored() as gateway:
+async def test_two_who_change_a_key_at_a_time_lose_nothing(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway)
         path = f"/admin/keys/{key['id']}"
         answers = await asyncio.gather(*(send(gateway, "PATCH", path, {"name": f"n{n}"}) for n in range(8)))
@@ -412,8 +414,8 @@ def test_a_key_that_may_be_made_never_opens_more_than_its_maker_has(
 # --- nobody sees another tenant's --------------------------------------------------------------
 
 
-async def test_another_tenants_things_are_byte_for_byte_like_unknown_ones() -> None:
-    async with stored() as gateway:
+async def test_another_tenants_things_are_byte_for_byte_like_unknown_ones(place: Place) -> None:
+    async with stored(place=place) as gateway:
         theirs = await made(gateway, tenant="globex")
         await send(gateway, "POST", "/admin/tenants", {"name": "globex", "disabled": False})
         entry = (await listed(gateway, "/admin/audit", OTHER))[0]["id"]
@@ -443,8 +445,8 @@ async def test_another_tenants_things_are_byte_for_byte_like_unknown_ones() -> N
 # --- tenants -----------------------------------------------------------------------------------
 
 
-async def test_tenants_are_made_changed_and_deleted() -> None:
-    async with stored() as gateway:
+async def test_tenants_are_made_changed_and_deleted(place: Place) -> None:
+    async with stored(place=place) as gateway:
         body = {"name": "acme corp/eu", "models": ["gpt-4o"], "limits": {"concurrency": 1}, "metadata": {"a": [1]}}
         answer = await send(gateway, "POST", "/admin/tenants", body)
         assert answer.status == 200
@@ -470,8 +472,8 @@ async def test_tenants_are_made_changed_and_deleted() -> None:
 # --- the audit log -----------------------------------------------------------------------------
 
 
-async def test_an_entry_says_who_did_what_to_what_and_how_it_was() -> None:
-    async with stored() as gateway:
+async def test_an_entry_says_who_did_what_to_what_and_how_it_was(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway, TEAM, name="one")
         await send(gateway, "PATCH", f"/admin/keys/{key['id']}", {"name": "two"}, TEAM)
         entry, first = await listed(gateway, "/admin/audit")
@@ -502,31 +504,44 @@ async def test_an_entry_says_who_did_what_to_what_and_how_it_was() -> None:
         assert await listed(gateway, "/admin/audit?tenant=acme", OTHER) == []
 
 
-async def test_the_log_cannot_be_changed_and_a_change_by_force_is_seen() -> None:
-    async with stored() as gateway:
-        await made(gateway)
-        await made(gateway)
-        database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
-        for statement in (
+_BY_FORCE = {
+    "SqlitePlace": (
+        ("UPDATE audit SET actor = 'nobody'", "DELETE FROM audit", "REPLACE INTO audit SELECT * FROM audit"),
+        "DROP TRIGGER audit_is_not_changed",
+    ),
+    "PostgresPlace": (
+        (
             "UPDATE audit SET actor = 'nobody'",
             "DELETE FROM audit",
-            "REPLACE INTO audit SELECT * FROM audit",
-        ):
-            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
-                database.execute(statement)
+            "TRUNCATE audit",
+            "INSERT INTO audit OVERRIDING SYSTEM VALUE SELECT * FROM audit ON CONFLICT (n) DO UPDATE SET actor = 'x'",
+        ),
+        "ALTER TABLE audit DISABLE TRIGGER audit_is_append_only",
+    ),
+}
+"""What nobody may do to the log, and how it may be done by force."""
+
+
+async def test_the_log_cannot_be_changed_and_a_change_by_force_is_seen(place: Place) -> None:
+    async with stored(place=place) as gateway:
+        await made(gateway)
+        await made(gateway)
+        by_force, allowed = _BY_FORCE[type(place).__name__]
+        for statement in by_force:
+            with pytest.raises(Exception, match="append-only"):
+                place.execute(statement)
         store = keyring(gateway).store
         count, wrong, _ = await store.chain()
         assert (count, wrong) == (2, None)
-        database.execute("DROP TRIGGER audit_is_not_changed")
+        place.execute(allowed)
         for column in ("actor", "tenant", "object", "wall_ns"):
-            ((before,),) = database.execute(f"SELECT {column} FROM audit WHERE n = 1").fetchall()
-            database.execute(f"UPDATE audit SET {column} = 7 WHERE n = 1")
+            (row,) = place.rows(f"SELECT {column} FROM audit WHERE n = 1")
+            place.execute(f"UPDATE audit SET {column} = '7' WHERE n = 1")
             found = await store.chain()  # the entry is whole, and would not be found by what it says
             assert (found[0], found[1] is None) == (1, False), column
-            database.execute(f"UPDATE audit SET {column} = ? WHERE n = 1", (before,))
+            place.execute(f"UPDATE audit SET {column} = '{row[column]}' WHERE n = 1")
         assert (await store.chain())[:2] == (2, None)
-        database.execute("UPDATE audit SET entry = replace(entry, 'root', 'toor') WHERE n = 1")
-        database.close()
+        place.execute("UPDATE audit SET entry = replace(entry, 'root', 'toor') WHERE n = 1")
         assert (await store.chain())[1] is not None
 
 
@@ -543,14 +558,29 @@ class _Broken:
         raise OSError("the disk is full")
 
 
-async def test_what_cannot_be_noted_does_not_happen() -> None:
-    async with stored() as gateway:
+_FULL = {
+    "SqlitePlace": (
+        ("CREATE TRIGGER full_disk BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END",),
+        "DROP TRIGGER full_disk",
+    ),
+    "PostgresPlace": (
+        (
+            "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE disk_full; END $$",
+            "CREATE TRIGGER full_disk BEFORE INSERT ON audit EXECUTE FUNCTION full_disk()",
+        ),
+        "DROP TRIGGER full_disk ON audit",
+    ),
+}
+"""How nothing can be added to the log, and how it can again."""
+
+
+async def test_what_cannot_be_noted_does_not_happen(place: Place) -> None:
+    async with stored(place=place) as gateway:
         key = await made(gateway)
         path = f"/admin/keys/{key['id']}"
-        database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
-        database.execute(
-            "CREATE TRIGGER full BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'the disk is full'); END"
-        )
+        full, free = _FULL[type(place).__name__]
+        for statement in full:
+            place.execute(statement)
         before = await listed(gateway, "/admin/keys"), await listed(gateway, "/admin/tenants")
         asked = [
             ("POST", "/admin/keys", {"tenant": "acme"}),
@@ -560,9 +590,8 @@ async def test_what_cannot_be_noted_does_not_happen() -> None:
             ("POST", "/admin/tenants", {"name": "acme"}),
         ]
         for method, where, body in asked:
-            assert (await send(gateway, method, where, body)).status in (409, 503), where
-        database.execute("DROP TRIGGER full")
-        database.close()
+            assert (await send(gateway, method, where, body)).status == 503, where
+        place.execute(free)
         with gateway.gateway.audit.into(_Broken()):  # nor when another one cannot keep it
             for method, where, body in asked:
                 answer = await send(gateway, method, where, body)
@@ -574,9 +603,16 @@ async def test_what_cannot_be_noted_does_not_happen() -> None:
 # --- secrets -----------------------------------------------------------------------------------
 
 
-async def test_no_key_is_anywhere_but_in_the_answer_that_shows_it(caplog: pytest.LogCaptureFixture) -> None:
+def _files(place: Place) -> list[Path]:
+    """The files of a database that is one."""
+    return sorted(place.path.parent.glob(f"{place.path.name}*")) if isinstance(place, SqlitePlace) else []
+
+
+async def test_no_key_is_anywhere_but_in_the_answer_that_shows_it(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
-    async with stored(config(cost="{plugin: ledger, flush_seconds: 0.01}")) as gateway:
+    async with stored(config(cost="{plugin: ledger, flush_seconds: 0.01}", place=place)) as gateway:
         keys = [await made(gateway, name=f"n{n}") for n in range(3)]
         plain = [key["key"] for key in keys]
         for key in keys:
@@ -600,7 +636,8 @@ async def test_no_key_is_anywhere_but_in_the_answer_that_shows_it(caplog: pytest
         ]
         texts += [record.getMessage() for record in caplog.records] + [caplog.text]
         texts.append(repr(keyring(gateway)))
-    content = b"".join(path.read_bytes() for path in gateway.folder.glob("qlens.db*"))
+    texts += [repr(place.rows(f"SELECT * FROM {table}")) for table in ("keys", "tenants", "audit")]
+    content = b"".join(path.read_bytes() for path in [*gateway.folder.glob("qlens.db*"), *_files(place)])
     everything = "\n".join(texts).encode() + content
     for key in plain:
         secret = key.removeprefix("sk-qlens-v-")

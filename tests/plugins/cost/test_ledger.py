@@ -548,11 +548,12 @@ async def test_a_file_of_a_newer_version_is_refused_and_left_alone(tmp_path: Pat
     path = tmp_path / "x.db"
     await start(config(url=f"sqlite:///{path}"))
     database = sqlite3.connect(path)
-    database.execute("UPDATE versions SET version = 99")
+    database.execute("UPDATE versions SET version = 99, oldest = 98")
     database.commit()
     database.close()
+    known = len(schema.MIGRATIONS)
     with pytest.raises(
-        StartupError, match=rf"x\.db have version 99, this QLens knows up to version {len(schema.MIGRATIONS)}"
+        StartupError, match=rf"x\.db have version 99 and are not for a QLens that knows up to version {known}, "
     ):
         await start(config(url=f"sqlite:///{path}"))
 
@@ -569,7 +570,7 @@ async def test_a_file_of_an_older_version_is_upgraded_and_keeps_its_rows(tmp_pat
     async with running(config("flush_seconds: 0.01", url=f"sqlite:///{path}")) as gateway:
         assert await call(gateway) == 200
         await written(path, 2)
-    assert read(path, "SELECT * FROM versions") == [{"owner": "ledger", "version": len(schema.MIGRATIONS)}]
+    assert read(path, "SELECT owner, version FROM versions") == [{"owner": "ledger", "version": len(schema.MIGRATIONS)}]
     indexes = read(path, "SELECT name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
     assert [row["name"] for row in indexes] == ["receipts_by_time"]
 

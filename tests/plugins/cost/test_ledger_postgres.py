@@ -16,18 +16,30 @@ from itertools import count
 from typing import Any
 
 import pytest
-from attrs import define
+from cuts import CommitCut
 from ledgers import PostgresPlace
 
-from qlens import Caller, Cost, InvalidRequest, Receipt, Secret, StartupError, Target, Unavailable, Url, Usage
+from qlens import (
+    Caller,
+    Cost,
+    InvalidRequest,
+    PostgresMigration,
+    Receipt,
+    Secret,
+    StartupError,
+    Target,
+    Unavailable,
+    Url,
+    Usage,
+)
 from qlens.testing import Running, running
-from qlens.testing.faults import FaultProxy, fault_proxy
+from qlens.testing.faults import fault_proxy
 from qlens.testing.postgres import PostgresServer, postgres_server
 from qlens_plugins.cost.ledger import reader as reading
 from qlens_plugins.cost.ledger import rows, sums, verifying, writer
 from qlens_plugins.cost.ledger.plugin import LedgerConfig
-from qlens_plugins.cost.ledger.postgres import PostgresStore, line, schema, store
-from qlens_plugins.cost.ledger.postgres.schema import MIGRATIONS, Migration, Month
+from qlens_plugins.cost.ledger.postgres import PostgresStore, schema, store
+from qlens_plugins.cost.ledger.postgres.schema import MIGRATIONS, Month
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import GROUPS
 from qlens_plugins.cost.ledger.store import Batch, Database, StoreAway, TookTooLong
@@ -137,32 +149,6 @@ async def test_a_server_that_crashes_under_load_loses_nothing_and_doubles_nothin
             await until(lambda: plugin.writer.waiting == 0 and plugin.health().ok)
         await asyncio.to_thread(exact, place, statuses)
         assert set(statuses) == {200, 404}
-
-
-@define(eq=False)
-class CommitCut(FaultProxy):
-    """Cuts connections when a COMMIT has come by: at once, or when the server has done it, and always unanswered."""
-
-    every: int = 3
-    cuts: int = 0
-    _commits: int = 0
-    _is_silent: bool = False
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_late: bool) -> None:
-        while chunk := await reader.read(65536):
-            if is_late and self._is_silent:
-                continue
-            is_commit = not is_late and b"COMMIT;" in chunk
-            self._commits += is_commit
-            self._is_silent = is_cut = is_commit and self._commits % self.every == 0
-            writer.write(chunk)
-            await writer.drain()
-            if is_cut:
-                self.cuts += 1
-                await asyncio.sleep(0.05 * (self.cuts % 2))
-                break
-        self._is_silent = False
-        raise ConnectionResetError
 
 
 async def test_a_connection_cut_right_after_its_commit_doubles_nothing(place: PostgresPlace, impatient: None) -> None:
@@ -362,7 +348,7 @@ async def test_a_question_that_nobody_waits_for_ends_at_the_server_too(place: Po
 def test_a_command_may_take_its_time_between_two_statements(
     place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(line, "_SETTINGS", "SET idle_in_transaction_session_timeout = '100ms'")
+    monkeypatch.setattr("qlens.stores.postgres._SETTINGS", "SET idle_in_transaction_session_timeout = '100ms'")
     ledger = place.store()
 
     def slow(database: Database) -> Any:
@@ -495,17 +481,21 @@ def test_a_newer_version_s_tables_are_written_when_it_says_so(
 ) -> None:
     old = place.store()
     old.write("old", Batch(1, [rows.row(receipt(1))], {}))
-    added = Migration(("ALTER TABLE receipts ADD COLUMN region text",), oldest=len(MIGRATIONS))
+    tables = ("receipts", "rejections", "writers", "usage_groups", "usage_hours", "usage_days", "usage_latencies")
+    columns = [f"ALTER TABLE {table} ADD COLUMN later text NOT NULL DEFAULT 'x'" for table in tables]
+    added = PostgresMigration(columns, oldest=len(MIGRATIONS))
     with monkeypatch.context() as patch:
         patch.setattr(schema, "MIGRATIONS", (*MIGRATIONS, added))
         new = place.store()
         new.connect()
         new.close()
     # The one that runs goes on, and one that starts anew does as well.
+    refused: dict[rows.Rejection, int] = {("2026-11-28", "acme", "chat", None, 429, None): 1}
     for number, ledger in enumerate((old, place.store()), 2):
-        ledger.write("old", Batch(number, [rows.row(receipt(number))], {}))
+        ledger.write("old", Batch(number, [rows.row(receipt(number))], refused))
+        assert ledger.reading(30).run(verifying.verify).told == []
         ledger.close()
-    assert place.rows("SELECT count(*) AS n FROM receipts") == [{"n": 3}]
+    assert place.rows("SELECT count(*) AS n, min(later) AS later FROM receipts") == [{"n": 3, "later": "x"}]
     place.execute(f"UPDATE versions SET oldest = {len(MIGRATIONS) + 1}")
     ledger = place.store()
     with pytest.raises(StartupError, match="upgrade QLens"):

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ledgers import Place, SqlitePlace
+from ledgers import Place, PostgresPlace, SqlitePlace
 
 from qlens import Caller, Cost, Receipt, Target, Usage, usd
 from qlens.cli import main
 from qlens.testing import running
-from qlens_plugins.cost.ledger import backup, rows
+from qlens.testing.postgres import PostgresServer
+from qlens_plugins.cost.ledger import backup, rows, sums
 from qlens_plugins.cost.ledger.postgres import schema as postgres_schema
+from qlens_plugins.cost.ledger.rests import kept_since_ns
+from qlens_plugins.cost.ledger.rollups import COARSE, DAY, GROUPED, HOUR
 from qlens_plugins.cost.ledger.sqlite import schema as sqlite_schema
 from qlens_plugins.cost.ledger.sqlite import writing
-from qlens_plugins.cost.ledger.store import Batch, Store
+from qlens_plugins.cost.ledger.store import Batch, Database, Store
+from qlens_plugins.cost.ledger.sums import LAST_SECOND, Question
 
 DAY_NS = 86_400 * 10**9
 OCTOBER = 1_790_812_800 * 10**9
@@ -98,6 +103,128 @@ def test_a_backup_comes_back_into_either_database(
     assert [row["calls"] for row in other.rows("SELECT * FROM rejections")] == [7]
     assert qlens(tmp_path, place, "restore", str(file)) == 1
     assert "is not empty" in capsys.readouterr().err
+
+
+# Each table with its groups, in the order of what it says: the same in any ledger that says the same.
+ROLL_UPS = {
+    (seconds, name): (question, by)
+    for seconds, width in (("hours", HOUR), ("days", DAY))
+    for name, by in (("fine", GROUPED), ("coarse", COARSE))
+    for question in [Question(0, LAST_SECOND // DAY * DAY, width, by)]
+}
+
+
+def said(place: Place) -> dict[Any, Any]:
+    """All that the roll-ups say, and from when on all receipts are there."""
+
+    def read(database: Database) -> dict[Any, Any]:
+        found: dict[Any, Any] = {"since": kept_since_ns(database)}
+        for name, (question, by) in ROLL_UPS.items():
+            assert question.width is not None
+            parts = sums.part(database, question, question.width, question.start, question.end)
+            found[name] = {(start, plain_group(group)): each.values for (start, group), each in parts}
+            for day in {start for start, _ in found[name]} if name[0] == "days" else ():
+                slow = sums.latencies(database, Question(day, day + DAY, None, by), receipts=False)
+                found[name, day] = {plain_group(group): calls for group, calls in slow.items()}
+        return found
+
+    store = place.store()
+    try:
+        return store.reading(60).run(read)
+    finally:
+        store.close()
+
+
+def plain_group(group: Sequence[str]) -> tuple[str, ...]:
+    """A group's values; tags are JSON, which databases write in ways of their own."""
+    return tuple(json.dumps(json.loads(value)) if value.startswith("{") else value for value in group)
+
+
+@pytest.mark.parametrize("into", ["sqlite", "postgres"])
+@pytest.mark.parametrize("kept_days", [31, 60, 1000])
+def test_what_roll_ups_say_of_deleted_receipts_comes_back_into_either_database(
+    into: str,
+    kept_days: int,
+    place: Place,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    postgres: PostgresServer,
+) -> None:
+    store = place.store()
+    fill(store, 120, DAY_NS // 2)
+    while store.forget(OCTOBER + kept_days * DAY_NS):
+        pass
+    # What comes late is among what was deleted.
+    late = [rows.row(receipt(200 + n, OCTOBER + 5 * DAY_NS, cost=Cost(None, "unpriced", None))) for n in range(3)]
+    store.write("filled", Batch(2, late, {}))
+    store.close()
+    assert len(place.rows(RECEIPTS)) < 120
+    before, file = said(place), tmp_path / "ledger.jsonl"
+    assert sum(each["calls"] for each in before["days", "fine"].values()) == 123
+    assert qlens(tmp_path, place, "backup", str(file)) == 0
+    assert "roll-ups of receipts that are deleted, are in" in capsys.readouterr().out
+    other: Place = SqlitePlace(tmp_path / "other.db")
+    if into == "postgres":
+        other = PostgresPlace(postgres, postgres.new_database())
+    for _ in range(2):  # the same again is the same
+        assert qlens(tmp_path, other, "restore", str(file)) == 0
+        assert said(other) == before
+        assert plain(other.rows(RECEIPTS)) == plain(place.rows(RECEIPTS))
+        assert qlens(tmp_path, other, "verify") == 0
+    # And on into a third one, by way of a backup of the second.
+    last, again = SqlitePlace(tmp_path / "last.db"), tmp_path / ("again.db" if into == "sqlite" else "again.jsonl")
+    assert qlens(tmp_path, other, "backup", str(again)) == 0
+    assert qlens(tmp_path, last, "restore", str(again)) == 0
+    assert said(last) == before
+
+
+def test_a_ledger_with_roll_ups_alone_is_not_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place, other = SqlitePlace(tmp_path / "x.db"), SqlitePlace(tmp_path / "other.db")
+    for each, day in ((place, 0), (other, 1)):
+        store = each.store()
+        store.write("filled", Batch(1, [rows.row(receipt(1, OCTOBER + day * DAY_NS))], {}))
+        store.forget(OCTOBER + 2 * DAY_NS)
+        store.close()
+        assert qlens(tmp_path, each, "backup", str(tmp_path / f"{day}.jsonl")) == 0
+    new = SqlitePlace(tmp_path / "new.db")
+    assert qlens(tmp_path, new, "restore", str(tmp_path / "0.jsonl")) == 0
+    assert qlens(tmp_path, new, "restore", str(tmp_path / "1.jsonl")) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert said(new) == said(place)
+
+
+def test_a_backup_of_the_first_format_is_read_and_sums_of_a_later_version_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, file = SqlitePlace(tmp_path / "x.db"), tmp_path / "ledger.jsonl"
+    store = place.store()
+    fill(store, 20)
+    store.forget(OCTOBER + 3 * DAY_NS)
+    store.close()
+    assert qlens(tmp_path, place, "backup", str(file)) == 0
+    text = file.read_text()
+    first = [line for line in text.splitlines() if "roll_up" not in line and "kept_since" not in line]
+    first[-1] = json.dumps({"end": {"receipts": 17, "rejections": 1}}, separators=(",", ":"))
+    file.write_text("\n".join([first[0].replace('"qlens_ledger":2', '"qlens_ledger":1'), *first[1:]]) + "\n")
+    assert qlens(tmp_path, SqlitePlace(tmp_path / "first.db"), "restore", str(file)) == 0
+    file.write_text(text.replace('"calls":"1"', '"calls":"1","glances":"1"', 1))
+    capsys.readouterr()
+    assert qlens(tmp_path, SqlitePlace(tmp_path / "later.db"), "restore", str(file)) == 1
+    assert "sums that this QLens does not know" in capsys.readouterr().err
+
+
+def test_a_copy_of_an_older_version_is_refused_with_the_way_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = SqlitePlace(tmp_path / "old.db")
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_schema, "MIGRATIONS", sqlite_schema.MIGRATIONS[:3])
+        old.store().connect()
+    new = SqlitePlace(tmp_path / "new.db")
+    assert qlens(tmp_path, new, "restore", str(old.path)) == 1
+    assert "run `qlens ledger migrate` on a copy of it first" in capsys.readouterr().err
+    assert qlens(tmp_path, old, "migrate") == 0
+    assert qlens(tmp_path, new, "restore", str(old.path)) == 0
 
 
 def test_an_sqlite_ledger_moves_into_either_database(

@@ -162,7 +162,7 @@ async def test_an_edit_costs_what_its_texts_and_its_images_do() -> None:
             answer = await gateway.post("/v1/images/edits", body)
             assert answer.status == 200
             (receipt,) = await gateway.settled(1)
-    assert receipt.usage.meters == {"image_tokens": 500}
+    assert receipt.usage.meters == {"image_tokens": 500, "output_images": 1}
     assert (receipt.usage.input, receipt.usage.output) == (100, 1000)
     assert (receipt.cost.picos, receipt.cost.state) == (45_500_000_000, "exact")
 
@@ -267,7 +267,7 @@ tiers = st.sampled_from([None, "default", "batch", "flex", "priority", "fast", "
 def test_no_row_stands_twice_and_every_kind_is_there() -> None:
     no_duplicates(ROWS)
     assert {row.provider for row in ROWS} == KINDS
-    assert SHIPPED.sources == ("genai-prices 0.2.3", "litellm 1.99.4")
+    assert SHIPPED.sources == ("genai-prices 0.2.3", "litellm 1.110.2")
 
 
 @given(st.sampled_from(ROWS), used, tiers)
@@ -366,6 +366,10 @@ providers: list[Provider] = [
         ModelInfo(id='gpt-6-sol', match=ClauseOr(or_=[ClauseEquals(equals='gpt-6-sol'), ClauseRegex(regex='^gpt-6-sol-\\\\d{4}-\\\\d{2}-\\\\d{2}$')]),
                   prices=ModelPrice(input_mtok=TieredPrices(base=Decimal('2'), tiers=[Tier(start=272000, price=Decimal('4'))]), output_mtok=Decimal('10'))),
         ModelInfo(id='whisper-1', match=ClauseEquals(equals='whisper-1'), prices=ModelPrice(audio_hours=Decimal('0.36'))),
+        ModelInfo(id='tts-1-hd', match=ClauseEquals(equals='tts-1-hd'), prices=ModelPrice(input_mchars=Decimal('30'))),
+        ModelInfo(id='gpt-3.5-turbo-0125', match=ClauseEquals(equals='gpt-3.5-turbo-0125'), prices=ModelPrice(input_mtok=Decimal('0.5'), output_mtok=Decimal('1.5'))),
+        ModelInfo(id='gpt-search', match=ClauseEquals(equals='gpt-search'),
+                  prices=ModelPrice(input_mtok=Decimal('1'), output_mtok=Decimal('2'), web_searches_kcount=Decimal('10'), requests_kcount=Decimal('5'))),
         ModelInfo(id='gpt-live-1', match=ClauseEquals(equals='gpt-live-1'), prices=ModelPrice(audio_hours=Decimal('1.02'))),
         ModelInfo(id='gpt-oss-20b', match=ClauseEquals(equals='gpt-oss-20b'), prices=ModelPrice(input_mtok=Decimal('0.029'), output_mtok=Decimal('0.14'))),
     ]),
@@ -389,6 +393,17 @@ LITELLM = """{
  "azure/eu/gpt-4o": {"litellm_provider": "azure", "input_cost_per_token": 2.75e-06, "output_cost_per_token": 1.1e-05},
  "azure/us/o3": {"litellm_provider": "azure", "input_cost_per_token": 1.1e-05, "output_cost_per_token": 4.4e-05},
  "azure/standard/1024-x-1024/dall-e-3": {"litellm_provider": "azure", "output_cost_per_image": 0.04},
+ "gpt-4o-mini-tts-2025-12-15": {"litellm_provider": "openai", "mode": "audio_speech", "input_cost_per_token": 6e-07,
+  "output_cost_per_token": 1e-05, "output_cost_per_audio_token": 1.2e-05},
+ "gpt-image-3": {"litellm_provider": "openai", "mode": "image_generation", "input_cost_per_token": 5e-06, "output_cost_per_image_token": 3e-05,
+  "input_cost_per_image_token": 8e-06, "cache_read_input_image_token_cost": 2e-06},
+ "512-x-512/50-steps/canvas-v1:0": {"litellm_provider": "bedrock", "output_cost_per_image": 0.06},
+ "1024-x-1024/50-steps/canvas-v1:0": {"litellm_provider": "bedrock", "output_cost_per_image": 0.06},
+ "canvas-v1:0": {"litellm_provider": "bedrock", "mode": "image_generation", "output_cost_per_image": 0.06},
+ "512-x-512/50-steps/diffusion": {"litellm_provider": "bedrock", "output_cost_per_image": 0.04},
+ "1024-x-1024/max-steps/diffusion": {"litellm_provider": "bedrock", "output_cost_per_image": 0.08},
+ "diffusion": {"litellm_provider": "bedrock", "mode": "image_generation", "output_cost_per_image": 0.04},
+ "labs.embed-v1:0": {"litellm_provider": "bedrock", "mode": "embedding", "input_cost_per_query": 7e-05, "output_cost_per_token": 0.0},
  "bedrock/eu-west-2/1-month-commitment/m.m": {"litellm_provider": "bedrock", "input_cost_per_second": 0.01},
  "amazon.rerank-v1:0": {"litellm_provider": "bedrock", "mode": "rerank", "input_cost_per_query": 0.001, "input_cost_per_token": 0.0},
  "eu.anthropic.claude-haiku-4-5-20251001-v1:0": {"litellm_provider": "bedrock_converse", "input_cost_per_token": 1.1e-06,
@@ -465,6 +480,52 @@ def test_a_catalogue_is_made_of_what_two_packages_say(made: tuple[Path, str]) ->
         assert not catalogue.find("openai", model), model
     assert "no exact price: litellm: openai/broken: input: 0.123456789 USD per million tokens" in said
     assert "no exact price: genai-prices: openai/gpt-live-1: seconds" in said
+
+
+def test_what_is_billed_beside_tokens_comes_over_by_its_meter(made: tuple[Path, str]) -> None:
+    catalogue = Catalogue.read(made[0])
+
+    def only(kind: str, model: str) -> dict[str, str]:
+        (row,) = catalogue.find(kind, model)
+        tokens = {name: price for name in BUCKETS if (price := getattr(row, name)) is not None}
+        return {name: f"{price:f}" for name, price in {**tokens, **row.meters}.items()}
+
+    # An answer of speech has no other tokens than those of sound.
+    assert only("openai", "gpt-4o-mini-tts-2025-12-15") == {"input": "0.6", "output": "12"}
+    pictures = {"image_tokens": "0.000008", "cached_image_tokens": "0.000002"}
+    assert only("openai", "gpt-image-3") == {"input": "5", "output": "30", **pictures}
+    # One price for all sizes is a price; several are none, since no usage tells the size.
+    assert only("bedrock", "canvas-v1:0") == {"images": "0.06"}
+    assert not catalogue.find("bedrock", "diffusion")
+    assert only("bedrock", "labs.embed-v1:0") == {"requests": "0.00007"}
+    both = {"input": "1", "output": "2"}
+    assert only("openai", "gpt-search") == {**both, "web_searches": "0.01", "requests": "0.005"}
+    assert only("azure_openai", "gpt-search") == {**both, "requests": "0.005"}
+    for ours, azure in (("whisper-1", "whisper"), ("tts-1-hd", "tts-hd"), ("gpt-3.5-turbo-0125", "gpt-35-turbo-0125")):
+        assert only("azure_openai", azure) == only("azure_openai", ours) == only("openai", ours)
+
+
+@pytest.mark.parametrize(
+    ("target", "usage", "amount"),
+    [
+        (azure("whisper"), Usage(meters={"seconds": 60}), 6_000_000_000),
+        (azure("tts"), Usage(meters={"characters": 1000}), 15_000_000_000),
+        (azure("tts-hd"), Usage(meters={"characters": 1000}), 30_000_000_000),
+        (openai("gpt-4o-mini-tts-2025-12-15"), Usage(output=1000), 12_000_000_000),
+        (openai("gpt-4o-mini-transcribe"), Usage(meters={"seconds": 60}), 3_000_000_000),
+        (bedrock("amazon.nova-canvas-v1:0"), Usage(meters={"images": 1}), 60_000_000_000),
+        (bedrock("us.amazon.nova-canvas-v1:0"), Usage(meters={"images": 1}), 60_000_000_000),
+        (bedrock("stability.sd3-5-large-v1:0"), Usage(meters={"images": 1}), 80_000_000_000),
+        (bedrock("us.cohere.embed-v4:0"), Usage(input=1000), 120_000_000),
+        (bedrock("twelvelabs.marengo-embed-3-0-v1:0"), Usage(input=8, meters={}), 70_000_000),
+        (openai("gpt-5"), Usage(input=1000, meters={"web_searches": 2}), 21_250_000_000),
+        (Target("claude", "claude-haiku-4-5", "public", kind="anthropic"), Usage(meters={"web_searches": 1}), 10**10),
+    ],
+)
+def test_pictures_speech_searches_and_requests_have_prices(target: Target, usage: Usage, amount: int) -> None:
+    cost = cost_of(prices(), target, usage)
+    assert cost is not None
+    assert (cost.picos, cost.state) == (amount, "exact")
 
 
 def test_a_catalogue_of_ones_own_takes_the_place_of_the_shipped_one(made: tuple[Path, str]) -> None:

@@ -83,6 +83,27 @@ def test_server_without_responses_is_not_asked_for_them(has: bool) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "base_model", "settings", "chats"),
+    [
+        ("gpt-5.1-codex-max", None, {}, False),
+        ("gpt-5-pro-2025-10-06", None, {}, False),
+        ("o4-mini-deep-research", None, {}, False),
+        ("computer-use-preview", None, {}, False),
+        ("gpt-5.1", None, {}, True),
+        ("their-name", "o3-pro", {}, False),
+        # Another server may well speak chat for a model of that name, and has Responses or not.
+        ("gpt-5.1-codex", None, {"base_url": "http://127.0.0.1:1/v1"}, True),
+        ("gpt-5.1-codex", None, {"base_url": "http://127.0.0.1:1/v1", "responses_only": ["gpt-5.1*"]}, False),
+        ("their-name", "o3-pro", {"base_url": "http://127.0.0.1:1/v1", "responses": False}, True),
+    ],
+)
+def test_which_models_have_no_chat(model: str, base_model: str | None, settings: dict[str, Any], chats: bool) -> None:
+    spoken = OpenAI(OpenAIConfig(**settings), "up").dialects(Target("up", model, "ours", base_model=base_model))
+    assert ("chat" in spoken) is chats
+    assert "embeddings" in spoken
+
+
+@pytest.mark.parametrize(
     ("base_url", "model", "completes"),
     [
         ("https://api.openai.com/v1", "gpt-4o", False),

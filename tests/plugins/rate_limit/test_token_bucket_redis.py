@@ -137,7 +137,7 @@ class Twin:
             model=None,
             requests=tuple(share(meter) for meter in made.meters if meter.kind == "requests"),
             tokens=tuple(share(meter) for meter in made.meters if meter.kind == "tokens"),
-            places=tuple(Place(cap, (cap.name, "tenant", "acme"), Seats()) for cap in made.caps),
+            places=tuple(Place(cap, (cap.name, "tenant", "acme"), Seats(cap, "")) for cap in made.caps),
             needs_bound=False,
         )
 

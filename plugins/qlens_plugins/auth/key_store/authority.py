@@ -18,7 +18,7 @@ from qlens_plugins.auth.key_store.records import (
     wider_limits,
 )
 
-_WORDS = {"budget_picos": "budget_usd"}
+_WORDS = {"budget_picos": "budget_usd", "tenant_budget_picos": "tenant_budget_usd"}
 
 
 @frozen
@@ -101,7 +101,7 @@ class Authority:
         if self.unbound:
             return
         self._check_models(tenant.models, self.caller.models)
-        if wider := wider_limits(tenant.limits, self.caller.allowance):
+        if wider := wider_limits(tenant.limits, self.caller.allowance, of_tenant=True):
             raise Forbidden(f"You may not give more {_named(wider)} than you have.", param="limits")
 
     @staticmethod

@@ -200,23 +200,32 @@ def nanoseconds(value: Any) -> int:
 
 
 def limits(value: Any) -> Allowance | None:
-    """Limits and a budget."""
+    """Limits and a budget of a key."""
+    return _limits(value, _LIMITS)
+
+
+def tenant_limits(value: Any) -> Allowance | None:
+    """What holds for each key of a tenant, and a budget of all of them together."""
+    return _limits(value, _TENANT_LIMITS)
+
+
+def _limits(value: Any, readers: Mapping[str, Reader]) -> Allowance | None:
     if not isinstance(value, dict):
         raise Wrong("must be an object")
-    found = dict(value)
-    for name in found:
-        if name not in _LIMITS:
-            raise Wrong(f"unknown {name[:64]!r}; it may have {', '.join(_LIMITS)}")
     read: dict[str, Any] = {}
-    for name, each in found.items():
+    for name, each in value.items():
+        if name not in readers:
+            raise Wrong(f"unknown {name[:64]!r}; it may have {', '.join(readers)}")
         try:
-            read[name] = _LIMITS[name](each)
+            read[name] = readers[name](each)
         except (ValueError, ArithmeticError) as error:
             raise Wrong(f"{name}: {error}") from None
-    if "budget_window" in read and read.get("budget_usd") is None:
-        raise Wrong("budget_window needs a budget_usd")
-    budget = read.pop("budget_usd", None)
-    return limits_or_none(Allowance(**read, budget_picos=budget))
+    for budget in ("budget", "tenant_budget"):
+        if f"{budget}_window" in read and read.get(f"{budget}_usd") is None:
+            raise Wrong(f"{budget}_window needs a {budget}_usd")
+        if f"{budget}_usd" in read:
+            read[f"{budget}_picos"] = read.pop(f"{budget}_usd")
+    return limits_or_none(Allowance(**read))
 
 
 count = number(1, LARGEST)
@@ -249,6 +258,11 @@ _LIMITS: Mapping[str, Reader] = {
     "budget_usd": or_null(money),
     "budget_window": _window,
 }
+_TENANT_LIMITS: Mapping[str, Reader] = {
+    **_LIMITS,
+    "tenant_budget_usd": or_null(money),
+    "tenant_budget_window": _window,
+}
 
 NEW_KEY: Mapping[str, Reader] = {
     "name": or_null(text),
@@ -267,7 +281,7 @@ ROTATION: Mapping[str, Reader] = {"overlap_seconds": number(0, LONGEST_OVERLAP_S
 CHANGED_TENANT: Mapping[str, Reader] = {
     "disabled": yes_or_no,
     "models": or_null(models),
-    "limits": or_null(limits),
+    "limits": or_null(tenant_limits),
     "metadata": metadata,
 }
 NEW_TENANT: Mapping[str, Reader] = {"name": text, **CHANGED_TENANT}

@@ -171,7 +171,9 @@ class Admin:
 
     async def _key(self, call: Call) -> Key:
         """The key of the path, if the caller rules its tenant; raises Missing."""
-        key = await self.keyring.store.key(call.path_params["id"], call.scope)
+        id_ = call.path_params["id"]
+        # Not every database takes what no id has: PostgreSQL has no room for a NUL.
+        key = await self.keyring.store.key(id_, call.scope) if id_.isprintable() else None
         if key is None:
             raise Missing("There is no such key.")
         return key
@@ -253,7 +255,8 @@ class Admin:
 
     async def _tenant(self, call: Call) -> Tenant:
         name = call.path_params["name"]
-        tenant = await self.keyring.store.tenant(name) if call.scope in (None, name) else None
+        is_seen = call.scope in (None, name) and name.isprintable()
+        tenant = await self.keyring.store.tenant(name) if is_seen else None
         if tenant is None or tenant.deleted_at is not None:
             raise Missing("There is no such tenant.")
         return tenant

@@ -6,18 +6,19 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from attrs import define, field, frozen
 from attrs.validators import ge, le
 
-from qlens import Call, Caller, Command, Endpoint, Gateway, Health, Secret, Url, hookimpl, sqlite_path
+from qlens import Call, Caller, Command, Endpoint, Gateway, Health, Secret, Url, hookimpl
 from qlens_plugins.auth.credentials import STORED, digest, peppered
 from qlens_plugins.auth.key_store.commands import audit_command, keys_command
 from qlens_plugins.auth.key_store.endpoints import Admin
 from qlens_plugins.auth.key_store.keyring import Keyring
-from qlens_plugins.auth.key_store.sqlite import SqliteStore
+from qlens_plugins.auth.key_store.places import check, places
+from qlens_plugins.auth.key_store.sql_store import SqlStore
+from qlens_plugins.auth.key_store.store import Store
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 LEAST_PEPPER_CHARS = 16
 
 
-def _supported(_config: KeyStoreConfig, _attribute: Attribute[Any], value: str) -> None:
-    sqlite_path(value, Path())
+def _supported(_config: KeyStoreConfig, _attribute: Attribute[Any], value: Url) -> None:
+    check(value)
 
 
 def _long(_config: KeyStoreConfig, _attribute: Attribute[Any], value: Secret | None) -> None:
@@ -39,8 +40,8 @@ class KeyStoreConfig:
     """Knows callers by virtual keys in a database, which are managed over `/admin/keys` and with `qlens keys`."""
 
     url: Url = field(default=Url("sqlite:///qlens.db"), validator=_supported)
-    """SQLite file with the keys, as `sqlite:///FILE`, which may be the ledger's; a relative one stands in the folder of
-    the YAML file."""
+    """Database with the keys, which may be the ledger's: `sqlite:///FILE`, a relative one in the folder of the YAML
+    file, or `postgresql://USER:PASSWORD@HOST:PORT/DATABASE`, which needs the extra `postgres`."""
     pepper: Secret | None = field(default=None, validator=_long)
     """Hashed with every key: whoever has the database and not this cannot even tell whether a key is in it. Without it
     the hash is plain SHA-256. It cannot change: no key would be known any more."""
@@ -93,9 +94,9 @@ class KeyStore:
             self._store(gateway), self._hashed(), self.name, self.config.poll_seconds, self.config.outage_seconds
         )
 
-    def _store(self, gateway: Gateway) -> SqliteStore:
+    def _store(self, gateway: Gateway) -> Store:
         pepper = self._hashed()("the pepper of this database")
-        return SqliteStore(sqlite_path(self.config.url, gateway.config.folder), hashlib.sha256(pepper).hexdigest())
+        return SqlStore(places(self.config.url, gateway.config.folder), hashlib.sha256(pepper).hexdigest())
 
     def _hashed(self) -> Callable[[str], bytes]:
         """How keys are hashed."""

@@ -92,7 +92,7 @@ class Tenant:
     models: Models = None
     """What its keys may use at most."""
     limits: Allowance | None = None
-    """What holds for each of its keys that has no such limit of its own."""
+    """What holds for each of its keys that has no such limit of its own, and a budget of all of them together."""
     metadata: Mapping[str, Any] = field(factory=dict, hash=False)
     created_at: int = 0
     created_by: str = ""
@@ -135,33 +135,43 @@ def models_within(models: Models, most: Models) -> Models:
 
 
 _LIMITS = ("requests_per_minute", "tokens_per_minute", "concurrency", "budget_picos")
+"""What a key may have of its own."""
+_OF_TENANT = "tenant_budget_picos"
 _WINDOWS = ("day", "week", "month", "total")
 
 
 def limits_together(own: Allowance | None, default: Allowance | None) -> Allowance | None:
-    """A key's own limits, and the defaults where it has none."""
+    """A key's own limits, the tenant's defaults where it has none, and the tenant's own budget."""
     if own is None or default is None:
         return default if own is None else own
-    missing = {name: getattr(default, name) for name in _LIMITS if getattr(own, name) is None}
+    missing = {name: getattr(default, name) for name in (*_LIMITS, _OF_TENANT) if getattr(own, name) is None}
     if missing.get("budget_picos") is not None:
         missing["budget_window"] = default.budget_window
-    return evolve(own, **missing)
+    return evolve(own, **missing, tenant_budget_window=default.tenant_budget_window)
 
 
-def wider_limits(limits: Allowance | None, most: Allowance | None) -> list[str]:
-    """The names of what is not within other limits; no limit is the widest. A budget for longer is narrower."""
+def wider_limits(limits: Allowance | None, most: Allowance | None, *, of_tenant: bool = False) -> list[str]:
+    """The names of what is not within other limits; no limit is the widest. A budget for longer is narrower.
+
+    A tenant's own budget is none of what a key gives to another: `of_tenant` compares that as well.
+    """
     if most is None:
         return []
     given = limits or Allowance()
     wider = []
-    for name in _LIMITS:
+    for name in (*_LIMITS, _OF_TENANT) if of_tenant else _LIMITS:
         bound, value = getattr(most, name), getattr(given, name)
-        if bound is not None and (value is None or value > bound):
+        if bound is not None and (value is None or value > bound or _is_shorter(name, given, most)):
             wider.append(name)
-    if most.budget_picos is not None and "budget_picos" not in wider:
-        shorter = _WINDOWS.index(given.budget_window) < _WINDOWS.index(most.budget_window)
-        wider += ["budget_picos"] if shorter else []
     return wider
+
+
+def _is_shorter(name: str, given: Allowance, most: Allowance) -> bool:
+    """Whether a budget is for a shorter window than another one."""
+    if not name.endswith("_picos"):
+        return False
+    window = name.replace("_picos", "_window")
+    return _WINDOWS.index(getattr(given, window)) < _WINDOWS.index(getattr(most, window))
 
 
 def narrowed_limits(limits: Allowance | None, names: Iterable[str], most: Allowance) -> Allowance:
@@ -174,5 +184,5 @@ def narrowed_limits(limits: Allowance | None, names: Iterable[str], most: Allowa
 
 def limits_or_none(limits: Allowance | None) -> Allowance | None:
     """Limits, or None when nothing is said in them."""
-    said = limits is not None and any(getattr(limits, name) is not None for name in _LIMITS)
+    said = limits is not None and any(getattr(limits, name) is not None for name in (*_LIMITS, _OF_TENANT))
     return limits if said else None

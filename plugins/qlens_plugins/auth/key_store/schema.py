@@ -84,3 +84,5 @@ MIGRATIONS = (
     ("ALTER TABLE keys ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
+OLDEST = 1
+"""The oldest version whose QLens may go on writing: what came after it must not disturb it."""

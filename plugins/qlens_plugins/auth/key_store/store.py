@@ -1,4 +1,4 @@
-"""What the plugin asks of a database: one small contract, so that another one than SQLite can keep it."""
+"""What the plugin asks of a database: one small contract, which SQLite and PostgreSQL keep."""
 
 from __future__ import annotations
 

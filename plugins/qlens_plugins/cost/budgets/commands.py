@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlens import Command, Gateway, StartupError, picos
 from qlens_plugins.cost.budgets.endpoints import row
-from qlens_plugins.cost.budgets.lines import ALLOWANCE
+from qlens_plugins.cost.budgets.lines import is_allowance
 from qlens_plugins.cost.budgets.redis import RedisBudgets
 from qlens_plugins.cost.budgets.settings import Memory
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
@@ -78,7 +78,7 @@ async def _rows(plugin: Budgets, gateway: Gateway) -> list[dict[str, Any]]:
     return [
         row(state, lines.get(state.account.rule), now, plugin.zone)
         for state in states
-        if state.account.rule in lines or state.account.rule.startswith(ALLOWANCE)
+        if state.account.rule in lines or is_allowance(state.account.rule)
     ]
 
 

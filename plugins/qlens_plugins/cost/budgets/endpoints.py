@@ -12,9 +12,9 @@ from uuid import uuid4
 import orjson
 from attrs import define
 
-from qlens import Call, Caller, CallError, Endpoint, Forbidden, InvalidRequest, Reply, fits, picos, usd
+from qlens import Call, Caller, CallError, Endpoint, Forbidden, InvalidRequest, Reply, picos, usd
 from qlens_plugins.cost.budgets import refusals
-from qlens_plugins.cost.budgets.lines import ALLOWANCE, Line, allowed
+from qlens_plugins.cost.budgets.lines import TENANTS, Line, is_allowance, lines_of_caller, may_use
 from qlens_plugins.cost.budgets.settings import MOST_USD
 from qlens_plugins.cost.budgets.store import Account, Increase, State, StoreAway
 from qlens_plugins.cost.budgets.windows import NEVER, window_of, written
@@ -53,17 +53,9 @@ class BudgetApi:
     async def own(self, call: Call) -> Reply:
         """The budgets that the caller's calls count in."""
         caller, plugin = call.known, self.plugin
-        own = allowed(caller.allowance)
-        lines = [*plugin.lines, *([own] if own is not None else [])]
-        accounts = [
-            (line, account)
-            for line in lines
-            if line.per not in {"model", "tag"} and line.match.fits_caller(caller)
-            if (account := line.account(caller, None)) is not None
-        ]
         known = {state.account.id: state for state in await self._states()}
         rows = []
-        for line, account in accounts:
+        for line, account in lines_of_caller(plugin.lines, caller, plugin.gateway.models):
             state = known.get(account.id) or State(account, 0, line.limit, 0, 0)
             rows.append(row(state, line, self._now, plugin.zone))
         return _json({"object": "list", "data": rows})
@@ -107,11 +99,13 @@ class BudgetApi:
     def _binds(self, state: State, caller: Caller) -> bool:
         """Whether some calls of this caller count in it, or those of keys that it could have made for itself."""
         line, model = self._line(state), None
-        if line is None:  # a key's allowance, which is no more than that of the key that made it
-            return allowed(caller.allowance) is not None
+        if line is None:  # a key's allowance is no more than that of the key that made it
+            if state.account.rule.startswith(TENANTS):
+                return state.account.owner == caller.tenant
+            return caller.allowance is not None and caller.allowance.budget_picos is not None
         if line.per == "model":
             model = state.account.owner
-            if not (caller.may_use(model) or any(fits(each, (model,)) for each in caller.models or ())):
+            if not may_use(caller, model):
                 return False
         account = line.account(caller, model) if line.match.fits_caller(caller) else None
         return account is not None and account.id == state.account.id
@@ -141,7 +135,7 @@ class BudgetApi:
     def _is_open(self, call: Call, state: State) -> bool:
         if call.scope is not None and state.account.tenant != call.scope:
             return False
-        return state.account.rule.startswith(ALLOWANCE) or self._line(state) is not None
+        return is_allowance(state.account.rule) or self._line(state) is not None
 
     def _line(self, state: State) -> Line | None:
         return next((line for line in self.plugin.lines if line.name == state.account.rule), None)

@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 
 from attrs import field, frozen
 
-from qlens import Allowance, Call, Caller, picos
+from qlens import Allowance, Call, Caller, fits, picos
 from qlens_plugins.cost.budgets.settings import Match, Rule, tolerated
 from qlens_plugins.cost.budgets.store import Account
 from qlens_plugins.cost.budgets.windows import Period
 
-ALLOWANCE = "key's allowance"
+KEYS = "key's allowance"
+TENANTS = "tenant's allowance"
+"""How the names of lines begin that no rule brought."""
 
 
 @frozen
@@ -80,18 +82,48 @@ def _named(rules: Iterable[Rule]) -> Iterator[tuple[str, Rule]]:
         yield (name if seen[name] == 1 else f"{name} #{seen[name]}"), rule
 
 
-def allowed(allowance: Allowance | None) -> Line | None:
-    """What a credential may spend beside the rules."""
-    if allowance is None or allowance.budget_picos is None:
-        return None
-    return Line(f"{ALLOWANCE} {allowance.budget_window}", "key", allowance.budget_window, allowance.budget_picos)
+def is_allowance(rule: str) -> bool:
+    """Whether a line of this name is a credential's or its tenant's, and not a rule's."""
+    return rule.startswith((KEYS, TENANTS))
+
+
+def allowed(allowance: Allowance | None) -> tuple[Line, ...]:
+    """What a credential, and all of its tenant together, may spend beside the rules."""
+    if allowance is None:
+        return ()
+    found = (
+        (KEYS, "key", allowance.budget_window, allowance.budget_picos),
+        (TENANTS, "tenant", allowance.tenant_budget_window, allowance.tenant_budget_picos),
+    )
+    return tuple(
+        Line(f"{name} {window}", per, window, limit) for name, per, window, limit in found if limit is not None
+    )
 
 
 def lines_for(lines: Iterable[Line], call: Call) -> Iterator[tuple[Line, Account]]:
     """The lines that count a call, each with the budget it counts in."""
     caller, model = call.known, call.model.name if call.model else None
-    own = allowed(caller.allowance)
-    for line in (*lines, *([own] if own is not None else ())):
+    for line in (*lines, *allowed(caller.allowance)):
         account = line.account(caller, model) if line.match.fits(call) else None
         if account is not None:
             yield line, account
+
+
+def lines_of_caller(lines: Iterable[Line], caller: Caller, models: Iterable[str]) -> Iterator[tuple[Line, Account]]:
+    """The lines that count some call of a caller for one of these models, each with the budget it counts in."""
+    usable = [model for model in models if may_use(caller, model)]
+    for line in (*lines, *allowed(caller.allowance)):
+        if not line.match.fits_caller(caller):
+            continue
+        meant: list[str | None] = [model for model in usable if fits(model, line.match.model)]
+        if line.per != "model":
+            meant = [None] if meant or line.match.model is None else []
+        for model in meant:
+            account = line.account(caller, model)
+            if account is not None:
+                yield line, account
+
+
+def may_use(caller: Caller, model: str) -> bool:
+    """Whether a caller may ask for a model, or for some of those behind a wildcard."""
+    return caller.may_use(model) or any(fits(each, (model,)) for each in caller.models or ())

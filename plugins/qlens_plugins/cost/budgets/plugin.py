@@ -21,6 +21,7 @@ from qlens_plugins.cost.budgets.settings import BudgetsConfig, Memory, Redis, Sq
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
 from qlens_plugins.cost.budgets.store import Account, Need, PastUnknown, Store, StoreAway
 from qlens_plugins.cost.budgets.tills import Purse, Till, Tills, describe
+from qlens_plugins.cost.budgets.windows import window_of
 
 if TYPE_CHECKING:
     from qlens import Caller, Gateway, Model
@@ -35,6 +36,8 @@ _COSTLY = frozenset({"batch_create", "passthrough"})
 """Operations without a model that may cost something all the same."""
 _SAID = frozenset({"output", "reasoning", "audio_out"})
 _CRASH_SECONDS = 60.0
+_AHEAD_SECONDS = 86_400
+"""How far a gateway's clock may be ahead of Redis' for its receipts to be found after a loss."""
 
 NOTHING = Need(0)
 Hold = tuple["Plan", list[tuple[Till, Need]]]
@@ -166,6 +169,9 @@ class Budgets:
             if spending is None:
                 raise PastUnknown("there is no ledger any more")
             line = next((line for line in self.lines if line.name == account.rule), None)
+            if line is None or line.hard:
+                # Nothing has begun under a hard budget since: what seems to have is of a gateway whose clock is ahead.
+                end = min(end + _AHEAD_SECONDS, window_of(account.period, start, self.zone).end)
             return await past.spent_of(spending, line, account, start, end)
 
         return spent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlens import Call, InvalidRequest, QuotaExceeded, Unavailable, usd
+from qlens import Call, CallError, InvalidRequest, QuotaExceeded, RateLimited, Unavailable, usd
 from qlens_plugins.cost.budgets.store import Need
 from qlens_plugins.cost.budgets.tills import Till
 from qlens_plugins.cost.budgets.windows import NEVER, Period, written
@@ -16,8 +16,12 @@ def shown(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text[:64])
 
 
-def spent(till: Till, need: Need) -> QuotaExceeded:
-    """A budget has not enough left."""
+def spent(till: Till, need: Need) -> CallError:
+    """A budget has not enough left: for good, until its window ends, or only as long as other calls run.
+
+    Running calls hold the most that they can cost, and give most of it back within seconds: that is a limit's refusal,
+    which official clients try again by themselves. A budget that is spent tells them not to.
+    """
     account, told = till.purse.account, till.told
     limit = told.limit or till.purse.line.limit
     cost = need.likely + need.excess
@@ -29,16 +33,16 @@ def spent(till: Till, need: Need) -> QuotaExceeded:
             "shorten the prompt."
         )
     left = limit - told.spent
-    # A budget that is everybody's tells nobody what the others spend.
+    # What others spend of a budget that is everybody's is in no message, which clients log: GET /v1/budgets has it.
     sums = "" if account.tenant is None else f": {usd(max(0, left))} USD are left"
     if need.likely <= left and told.held:
         held = "" if account.tenant is None else f", of which calls that are running hold {usd(told.held)} USD"
-        error = QuotaExceeded(
+        return RateLimited(
             f"{what} has no room at present{sums}{held}, and this call may cost up to {usd(cost)} USD. Try again when "
-            f"they have ended, or lower max_tokens.{again}"
+            "they have ended, or lower max_tokens.",
+            kind="tokens",
+            retry_after=RETRY_SECONDS,
         )
-        error.retry_after = RETRY_SECONDS
-        return error
     tail = f"{sums}, and this call may cost up to {usd(cost)} USD" if left > 0 else ""
     return QuotaExceeded(f"{what} is spent{tail}.{again} An operator can raise it until then.")
 

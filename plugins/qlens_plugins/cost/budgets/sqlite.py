@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from attrs import define, field, frozen
 
-from qlens import StartupError, file_identity, open_sqlite, sqlite_transaction
+from qlens import SqliteFile, StartupError, sqlite_transaction
 from qlens_plugins.cost.budgets.store import Account, Ask, Increase, State, StoreAway, Told
 from qlens_plugins.cost.budgets.windows import is_over
 
@@ -44,6 +44,12 @@ MIGRATIONS = (
     ),
 )
 """A released version is never edited: a change is a new entry at the end."""
+OLDEST = 1
+"""The oldest version whose QLens may go on writing: what came after it must not disturb it."""
+
+# By name wherever something is written or read: a later version may add columns.
+_PART = "process, id, window, spent, held, excess, part"
+_INCREASE = "id, budget, picos, expires_at, reason, by, created_at"
 
 T = TypeVar("T")
 Database = sqlite3.Connection
@@ -66,16 +72,17 @@ class SqliteStore:
 
     path: Path
     _thread: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "qlens-budgets"), init=False)
-    _database: Database | None = field(default=None, init=False)
-    _file: tuple[int, int] | None = field(default=None, init=False)
-    _opened: bool = field(default=False, init=False)
+    _file: SqliteFile = field(init=False)
     _waiting: list[_Synced] = field(factory=list, init=False)
     _working: asyncio.Task[None] | None = field(default=None, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._file = SqliteFile(self.path, OWNER, MIGRATIONS, oldest=OLDEST)
 
     async def open(self) -> None:
         """Make or open the file; raises StartupError for what an operator must mend."""
         try:
-            await self._on_thread(self._connected)
+            await self._on_thread(self._file.connected)
         except sqlite3.Error as error:
             raise StoreAway(str(error)) from error
 
@@ -141,13 +148,14 @@ class SqliteStore:
         )
         await self._ask(
             lambda database: database.execute(
-                "INSERT OR IGNORE INTO budget_increases VALUES (?, ?, ?, ?, ?, ?, ?)", row
+                f"INSERT OR IGNORE INTO budget_increases ({_INCREASE}) VALUES (?, ?, ?, ?, ?, ?, ?)",  # noqa: S608
+                row,
             )
         )
 
     async def close(self) -> None:
         """Implements `Store`."""
-        await self._on_thread(self._disconnect)
+        await self._on_thread(self._file.drop)
         self._thread.shutdown(wait=False)
 
     # --- the thread ----------------------------------------------------------------------------
@@ -160,24 +168,10 @@ class SqliteStore:
 
     def _asked(self, work: Callable[[Database], T]) -> T:
         try:
-            database = self._connected()
-            if file_identity(self.path) != self._file:
-                raise sqlite3.OperationalError("the file was moved or deleted")
-            return work(database)
+            return work(self._file.connected())
         except (sqlite3.Error, StartupError, OverflowError) as error:
-            self._disconnect()
+            self._file.drop()
             raise StoreAway(str(error)) from error
-
-    def _connected(self) -> Database:
-        if self._database is None:
-            self._database = open_sqlite(self.path, OWNER, MIGRATIONS, create=not self._opened)
-            self._file, self._opened = file_identity(self.path), True
-        return self._database
-
-    def _disconnect(self) -> None:
-        database, self._database = self._database, None
-        if database is not None:
-            database.close()
 
 
 def _sync_all(database: Database, together: Sequence[_Synced]) -> list[list[Told]]:
@@ -191,7 +185,7 @@ def _sync_all(database: Database, together: Sequence[_Synced]) -> list[list[Told
                 answers.append([Told(given_up=True)] * len(synced.asks))
                 continue
             if not is_alive:
-                database.execute("INSERT INTO budget_processes VALUES (?, ?)", (synced.process, until))
+                database.execute("INSERT INTO budget_processes (process, until) VALUES (?, ?)", (synced.process, until))
             answers.append([_answer(database, synced.process, ask, synced.now) for ask in synced.asks])
     return answers
 
@@ -199,7 +193,8 @@ def _sync_all(database: Database, together: Sequence[_Synced]) -> list[list[Told
 def _answer(database: Database, process: str, ask: Ask, now: float) -> Told:
     account, place = ask.account, (ask.account.id, ask.window)
     database.execute(
-        "INSERT INTO budgets VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0) ON CONFLICT DO NOTHING",
+        "INSERT INTO budgets (id, window, rule, per, owner, tenant, period, cap, spent, held, excess) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0, 0) ON CONFLICT DO NOTHING",
         (*place, account.rule, account.per, account.owner, account.tenant, account.period, ask.limit),
     )
     spent, held, excess = database.execute(
@@ -229,7 +224,7 @@ def _answer(database: Database, process: str, ask: Ask, now: float) -> Told:
         (ask.limit, spent, held, excess, *place),
     )
     database.execute(
-        "INSERT INTO budget_parts VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+        f"INSERT INTO budget_parts ({_PART}) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "  # noqa: S608
         "SET spent = excluded.spent, held = excluded.held, excess = excluded.excess",
         (process, *place, ask.spent, mine, my_excess, ask.part),
     )
@@ -283,7 +278,8 @@ def _sweep(database: Database, after: str, now: float) -> str:
 
 def _states(database: Database, now: int, account: str | None) -> list[State]:
     increases: dict[str, list[Increase]] = {}
-    for row in database.execute("SELECT * FROM budget_increases WHERE expires_at > ? ORDER BY created_at", (now,)):
+    live = f"SELECT {_INCREASE} FROM budget_increases WHERE expires_at > ? ORDER BY created_at"  # noqa: S608
+    for row in database.execute(live, (now,)):
         increases.setdefault(row[1], []).append(Increase(*row))
     rows = database.execute(
         "SELECT id, rule, per, owner, tenant, period, max(window), cap, spent, held FROM budgets "

@@ -1,4 +1,7 @@
-"""A ledger as a file of JSON lines, whatever database it is in, and back from one: receipts and refused calls."""
+"""A ledger as a file of JSON lines, whatever database it is in, and back from one.
+
+In it are the receipts, the counts of refused calls, and what roll-ups say of receipts that were deleted.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,19 @@ from typing import IO, Any
 from uuid import uuid4
 
 import orjson
-from attrs import define, frozen
+from attrs import asdict, define, frozen
 
 from qlens import StartupError
+from qlens_plugins.cost.ledger.rests import kept_since_ns, rests
+from qlens_plugins.cost.ledger.rollups import COUNTS, GROUPED, SUMS, TABLES
 from qlens_plugins.cost.ledger.rows import COLUMNS, Rejection, Row
 from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
 from qlens_plugins.cost.ledger.sqlite.schema import connect_to_read
-from qlens_plugins.cost.ledger.store import Batch, Database, Store
+from qlens_plugins.cost.ledger.store import Batch, Database, Rest, Store
 
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, 2)
+"""Those that it reads. The first had no roll-ups."""
 AT_ONCE = 1000
 """Receipts that are read, or written in one transaction."""
 SQLITE_MAGIC = b"SQLite format 3\0"
@@ -30,7 +37,8 @@ _END_BYTES = 4096
 """Longer than the last line of any backup."""
 _KEY = ("day", "tenant", "operation", "model", "status", "error")
 _STATE = """
-SELECT (SELECT count(*) FROM (SELECT 1 FROM receipts UNION ALL SELECT 1 FROM rejections LIMIT 1) AS found),
+SELECT (SELECT count(*) FROM (SELECT 1 FROM receipts UNION ALL SELECT 1 FROM rejections
+                              UNION ALL SELECT 1 FROM usage_groups LIMIT 1) AS found),
        (SELECT count(*) FROM writers WHERE id = ?), (SELECT count(*) FROM writers WHERE id <> ?)
 """
 
@@ -42,15 +50,22 @@ class Counts:
     receipts: int = 0
     rejections: int = 0
     """Rows with counts of refused calls."""
+    rests: int = 0
+    """Roll-ups of receipts that are deleted."""
 
     def add(self, batch: Batch) -> None:
         """Count what is in a batch."""
         self.receipts += len(batch.receipts)
         self.rejections += len(batch.rejections)
+        self.rests += len(batch.rests)
+
+    def __str__(self) -> str:
+        rests = f", and {self.rests} roll-ups of receipts that are deleted," if self.rests else ""
+        return f"{self.receipts} receipts and {self.rejections} counts of refused calls{rests}"
 
 
 def batches(database: Database) -> Iterator[Batch]:
-    """All receipts, the oldest first, and at last the counts of refused calls."""
+    """All receipts, the oldest first, the counts of refused calls, and at last what else is in the roll-ups."""
     sql = (
         f"SELECT {', '.join(COLUMNS)} FROM receipts "  # noqa: S608 - only names from the code
         "WHERE wall_ns >= ? AND (wall_ns > ? OR id > ?) ORDER BY wall_ns, id LIMIT ?"
@@ -63,7 +78,11 @@ def batches(database: Database) -> Iterator[Batch]:
         yield Batch(number, list(map(_row, found)), {})
         last_id, wall_ns = found[-1][:2]
     counts = database.rows(f"SELECT {', '.join(_KEY)}, calls FROM rejections")  # noqa: S608 - only names from the code
-    yield Batch(number, (), {_key(row): row[-1] for row in counts})
+    yield Batch(number, (), {_key(row): row[-1] for row in counts}, kept_since_ns=kept_since_ns(database))
+    left = rests(database)
+    while found_rests := list(islice(left, AT_ONCE)):
+        number += 1
+        yield Batch(number, (), {}, found_rests)
 
 
 _STREAMED = COLUMNS.index("streamed")
@@ -93,9 +112,33 @@ def write(database: Database, path: Path) -> Counts:
                 _line({"rejections": {**dict(zip(_KEY, key, strict=True)), "calls": calls}})
                 for key, calls in batch.rejections.items()
             )
-            file.write(b"".join((*receipts, *rejections)))
-        file.write(_line({"end": {"receipts": counts.receipts, "rejections": counts.rejections}}))
+            kept = [_line({"kept_since_ns": batch.kept_since_ns})] if batch.kept_since_ns else ()
+            rolled = (_line({"roll_up": _rest_said(rest)}) for rest in batch.rests)
+            file.write(b"".join((*receipts, *rejections, *kept, *rolled)))
+        file.write(_line({"end": asdict(counts)}))
     return counts
+
+
+def _rest_said(rest: Rest) -> dict[str, object]:
+    """As JSON can hold it, which has no numbers of more than 64 bits."""
+    said: dict[str, object] = {
+        "seconds": rest.seconds,
+        "start": rest.start,
+        **dict(zip(GROUPED, rest.group, strict=True)),
+        "sums": {name: str(value) for name, value in rest.sums.items()},
+    }
+    if rest.latencies:
+        said["latencies"] = {str(number): calls for number, calls in rest.latencies.items()}
+    return said
+
+
+def _rest(said: dict[str, Any]) -> Rest:
+    """Of what was said; raises KeyError, TypeError and ValueError."""
+    values = {name: int(value) for name, value in said["sums"].items()}
+    if said["seconds"] not in TABLES or not {*COUNTS, *SUMS}.issuperset(values):
+        raise ValueError("it has sums that this QLens does not know")
+    latencies = {int(number): calls for number, calls in said.get("latencies", {}).items()}
+    return Rest(said["seconds"], said["start"], tuple(said[name] for name in GROUPED), values, latencies)
 
 
 def copy_sqlite(source: Path, path: Path) -> Counts:
@@ -144,7 +187,7 @@ class Source:
     path: Path
 
     def restore(self, store: Store) -> Counts:
-        """Write all of it into an empty ledger, as a gateway writes it: the roll-ups come about anew.
+        """Write all of it into an empty ledger, as a gateway writes it: roll-ups of its receipts come about anew.
 
         After an interruption the same file may be given again: what is written already is left alone. Raises
         StartupError for a file that is none of them, and for a ledger that is not empty.
@@ -164,15 +207,21 @@ class Source:
         return counts
 
     def _of_sqlite(self) -> Iterator[Batch]:
-        with closing(connect_to_read(self.path)) as database:
-            database.execute("BEGIN")
-            yield from batches(SqliteDatabase(database))
+        try:
+            with closing(connect_to_read(self.path)) as database:
+                database.execute("BEGIN")
+                yield from batches(SqliteDatabase(database))
+        except sqlite3.Error as error:
+            raise StartupError(
+                f"{self.path} cannot be read as a ledger of this version ({error}); if an older QLens has written it, "
+                "run `qlens ledger migrate` on a copy of it first"
+            ) from error
 
     def _begin(self, file: IO[bytes]) -> str:
         """The backup's name. Looks at both ends, so that nothing is written of half a file."""
         file.seek(0)
         begin = self._read(file.readline(), 1)
-        if begin.get("qlens_ledger") != FORMAT or not isinstance(begin.get("backup"), str):
+        if begin.get("qlens_ledger") not in FORMATS or not isinstance(begin.get("backup"), str):
             raise StartupError(f"{self.path} is no backup of a ledger that this QLens can read")
         place = file.tell()
         file.seek(max(place, file.seek(0, os.SEEK_END) - _END_BYTES))
@@ -183,9 +232,12 @@ class Source:
 
     def _of_lines(self, file: IO[bytes]) -> Iterator[Batch]:
         lines, found = enumerate(file, 2), Counts()
+        end: Counts | None = None
         for number in count(1):
             receipts: list[Row] = []
             rejections: dict[Rejection, int] = {}
+            left: list[Rest] = []
+            kept, place = 0, 0
             for place, line in islice(lines, AT_ONCE):
                 value = self._read(line, place)
                 try:
@@ -194,16 +246,19 @@ class Source:
                     elif "rejections" in value:
                         counted = value["rejections"]
                         rejections[_key([counted[name] for name in _KEY])] = counted["calls"]
-                    elif value["end"] != {"receipts": found.receipts + len(receipts),
-                                          "rejections": found.rejections + len(rejections)}:  # fmt: skip
-                        raise StartupError(f"{self.path} is damaged: it has not as many lines as it says")
-                except (KeyError, TypeError) as error:
-                    raise StartupError(
-                        f"{self.path}: line {place} is no line of a backup: {error} is missing"
-                    ) from error
-            batch = Batch(number, receipts, rejections)
+                    elif "roll_up" in value:
+                        left.append(_rest(value["roll_up"]))
+                    elif "kept_since_ns" in value:
+                        kept = int(value["kept_since_ns"])
+                    else:
+                        end = Counts(**value["end"])
+                except (KeyError, TypeError, ValueError, AttributeError) as error:
+                    raise StartupError(f"{self.path}: line {place} is no line of a backup: {error!r}") from error
+            batch = Batch(number, receipts, rejections, left, kept)
             found.add(batch)
-            if not receipts and not rejections:
+            if end is not None and end != found:
+                raise StartupError(f"{self.path} is damaged: it has not as many lines as it says")
+            if not place:
                 return
             yield batch
 

@@ -35,11 +35,12 @@ _FIELDS = {
     "service_tier": "tier",
     "source": "operation",
     "line_item": "model",
+    "batch": sums.BATCH,
 }
 """The ledger's dimension behind each of OpenAI's."""
 _SOURCES = {"images": "image.generation", "image_edits": "image.edit", "image_variations": "image.variation"}
-_SAME = {"batch": False, "api_source": "unlabeled"}
-"""What is the same for all calls of a gateway: a batch runs at the provider."""
+_SAME = {"api_source": "unlabeled"}
+"""What is the same for all calls of a gateway."""
 
 
 def _completions(found: Sums) -> Result:
@@ -87,7 +88,16 @@ def _costs(found: Sums) -> Result:
 
 _WHO = ("project_id", "user_id", "api_key_id", "model")
 _TOKENS = ("calls", *BUCKETS)
-_CHAT = ("chat", "completions", "responses", "messages", "realtime")
+_CHAT = (
+    "chat",
+    "completions",
+    "responses",
+    "messages",
+    "realtime",
+    "batch_chat",
+    "batch_completions",
+    "batch_responses",
+)
 
 
 def _metered(path: str, operations: tuple[str, ...], name: str) -> Kind:
@@ -113,8 +123,8 @@ KINDS = {
         (*_WHO, "batch", "service_tier", "api_source"),
         filters=("project_ids", "user_ids", "api_key_ids", "models", "batch"),
     ),
-    "usage/embeddings": Kind("usage.embeddings", ("embeddings",), _inputs, _TOKENS, _WHO),
-    "usage/moderations": Kind("usage.moderations", ("moderations",), _inputs, _TOKENS, _WHO),
+    "usage/embeddings": Kind("usage.embeddings", ("embeddings", "batch_embeddings"), _inputs, _TOKENS, _WHO),
+    "usage/moderations": Kind("usage.moderations", ("moderations", "batch_moderations"), _inputs, _TOKENS, _WHO),
     "usage/images": evolve(
         _metered("images", tuple(_SOURCES), "images"),
         by=(*_WHO, "source"),
@@ -262,9 +272,11 @@ def _place(page: str, start: int, last: int | None) -> tuple[int, int]:
 
 def _question(kind: Kind, asked: Mapping[str, Any], page: Page, own: Where) -> Question | None:
     """What is to be added up; None when there can be nothing."""
-    if kind.operations == () or asked.get("batch"):
+    if kind.operations == ():
         return None
     where = {_FIELDS[_FILTERS[name]]: asked[name] for name in _FILTERS if name in asked}
+    if "batch" in asked:
+        where[sums.BATCH] = ("true",) if asked["batch"] else ("",)
     operations = kind.operations
     if "sources" in asked:
         operations = tuple(name for name, source in _SOURCES.items() if source in asked["sources"])
@@ -286,4 +298,6 @@ def _result(kind: Kind, by: tuple[str, ...], group: Group, found: Sums) -> Resul
         else:
             value = values[_FIELDS[name]] or None
             result[name] = _SOURCES.get(value or "") if name == "source" else value
+            if name == sums.BATCH:
+                result[name] = value == "true"
     return result

@@ -16,6 +16,7 @@ from qlens_plugins.cost.ledger import analytics
 from qlens_plugins.cost.ledger.journal import Journal
 from qlens_plugins.cost.ledger.places import check, store_at
 from qlens_plugins.cost.ledger.reader import Reader
+from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.spent import spent
 from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Store
@@ -76,6 +77,7 @@ class Ledger:
 
     Config = LedgerConfig
     shares = "store"
+    takes_once = True
     spent = spent
 
     @hookimpl
@@ -153,6 +155,11 @@ class Ledger:
     async def settle(self, call: Call, receipt: Receipt, hold: Begun | None) -> None:
         """Keep the receipt; refused calls are only counted, or a flood of them would fill the disk."""
         writer = self.writer
+        if receipt.id != call.id:
+            # Of a batch that is over. What was forgotten since would be counted a second time.
+            if not self._is_forgotten(receipt) and not writer.keep(receipt):
+                writer.dropped(1)
+            return
         if receipt.outcome == "rejected":
             writer.count(receipt)
             if hold is not None:
@@ -164,6 +171,10 @@ class Ledger:
         else:
             # It ended before it had a place, so nothing was sent and nothing is owed.
             writer.count(receipt)
+
+    def _is_forgotten(self, receipt: Receipt) -> bool:
+        days = self.config.keep_days
+        return days is not None and receipt.wall_ns < (time.time_ns() // DAY_NS - days) * DAY_NS
 
     @hookimpl
     def health(self) -> Health:

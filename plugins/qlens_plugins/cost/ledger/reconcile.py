@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal, DecimalException
 from pathlib import Path
 
+from attrs import frozen
+
 from qlens import Command, Gateway, StartupError, read_yaml
 from qlens_plugins.cost.ledger import past, reconcile_files
-from qlens_plugins.cost.ledger.reconcile_compare import Deployment, compare, spent
+from qlens_plugins.cost.ledger.reconcile_compare import compare, spent
 from qlens_plugins.cost.ledger.reconcile_names import Map, Matcher
+from qlens_plugins.cost.ledger.reconcile_places import Deployment, Places, account
 from qlens_plugins.cost.ledger.reconcile_report import Report
 from qlens_plugins.cost.ledger.store import Store
 
@@ -43,9 +46,29 @@ def command(store: Callable[[], Store]) -> Command:
             for target in targets
             if target.provider in providers and not target.model.endswith("*")
         }
-        return await asyncio.to_thread(_reconcile, kind, args, store(), providers, models)
+        asked = Asked(kind, providers, models, _accounts(gateway, providers) if kind == "azure" else {})
+        return await asyncio.to_thread(_reconcile, asked, args, store())
 
     return Command("reconcile", HELP, _add_arguments, run)
+
+
+@frozen
+class Asked:
+    """What the bill is compared with."""
+
+    kind: str
+    """Of the bill."""
+    providers: Sequence[str]
+    models: Mapping[Deployment, str]
+    """What each deployment is in truth."""
+    accounts: Mapping[str, str]
+    """Of Azure, by provider."""
+
+
+def _accounts(gateway: Gateway, providers: Sequence[str]) -> dict[str, str]:
+    entries = gateway.config.providers
+    found = {name: account(entries[name].settings.get("endpoint")) for name in providers if name in entries}
+    return {name: said for name, said in found.items() if said is not None}
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -81,10 +104,15 @@ def _percent(text: str) -> Decimal:
     return found
 
 
-def _reconcile(
-    kind: str, args: argparse.Namespace, store: Store, providers: Sequence[str], models: Mapping[Deployment, str]
-) -> int:
+def _reconcile(about: Asked, args: argparse.Namespace, store: Store) -> int:
+    kind, providers = about.kind, about.providers
     rules = read_yaml(args.map, Map).meters if args.map is not None else ()
+    for rule in rules:
+        if rule.provider not in (None, *providers):
+            raise StartupError(
+                f"{args.map}: of the meter {rule.meter!r} it says the provider {rule.provider!r}, which is none of "
+                f"those that the bill is compared with: {', '.join(providers)}"
+            )
     by_tokens, asked = args.by == "tokens", past.Days.of(args)
     bill = reconcile_files.read(kind, getattr(args, kind), asked, money=not by_tokens)
     if not bill.charges:
@@ -94,7 +122,8 @@ def _reconcile(
     charged = [day for day, _ in bill.charges]
     # Days that the bill does not have are no drift: it may not be complete yet.
     days = past.Days(asked.first or min(charged), asked.last or max(charged))
-    found = compare(bill, spent(store, days, providers), models, Matcher(kind, rules))
+    places = Places(about.accounts, rules)
+    found = compare(bill, spent(store, days, providers), about.models, Matcher(kind, rules), places)
     report = Report(found, bill, days, providers, args.threshold, by_tokens)
     sys.stdout.write(report.as_json() if args.json else report.as_text())
     return int(report.drifts)

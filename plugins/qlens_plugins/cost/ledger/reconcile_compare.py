@@ -14,11 +14,9 @@ from qlens_plugins.cost.ledger import past
 from qlens_plugins.cost.ledger.reconcile_files import Bill
 from qlens_plugins.cost.ledger.reconcile_formats import EXACT
 from qlens_plugins.cost.ledger.reconcile_names import Ignored, Matcher, Meter, Unmatched
+from qlens_plugins.cost.ledger.reconcile_places import Deployment, Place, Places
 from qlens_plugins.cost.ledger.rows import BUCKETS, DAY_NS
 from qlens_plugins.cost.ledger.store import Database, Store
-
-Deployment = tuple[str, str]
-"""A provider, and its name for a model."""
 
 _EPOCH = date(1970, 1, 1)
 _UNIT = Decimal(1).scaleb(-12)
@@ -94,8 +92,8 @@ class Drift:
 class Comparison:
     """Both sides."""
 
-    models: dict[str, dict[date, Sums]] = field(factory=dict)
-    """By what a model is shown as."""
+    models: dict[str, dict[tuple[date, Place], Sums]] = field(factory=dict)
+    """By what a model is shown as, by day, and by the deployments that the bill tells apart."""
     deployments: dict[str, list[Deployment]] = field(factory=dict)
     """What the ledger has of a model."""
     unmatched: dict[tuple[Meter, Unmatched], Sums] = field(factory=dict)
@@ -106,6 +104,13 @@ class Comparison:
     def total(self, model: str) -> Sums:
         """All days of a model."""
         return _together(self.models[model].values())
+
+    def places(self, model: str) -> dict[Place, Sums]:
+        """All days of a model, by the deployments that the bill tells apart."""
+        found: dict[Place, Sums] = {}
+        for (_, place), sums in self.models[model].items():
+            found.setdefault(place, Sums()).add(sums)
+        return found
 
     @property
     def all(self) -> Sums:
@@ -124,23 +129,33 @@ Spent = dict[tuple[date, Deployment], Sums]
 """By the day in UTC on which calls began, and by deployment."""
 
 
-def compare(bill: Bill, spent: Spent, models: Mapping[Deployment, str], matcher: Matcher) -> Comparison:
+def compare(bill: Bill, spent: Spent, models: Mapping[Deployment, str], matcher: Matcher, places: Places) -> Comparison:
     """Match both sides; `models` has what each deployment is in truth, those without calls too."""
     found = Comparison()
     shown = {deployment: matcher.model(name) for deployment, name in models.items()}
-    for (day, deployment), sums in spent.items():
-        model = shown.get(deployment) or matcher.model(deployment[1])
-        found.models.setdefault(model, {}).setdefault(day, Sums()).add(sums)
+    for _, deployment in spent:
+        model = shown.setdefault(deployment, matcher.model(models.get(deployment, deployment[1])))
         if deployment not in found.deployments.setdefault(model, []):
             found.deployments[model].append(deployment)
-    for (day, meter), charge in bill.charges.items():
+    meters: dict[str, dict[Meter, None]] = {}
+    for (_, meter), charge in bill.charges.items():
         about = matcher.find(meter)
         if isinstance(about, Unmatched):
             found.unmatched.setdefault((meter, about), Sums()).charge(charge.usd, charge.tokens)
         elif isinstance(about, Ignored):
             found.ignored.charge(charge.usd, charge.tokens)
         else:
-            found.models.setdefault(about, {}).setdefault(day, Sums()).charge(charge.usd, charge.tokens)
+            meters.setdefault(about, {})[meter] = None
+    for model in sorted({*found.deployments, *meters}):
+        mine = [deployment for deployment, name in shown.items() if name == model]
+        of_deployment, of_meter = places.apart(mine, meters.get(model, {}))
+        by_day = found.models.setdefault(model, {})
+        for (day, deployment), sums in spent.items():
+            if deployment in of_deployment:
+                by_day.setdefault((day, of_deployment[deployment]), Sums()).add(sums)
+        for (day, meter), charge in bill.charges.items():
+            if meter in of_meter:
+                by_day.setdefault((day, of_meter[meter]), Sums()).charge(charge.usd, charge.tokens)
     return found
 
 

@@ -108,8 +108,12 @@ def model_names(text: str) -> tuple[Name, ...]:
 
 
 def _one_of_both(mapped: Mapped, attribute: Attribute[Any], ignore: bool) -> None:
-    if ignore == (mapped.model is not None):
-        raise ValueError(f"say of the meter {mapped.meter!r} either the `model` it is for, or `ignore: true`")
+    is_told = mapped.model is not None or mapped.provider is not None
+    if ignore == is_told:
+        raise ValueError(
+            f"say of the meter {mapped.meter!r} the `model` it is for or the `provider` it is from, "
+            "or else `ignore: true`"
+        )
 
 
 @frozen
@@ -122,6 +126,8 @@ class Mapped:
     """And for the resource (Azure, AWS) or project (OpenAI)."""
     model: str | None = None
     """The model they are for, as the ledger has it: a target's `base_model` or its `model`."""
+    provider: str | None = None
+    """The provider they are from: it tells deployments of one model apart. Entries without it say nothing of that."""
     ignore: bool = field(default=False, validator=_one_of_both)
     """They are not about calls of this gateway."""
 
@@ -190,7 +196,7 @@ class Matcher:
 
     def _look_for(self, meter: Meter) -> str | Unmatched | Ignored:
         for rule in self.rules:
-            if rule.fits(meter):
+            if (rule.ignore or rule.model is not None) and rule.fits(meter):
                 return Ignored() if rule.model is None else self.model(rule.model)
         name = NAMES[self.kind](meter)
         fitting = [] if name is None else self._fitting(name)

@@ -13,6 +13,7 @@ from qlens_plugins.cost.columns import aligned
 from qlens_plugins.cost.ledger.past import Days
 from qlens_plugins.cost.ledger.reconcile_compare import Comparison, Drift, Sums
 from qlens_plugins.cost.ledger.reconcile_files import Bill
+from qlens_plugins.cost.ledger.reconcile_places import Deployment
 
 Values = dict[str, int | str | None]
 
@@ -33,11 +34,12 @@ class Report:
 
     @property
     def drifts(self) -> bool:
-        """Whether all of it, or all days of one model, are further apart than they may be.
+        """Whether all of it, or all days of one model or deployment, are further apart than they may be.
 
         Single days may: a call that begins before midnight may be billed after it.
         """
-        return any(self._drifts(sums) for sums in (self.found.all, *map(self.found.total, self.found.models)))
+        parts = [sums for model in self.found.models for sums in self.found.places(model).values()]
+        return any(map(self._drifts, (self.found.all, *map(self.found.total, self.found.models), *parts)))
 
     def _drifts(self, sums: Sums) -> bool:
         drift = self._drift(sums)
@@ -72,9 +74,9 @@ class Report:
             "total": self._values(self.found.all),
             "models": [self._model(model) for model in sorted(self.found.models)],
             "days": [
-                {"day": str(day), "model": model, **self._values(sums)}
+                {"day": str(day), "model": model, "deployments": self._named(model, place), **self._values(sums)}
                 for model, days in sorted(self.found.models.items())
-                for day, sums in sorted(days.items())
+                for (day, place), sums in sorted(days.items(), key=lambda item: item[0])
             ],
             "unmatched": [
                 {
@@ -94,8 +96,20 @@ class Report:
 
     def _model(self, model: str) -> dict[str, Any]:
         total = self.found.total(model)
-        deployments = [f"{provider}/{name}" for provider, name in sorted(self.found.deployments.get(model, ()))]
-        return {"model": model, "deployments": deployments, "drifts": self._drifts(total), **self._values(total)}
+        deployments = self._named(model, self.found.deployments.get(model, ()))
+        places = self.found.places(model)
+        apart = [
+            {"deployments": self._named(model, place), "drifts": self._drifts(sums), **self._values(sums)}
+            for place, sums in (sorted(places.items(), key=lambda item: item[0]) if len(places) > 1 else ())
+        ]
+        values = {"drifts": self._drifts(total), **self._values(total)}
+        return {"model": model, "deployments": deployments, **values, "by_deployment": apart}
+
+    def _named(self, model: str, deployments: Sequence[Deployment]) -> list[str]:
+        """Those that have calls, or else all of them."""
+        called = self.found.deployments.get(model, ())
+        those = [deployment for deployment in deployments if deployment in called] or deployments
+        return [f"{provider}/{name}" for provider, name in sorted(those)]
 
     def _billed(self, sums: Sums) -> Values:
         values = self._values(sums)
@@ -108,8 +122,9 @@ class Report:
         """The report for people."""
         models = [self._model(model) for model in sorted(self.found.models)]
         lines = [
-            (each["model"], ", ".join(each["deployments"]) or "-", *_cells(each), "DRIFTS" if each["drifts"] else "")
-            for each in models
+            (each.get("model", ""), ", ".join(each["deployments"]) or "-", *_cells(each), _judged(each))
+            for model in models
+            for each in (model, *model["by_deployment"])
         ]
         total = self.found.all
         lines.append(("total", "", *_cells(self._values(total)), "DRIFTS" if self._drifts(total) else ""))
@@ -117,7 +132,7 @@ class Report:
             f"{self.days.first} to {self.days.last}, by {'tokens' if self.by_tokens else 'cost'}; "
             f"drift is what the bill has more than the ledger of {', '.join(self.providers)}\n",
             aligned([("MODEL", "DEPLOYMENTS", *_HEADS, ""), *lines]),
-            aligned([("DAY", "MODEL", *_HEADS), *self._days()]),
+            aligned([("DAY", "MODEL", "DEPLOYMENTS", *_HEADS), *self._days()]),
         ]
         if self.found.unmatched:
             parts.append("Of no known model, and in the total; --map FILE says what they are:\n" + self._left())
@@ -125,9 +140,16 @@ class Report:
         return "\n".join(parts)
 
     def _days(self) -> list[tuple[str, ...]]:
-        rows = [(day, model, sums) for model, days in self.found.models.items() for day, sums in days.items()]
-        rows.sort(key=lambda row: row[:2])
-        return [(str(day), model, *_cells(self._values(sums))) for day, model, sums in rows]
+        rows = [
+            (day, model, place, sums)
+            for model, days in self.found.models.items()
+            for (day, place), sums in days.items()
+        ]
+        rows.sort(key=lambda row: row[:3])
+        return [
+            (str(day), model, ", ".join(self._named(model, place)) or "-", *_cells(self._values(sums)))
+            for day, model, place, sums in rows
+        ]
 
     def _left(self) -> str:
         rows = [
@@ -147,9 +169,13 @@ class Report:
         return notes
 
 
+def _judged(values: Mapping[str, Any]) -> str:
+    return "DRIFTS" if values["drifts"] else ""
+
+
 def _cells(values: Mapping[str, Any]) -> list[str]:
     """The numbers of a row, without what tells whose they are."""
-    told = ("model", "deployments", "drifts")
+    told = ("model", "deployments", "drifts", "by_deployment")
     return ["-" if value is None else str(value) for name, value in values.items() if name not in told]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qlens_plugins.cost.ledger.rows import BUCKETS
 
@@ -31,7 +31,12 @@ COUNTS = {
     "unpriced": "cost_picos IS NULL",
 }
 """How many of the calls: the name, and when a receipt is one of them."""
-METERS = ("images", "seconds", "characters")
+METERS: Mapping[str, tuple[str, ...]] = {
+    "images": ("images", "output_images"),
+    "seconds": ("seconds", "input_seconds"),
+    "characters": ("characters",),
+}
+"""By sum, the meters of which a receipt has one: what is billed, or what is only counted, since tokens are billed."""
 SUMS = (*BUCKETS, *METERS, "cost", "saved")
 """How much in all; money in picodollars."""
 
@@ -40,10 +45,18 @@ def terms(meter: Callable[[str], str]) -> dict[str, str]:
     """What of a receipt is added to each sum, in SQL."""
     return {
         **{name: name for name in BUCKETS},
-        **{name: meter(name) for name in METERS},
+        **{name: _first(list(map(meter, meters))) for name, meters in METERS.items()},
         "cost": "coalesce(cost_picos, 0)",
         "saved": "saved_picos",
     }
+
+
+def _first(meters: list[str]) -> str:
+    """The first of them that is not 0. Not their sum, which may need more than 64 bits."""
+    *others, found = meters
+    for each in reversed(others):
+        found = f"CASE {each} WHEN 0 THEN {found} ELSE {each} END"
+    return f"({found})"
 
 
 def of_none(name: str, table: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
-from attrs import frozen
+from attrs import field, frozen
 
 from qlens_plugins.cost.ledger.rows import Rejection, Row
 
@@ -24,12 +24,32 @@ class TookTooLong(Exception):
 
 
 @frozen
+class Rest:
+    """What the roll-ups of an hour or a day say of one group beyond the receipts that are there."""
+
+    seconds: int
+    """Of an hour or of a day."""
+    start: int
+    """In Unix seconds."""
+    group: tuple[str, ...]
+    """The values of GROUPED."""
+    sums: Mapping[str, int]
+    """By names of COUNTS and SUMS; what is missing is 0."""
+    latencies: Mapping[int, int] = field(factory=dict)
+    """Calls of a day by the number of their latency's range."""
+
+
+@frozen
 class Batch:
     """What one transaction writes. Its number makes sure that it is applied once."""
 
     number: int
     receipts: Sequence[Row]
     rejections: Mapping[Rejection, int]
+    rests: Sequence[Rest] = ()
+    """What is added to the roll-ups for receipts that another ledger has deleted."""
+    kept_since_ns: int = 0
+    """Before then it may have deleted some."""
 
 
 class Dialect(Protocol):

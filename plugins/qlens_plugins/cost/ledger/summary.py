@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, middle
 from qlens_plugins.cost.ledger.rows import BUCKETS
 from qlens_plugins.cost.ledger.store import Database
-from qlens_plugins.cost.ledger.sums import Question, Sums
+from qlens_plugins.cost.ledger.sums import Group, Question, Sums
 from qlens_plugins.cost.ledger.view import Where
 
 DAYS = 30
@@ -24,6 +25,10 @@ _BY = {FILTERS[name]: name.removesuffix("s") for name in FILTERS if name != "out
 _DIMENSIONS = {shown: name for name, shown in _BY.items()}
 PERCENTILES = (50, 95, 99)
 Latencies = Mapping[int, int]
+Refused = Mapping[str, int]
+"""Refused calls by status."""
+_OF_REFUSED = frozenset({"tenant", "operation", "model"})
+"""What is known of a refused call."""
 
 
 async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
@@ -40,13 +45,16 @@ def _written(question: Question, names: tuple[str, ...], limit: int, database: D
     """The summary as JSON."""
     groups = {group: added for (_, group), added in sums.read(database, question).items()}
     latencies = sums.latencies(database, question)
+    refused = _refused(database, question)
+    groups |= {group: Sums.none() for group in refused or () if group not in groups}
     first = sorted(groups, key=lambda group: (-groups[group]["calls"], group))
     data = [
         {**{name: value or None for name, value in zip(names, group, strict=True)}}
-        | _row(groups[group], latencies.get(group, {}))
+        | _row(groups[group], latencies.get(group, {}), None if refused is None else refused.get(group, {}))
         for group in first[:limit]
     ]
     total, all_latencies = Sums.none(), dict[int, int]()
+    all_refused = None if refused is None else _together(refused.values())
     for group, found in groups.items():
         total.add(found)
         for number, calls in latencies.get(group, {}).items():
@@ -58,7 +66,7 @@ def _written(question: Question, names: tuple[str, ...], limit: int, database: D
             "end_time": question.end,
             "data": data,
             "has_more": len(first) > limit,
-            "total": _row(total, all_latencies),
+            "total": _row(total, all_latencies, all_refused),
         }
     )
 
@@ -74,8 +82,37 @@ def _question(asked: Mapping[str, Any], own: Where) -> Question:
     return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, asked_of(asked, own).where)
 
 
-def _row(found: Sums, latencies: Latencies) -> dict[str, Any]:
+def _refused(database: Database, question: Question) -> dict[Group, dict[str, int]] | None:
+    """Refused calls by the dimensions and status; None where what is asked about is not known of them."""
+    if not {*question.by, *question.where} <= _OF_REFUSED:
+        return None
+    conditions, values = sums.where(question.where, database.dialect, receipts=False)
+    rows = database.rows(
+        f"SELECT {', '.join(('status', 'sum(calls)', *question.by))} FROM rejections "  # noqa: S608 - only names above
+        f"WHERE day >= ? AND day < ?{conditions} GROUP BY {', '.join(('status', *question.by))}",
+        [_date(question.start), _date(question.end), *values],
+    )
+    found: dict[Group, dict[str, int]] = {}
+    for status, calls, *group in rows:
+        found.setdefault(tuple(group), {})[str(status)] = int(calls)
+    return found
+
+
+def _date(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).date().isoformat()
+
+
+def _together(refused: Iterable[Refused]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for each in refused:
+        for status, calls in each.items():
+            found[status] = found.get(status, 0) + calls
+    return found
+
+
+def _row(found: Sums, latencies: Latencies, refused: Refused | None) -> dict[str, Any]:
     calls = found["calls"]
+    turned_away = 0 if refused is None else sum(refused.values())
     prompt = sum(found[name] for name in (*BUCKETS[:4], "audio_in"))
     completion = sum(found[name] for name in ("output", "reasoning", "audio_out"))
     cost = found.cost_picos
@@ -87,7 +124,9 @@ def _row(found: Sums, latencies: Latencies) -> dict[str, Any]:
         "cached_calls": found["cached"],
         "estimated_calls": found["estimated"],
         "unpriced_calls": found["unpriced"],
-        "error_rate": _share(found["failed"], calls),
+        "rejected_calls": None if refused is None else turned_away,
+        "rejected_by_status": None if refused is None else dict(sorted(refused.items())),
+        "error_rate": _share(found["failed"] + turned_away, calls + turned_away),
         "cache_hit_rate": _share(found["cached"], calls),
         "input_tokens": prompt,
         "input_cached_tokens": found["cached_input"],

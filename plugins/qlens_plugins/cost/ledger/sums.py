@@ -34,7 +34,13 @@ _IN_RECEIPTS = {
     **{name: f"coalesce({name}, '')" for name in ("subject", "tier", "outcome")},
 }
 _IN_ROLLUPS = {name: name for name in GROUPS}
+BATCHES = ("batch_chat", "batch_completions", "batch_embeddings", "batch_moderations", "batch_responses")
+"""The operations of batches that are over."""
+BATCH = "batch"
+"""The dimension that is `true` for them."""
 for _columns in (_IN_RECEIPTS, _IN_ROLLUPS):
+    _columns["tags"] = "tags"
+    _columns[BATCH] = "CASE WHEN operation IN ({}) THEN 'true' ELSE '' END".format(", ".join(map(repr, BATCHES)))
     _columns[PROJECT_ID] = _PROJECT_ID.format_map(_columns)
 TAG = "tag:"
 """Before the name of a tag, where a dimension is named."""

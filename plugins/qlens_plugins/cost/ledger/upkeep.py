@@ -18,7 +18,7 @@ HELP = "Look after the ledger: upgrade its tables, back it up, restore it, verif
 _EXAMPLES = """\
 examples:
   qlens ledger migrate                make or upgrade the tables, as a gateway does when it starts
-  qlens ledger backup ledger.jsonl    receipts and counts of refused calls as JSON lines, for any database
+  qlens ledger backup ledger.jsonl    receipts, refused calls, older roll-ups as JSON lines, for any database
   qlens ledger backup ledger.db       a copy of the whole SQLite file, while gateways write to it
   qlens ledger restore ledger.jsonl   into an empty ledger, be it SQLite or PostgreSQL; also from an SQLite file
   qlens ledger verify                 whether the roll-ups say what the receipts say, to the last picodollar
@@ -75,13 +75,13 @@ def _backup(store: Store, args: argparse.Namespace) -> int:
         counts = backup.copy_sqlite(store.path, path)
     else:
         raise StartupError(f"{path} would be a copy of an SQLite file; name it {path.with_suffix('.jsonl').name}, say")
-    sys.stdout.write(f"{counts.receipts} receipts and {counts.rejections} counts of refused calls are in {path}\n")
+    sys.stdout.write(f"{counts} are in {path}\n")
     return 0
 
 
 def _restore(store: Store, args: argparse.Namespace) -> int:
     counts = backup.Source(args.file).restore(store)
-    sys.stdout.write(f"{counts.receipts} receipts and {counts.rejections} counts of refused calls are in {store}\n")
+    sys.stdout.write(f"{counts} are in {store}\n")
     return 0
 
 

@@ -10,6 +10,7 @@ from attrs import define, evolve, field
 
 from qlens import usd
 from qlens_plugins.cost.ledger import sums
+from qlens_plugins.cost.ledger.rests import kept_since_ns
 from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, GROUPS, HOUR, SUMS
 from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.store import Database
@@ -66,8 +67,7 @@ def _fewer(group: Group, names: Sequence[str]) -> Group:
 
 def _days(database: Database) -> list[int]:
     """The days that have receipts or roll-ups, of those whose receipts are all there."""
-    kept = database.one("SELECT max(since_ns) FROM receipts_kept")
-    since = kept[0] if kept and kept[0] else 0
+    since = kept_since_ns(database)
     found = {
         *database.rows("SELECT DISTINCT start FROM usage_days WHERE start >= ?", [since // SECOND_NS]),
         *database.rows(

@@ -27,8 +27,17 @@ _INSTEAD = {"cached_input": "input", "cache_write_5m": "input", "cache_write_1h"
 """The price that stands in for one a row does not give."""
 _METERS_INSTEAD = {"image_tokens": "input", "cached_image_tokens": "cached_input"}
 """The same of meters."""
-_FEES = frozenset({"web_searches"})
+_FEES = frozenset(
+    {
+        "web_searches",
+        *(f"transcribed_{what}" for what in ("seconds", "text_in", "audio_in", "text_out")),
+    }
+)
 """Meters beside the tokens of a call: without a price for them its cost is estimated, and not unknown."""
+_COUNTED_AS = {"output_images": "images", "input_seconds": "seconds"}
+"""Meters that count what is billed by tokens: where tokens have no price, they are units like those of these meters."""
+REQUESTS = "requests"
+"""The meter that is one for each call that a provider answered, where a row has a price for it."""
 _COUNTED_IN = {
     "input": ("cached_input", "cache_write_5m", "cache_write_1h", "audio_in"),
     "output": ("reasoning", "audio_out"),
@@ -58,7 +67,8 @@ class Rates:
         said = dict(row.each(factor))
         buckets = {bucket: said.get(bucket, said.get(_INSTEAD.get(bucket, bucket), UNKNOWN)) for bucket in BUCKETS}
         instead = {meter: buckets[bucket] for meter, bucket in _METERS_INSTEAD.items()}
-        return cls(name, {**instead, **{meter: said[meter] for meter in row.meters}}, **buckets)
+        # What has no price for a request takes none.
+        return cls(name, {**instead, REQUESTS: 0, **{meter: said[meter] for meter in row.meters}}, **buckets)
 
     @classmethod
     def dearest(cls, name: str, all_: Sequence[Rates]) -> Rates:
@@ -68,6 +78,20 @@ class Rates:
             most[bucket] = max(most[bucket], *(most[other] for other in others))
         meters = {meter for rates in all_ for meter in rates.meters}
         return cls(name, {meter: max(rates.meters.get(meter, UNKNOWN) for rates in all_) for meter in meters}, **most)
+
+    @property
+    def is_by_unit(self) -> bool:
+        """Whether tokens have no price: what is billed by pictures or characters is not billed by tokens as well."""
+        return all(getattr(self, bucket) < 0 for bucket in BUCKETS)
+
+    def has(self, meter: str) -> bool:
+        """Whether one of a bucket or a meter has a price."""
+        each: int = getattr(self, meter) if meter in BUCKETS else self.meters.get(meter, UNKNOWN)
+        return each > 0 if meter == REQUESTS else each >= 0
+
+    def bills(self, way: Iterable[str]) -> bool:
+        """Whether what uses all of these has a price; where nothing but requests has one, all has."""
+        return all(map(self.has, way)) or (self.is_by_unit and self.has(REQUESTS))
 
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
@@ -89,17 +113,31 @@ class Rates:
             lines.append(("audio_in", usage.audio_in, self.audio_in))
         if usage.audio_out:
             lines.append(("audio_out", usage.audio_out, self.audio_out))
-        if usage.meters:
-            used = {name: quantity for name, quantity in usage.meters.items() if quantity}
-            if left_out := _FEES & (used.keys() - self.meters.keys()):
-                state = "estimated"
-            lines += [(name, used[name], self.meters.get(name, UNKNOWN)) for name in used if name not in left_out]
+        if usage.meters and self._leaves_out(usage.meters, lines):
+            state = "estimated"
         picos = 0
         for _, quantity, each in lines:
             if each < 0:
                 return None
             picos += quantity * each
         return Cost(picos, state, self.id, tuple(lines))
+
+    def _leaves_out(self, meters: Mapping[str, int], lines: list[tuple[str, int, int]]) -> bool:
+        """Add the meters that were used to the lines; whether some have no price that would belong to the cost."""
+        by_unit = self.is_by_unit and any(self.has(_COUNTED_AS.get(name, name)) for name in meters)
+        if by_unit:
+            lines.clear()
+        left_out = False
+        for name, quantity in meters.items():
+            if not quantity or (name in _METERS_INSTEAD if by_unit else name in _COUNTED_AS):
+                continue
+            unit = _COUNTED_AS.get(name, name)
+            each = self.meters.get(unit, UNKNOWN)
+            if each < 0 and name in _FEES:
+                left_out = True
+            else:
+                lines.append((unit, quantity, each))
+        return left_out
 
 
 @frozen
@@ -135,6 +173,12 @@ class Sheet:
     """The prices in force for one provider and model pattern, those for the longest prompts first."""
 
     entries: tuple[Entry, ...]
+    by_request: bool = field(init=False)
+    """Whether a call costs something beside what it uses."""
+
+    @by_request.default
+    def _takes_fees(self) -> bool:
+        return any(entry.dearest.meters.get(REQUESTS) for entry in self.entries)
 
     @classmethod
     def of(cls, rows: Iterable[PriceRow]) -> Sheet:
@@ -143,6 +187,11 @@ class Sheet:
         for row in rows:
             sizes.setdefault(row.above_prompt_tokens, []).append(row)
         return cls(tuple(Entry.of(sizes[size]) for size in sorted(sizes, reverse=True)))
+
+    def bills(self, way: Iterable[str]) -> bool:
+        """Whether what uses all of these buckets and meters has a price, however long its prompt is."""
+        is_whole = bool(self.entries) and not self.entries[-1].above
+        return is_whole and all(entry.standard.bills(way) for entry in self.entries)
 
     def cost(self, usage: Usage) -> Cost | None:
         """What a usage costs: exactly, if the provider counted it and its tier has a price.
@@ -160,6 +209,8 @@ class Sheet:
     def bound(self, usage: Usage) -> Cost | None:
         """What a usage can cost at most, while nobody knows which buckets and tier it will be counted in."""
         dearest: Cost | None = None
+        if self.entries and self.entries[-1].above:
+            return None  # the prompt may turn out to be a short one, which has no price
         for entry in self.entries:
             if entry.above and usage.prompt <= entry.above:
                 continue

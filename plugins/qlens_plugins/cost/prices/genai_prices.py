@@ -33,6 +33,8 @@ _UNITS = {
     "input_mchars": ("characters", MILLION),
     "audio_hours": ("seconds", 3600),
     "input_audio_hours": ("seconds", 3600),
+    "web_searches_kcount": ("web_searches", 1000),
+    "requests_kcount": ("requests", 1000),
 }
 _DATED = re.compile(r"\^(?P<name>[\w.\\-]+)-(\[-@\])?\\d\{[48]\}(-\\d\{2\}-\\d\{2\})?\$")
 """A name and the date of a snapshot behind it."""
@@ -57,13 +59,25 @@ def read(text: str) -> Quotes:
     return found
 
 
+_AT_AZURE = {"tts-1": "tts", "tts-1-hd": "tts-hd", "whisper-1": "whisper"}
+"""What Azure calls models of OpenAI's; gpt-3.5 is gpt-35 there."""
+
+
 def _lend(found: Quotes) -> None:
     """Azure's global deployments cost what OpenAI takes, where nothing else is said."""
     for key, quote in list(found.known.items()):
-        if key.provider == "openai" and not key.model.startswith("ft:"):
-            theirs = Key("azure_openai", key.model)
+        if key.provider != "openai" or key.model.startswith("ft:"):
+            continue
+        for name in dict.fromkeys((key.model, _AT_AZURE.get(key.model, key.model.replace("gpt-3.5-", "gpt-35-")))):
+            theirs = Key("azure_openai", name)
             if found.find(theirs) is None:
-                found.add(theirs, quote.cases)
+                # What a search costs there is another matter.
+                found.add(theirs, {case: _without(prices, "web_searches") for case, prices in quote.cases.items()})
+
+
+def _without(prices: Prices, meter: str) -> Prices:
+    """The prices but for one."""
+    return {name: usd for name, usd in prices.items() if name != meter}
 
 
 def _cases(model: Node) -> dict[Case, Prices]:

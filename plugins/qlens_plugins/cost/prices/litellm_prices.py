@@ -29,16 +29,22 @@ _FIELDS = {
     "cache_creation_input_token_cost": "cache_write_5m",
     "cache_creation_input_token_cost_above_1hr": "cache_write_1h",
     "output_cost_per_token": "output",
-    "output_cost_per_image_token": "output",  # an answer of pictures has no other tokens; it stands last, to win
+    "output_cost_per_image_token": "output",  # an answer of pictures has no other tokens; it stands later, to win
     "output_cost_per_reasoning_token": "reasoning",
     "input_cost_per_audio_token": "audio_in",
     "output_cost_per_audio_token": "audio_out",
     "input_cost_per_image_token": "image_tokens",
+    "cache_read_input_image_token_cost": "cached_image_tokens",
     "input_cost_per_character": "characters",
     "input_cost_per_second": "seconds",
     "output_cost_per_image": "images",
     "input_cost_per_query": "queries",
 }
+_IN_MODE = {
+    ("audio_speech", "output_cost_per_audio_token"): "output",  # an answer of speech has no other tokens
+    ("embedding", "input_cost_per_query"): "requests",
+}
+"""What a field says for some kinds of models only."""
 _TIERS = {"batches": "batch", "flex": "flex", "priority": "priority"}
 _FIELD = re.compile(
     r"(?P<name>" + "|".join(sorted(_FIELDS, key=len, reverse=True)) + r")"
@@ -51,13 +57,22 @@ _SIZED = re.compile(r"\d+-x-\d+/")
 def read(text: str) -> Quotes:
     """The quotes in the text of the price file."""
     entries: dict[str, dict[str, Any]] = json.loads(text, parse_float=Decimal)
-    sized = {name.rpartition("/")[2] for name in entries if _SIZED.search(name)}
+    sized = _by_size(entries)
     found = Quotes(NAME)
     # Azure's prices for global deployments stand under longer names than those it has for some region.
     for name, entry in sorted(entries.items(), key=lambda item: not item[0].startswith("azure/global")):
         key = _key(name, _PROVIDERS.get(entry.get("litellm_provider", ""), ""))
         if key is not None:
-            found.add(key, _cases(entry, by_size=key.model in sized))
+            found.add(key, _cases(entry, sized.get(key.model, set())))
+    return found
+
+
+def _by_size(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, set[Any]]:
+    """What a picture costs in each size and quality, of the models that have such prices."""
+    found: dict[str, set[Any]] = {}
+    for name, entry in entries.items():
+        if _SIZED.search(name):
+            found.setdefault(name.rpartition("/")[2], set()).add(entry.get("output_cost_per_image"))
     return found
 
 
@@ -77,12 +92,13 @@ def _key(name: str, provider: str) -> Key | None:
     return None
 
 
-def _cases(entry: Mapping[str, Any], *, by_size: bool) -> dict[Case, Prices]:
+def _cases(entry: Mapping[str, Any], by_size: set[Any]) -> dict[Case, Prices]:
     cases: dict[Case, Prices] = {}
-    free = entry.get("mode") == "moderation"
+    mode = entry.get("mode", "")
+    free = mode == "moderation"
     for case, name, usd in sorted(_told(entry), key=lambda told: list(_FIELDS).index(told[1])):
-        meter = _FIELDS[name]
-        if meter == "images" and by_size:
+        meter = _IN_MODE.get((mode, name), _FIELDS[name])
+        if meter == "images" and by_size - {usd}:
             continue  # what a picture costs goes by its size, which no usage tells
         if usd or free:  # elsewhere 0 says that nobody knows
             cases.setdefault(case, {})[meter] = usd.scaleb(6) if meter in BUCKETS else usd

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attrs import define, field, frozen, validators
+from attrs import define, evolve, field, frozen, validators
 
 from qlens import (
     Call,
@@ -27,8 +27,9 @@ from qlens import (
     read_yaml,
     usd,
 )
-from qlens_plugins.cost.prices.book import Book
+from qlens_plugins.cost.prices.book import REQUESTS, Book
 from qlens_plugins.cost.prices.catalogue import Catalogue
+from qlens_plugins.cost.prices.needed import needed
 from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class PricesConfig:
     catalogue_file: Path | None = None
     """A catalogue that `qlens prices update` made, instead of the one that is shipped; read at start-up and reload."""
     strict: bool = False
-    """Refuse calls for a model when one of its targets or fallbacks has no row."""
+    """Refuse a call when one of its model's targets or fallbacks has no price of what the call is billed by."""
     reload_seconds: float = field(default=5, validator=validators.gt(0))
     """How often `file` is looked at for changes."""
 
@@ -163,18 +164,28 @@ class Prices:
         sheet = book.known.get((target.provider, target.kind, target.region, target.base_model or target.model))
         if sheet is None:
             sheet = book.find(target, call.wall_ns)
-        return sheet.bound(usage) if usage is call.bound else sheet.cost(usage)
+        is_bound = usage is call.bound
+        if sheet.by_request and call.operation.meters:
+            usage = evolve(usage, meters={**usage.meters, REQUESTS: 1})
+        return sheet.bound(usage) if is_bound else sheet.cost(usage)
 
     @hookimpl
     async def admit(self, call: Call) -> None:
         """Refuse what could not be priced, when the table is strict."""
-        if not self.config.strict or call.model is None or call.bound_cost.picos is not None:
+        if not self.config.strict or call.model is None:
             return
-        if all(self.book.find(target, call.wall_ns).entries for target in self._targets(call.model)):
+        # A bound counts tokens of audio as those of texts.
+        if call.bound_cost.picos is not None and not (call.body and call.body.get("modalities")):
             return
+        ways = needed(call)
+        sheets = [self.book.find(target, call.wall_ns) for target in self._targets(call.model)]
+        if not ways or all(any(sheet.bills(way) for way in ways) for sheet in sheets):
+            return
+        wanted = " or of ".join(" and ".join(way) for way in ways)
         raise InvalidRequest(
-            f"The model `{call.model.name}` has no price, and this gateway refuses calls that it cannot price. "
-            "Its operator can add a row to the price table: `qlens prices` shows what is missing.",
+            f"The model `{call.model.name}`, or a fallback of it, has no price of {wanted}, by which this call would "
+            "be billed, and this gateway refuses calls that it cannot price. Its operator can add a row to the price "
+            "table: `qlens prices` shows what is there.",
             param="model",
             code="model_unpriced",
         )

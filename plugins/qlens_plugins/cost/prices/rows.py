@@ -111,7 +111,7 @@ class PriceRow:
     audio_out: Decimal | None = field(default=None, validator=_per_million)
     """USD per million audio tokens of the answer; without it a call that uses some is unpriced."""
     meters: Mapping[str, Decimal] = field(factory=dict, validator=_per_unit, hash=False)
-    """USD for one unit of what is not counted in tokens, by meter: images, seconds, queries."""
+    """USD for one unit of what is not counted in tokens, by meter: requests, images, seconds, characters, queries."""
     tiers: Mapping[str, Decimal] = field(factory=dict, validator=_multipliers, hash=False)
     """Factor on every price of this row, by service tier as the provider reports it: `{priority: 2, flex: 0.5}`."""
     above_prompt_tokens: int = field(default=0, validator=validators.ge(0))

@@ -25,6 +25,8 @@ MIGRATIONS = (
     ),
 )
 """A released version is never edited: a change is a new entry at the end."""
+OLDEST = 1
+"""The oldest version whose QLens may go on writing: what came after it must not disturb it."""
 
 Database = sqlite3.Connection
 

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from attrs import define, field
 
-from qlens import Spool, StartupError, file_identity, open_sqlite, sqlite_transaction
+from qlens import Spool, SqliteFile, StartupError, sqlite_transaction
 from qlens_plugins.observe.webhooks import statements
 from qlens_plugins.observe.webhooks.records import Bounds, Count, Delivery, Ended, Lost, Turn
-from qlens_plugins.observe.webhooks.statements import MIGRATIONS, OWNER, Database
+from qlens_plugins.observe.webhooks.statements import MIGRATIONS, OLDEST, OWNER, Database
 
 log = logging.getLogger("qlens.webhooks")
 
@@ -45,17 +45,18 @@ class Store:
     bounds: Bounds
     lease_seconds: float
     _thread: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(1, "qlens-webhooks"), init=False)
-    _database: Database | None = field(default=None, init=False)
-    _file: tuple[int, int] | None = field(default=None, init=False)
-    _opened: bool = field(default=False, init=False)
+    _file: SqliteFile = field(init=False)
     _spools: list[Spool] = field(factory=list, init=False)
     """The process's own, and those of processes that died."""
     _count_at: float = field(default=0.0, init=False)
 
+    def __attrs_post_init__(self) -> None:
+        self._file = SqliteFile(self.path, OWNER, MIGRATIONS, oldest=OLDEST)
+
     async def open(self) -> None:
         """Make or open the file; raises StoreAway, or StartupError for what an operator must mend."""
         try:
-            await self._on_thread(self._connected)
+            await self._on_thread(self._file.connected)
         except sqlite3.Error as error:
             raise StoreAway(str(error)) from error
 
@@ -80,7 +81,7 @@ class Store:
         """Let go of the file and the spools, after what was asked before."""
 
         def work() -> None:
-            self._disconnect()
+            self._file.drop()
             for spool in self._spools:
                 spool.close()
 
@@ -147,24 +148,10 @@ class Store:
 
     def _asked(self, work: Callable[[Database], T]) -> T:
         try:
-            database = self._connected()
-            if file_identity(self.path) != self._file:
-                raise sqlite3.OperationalError("the file was moved or deleted")
-            return work(database)
+            return work(self._file.connected())
         except (sqlite3.Error, StartupError) as error:
-            self._disconnect()
+            self._file.drop()
             raise StoreAway(str(error)) from error
-
-    def _connected(self) -> Database:
-        if self._database is None:
-            self._database = open_sqlite(self.path, OWNER, MIGRATIONS, create=not self._opened)
-            self._file, self._opened = file_identity(self.path), True
-        return self._database
-
-    def _disconnect(self) -> None:
-        database, self._database = self._database, None
-        if database is not None:
-            database.close()
 
 
 def _read(spool: Spool) -> list[bytes]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from attrs import define, field, frozen
 
-from qlens import InvalidRequest, UpstreamRejected
+from qlens import InvalidRequest, UpstreamRejected, speaks_responses_only
 
 Policy = Literal["drop", "reject"]
 
@@ -30,6 +30,12 @@ _SAMPLING: dict[str, tuple[object, ...]] = {
 _SPARED = frozenset({*_SAMPLING, "parallel_tool_calls"})
 """What a call can do without; not `stop`, without which it would get more than it asked for."""
 _UNRECOGNIZED = re.compile(r"Unrecognized request arguments? supplied: ([\w, ]+)")
+PREVIEWED = frozenset(
+    {"audio", "metadata", "modalities", "prediction", "reasoning_effort", "store", "user_security_context"}
+)
+"""The fields of a chat that the classic surface knows behind previews of its api-version alone."""
+OF_V1 = frozenset({"prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "verbosity"})
+"""Those that the surface v1 alone knows."""
 _OTHER_NAME = {"max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
 
 
@@ -45,14 +51,17 @@ class Family:
     """Whether it speaks chat at all; codex and pro models speak Responses only."""
     responds: bool = False
     """Whether it speaks Responses."""
+    newest: bool = False
+    """Whether the classic surface has all of it behind its last previews alone."""
     completes: bool = False
     """Whether it has the legacy completions, which Azure refuses for every model that chats."""
 
 
 # https://learn.microsoft.com/azure/ai-foundry/openai/how-to/responses lists them.
 _RESPONDS = re.compile(r"gpt-4o(-mini)?(-\d{4}-\d\d-\d\d)?|gpt-4\.1(-mini|-nano)?(-\d{4}-\d\d-\d\d)?|gpt-5-chat.*")
+# Images of gpt-image and sounds of gpt-4o came with 2025-03-01-preview and 2025-04-01-preview.
+_NEWEST = re.compile(r"gpt-image-.*|gpt-4o-(mini-)?(transcribe|tts)(-.*)?")
 _COMPLETES = re.compile(r"gpt-3\.?5-turbo-instruct(-\d+)?|(davinci|babbage)-002")
-_RESPONDS_ONLY = re.compile(r"(codex-mini|computer-use-preview)\b.*")
 
 
 @lru_cache(maxsize=256)
@@ -63,14 +72,18 @@ def family(base_model: str | None) -> Family | None:
     name = base_model.lower()
     match = _SERIES.fullmatch(name)
     if match is None or name.startswith("gpt-5-chat"):
-        if _RESPONDS_ONLY.fullmatch(name):
+        if speaks_responses_only(name):
             return Family(chats=False, responds=True)
-        return Family(responds=bool(_RESPONDS.fullmatch(name)), completes=bool(_COMPLETES.fullmatch(name)))
-    chats, responds = not re.search(r"-(codex|pro|deep-research)\b", name), not re.match(r"o1-(mini|preview)\b", name)
+        return Family(
+            responds=bool(_RESPONDS.fullmatch(name)),
+            completes=bool(_COMPLETES.fullmatch(name)),
+            newest=bool(_NEWEST.fullmatch(name)),
+        )
+    chats, responds = not speaks_responses_only(name), not re.match(r"o1-(mini|preview)\b", name)
     if match["o"] is not None:
-        return Family(reasons=True, series="o", chats=chats, responds=responds)
+        return Family(reasons=True, series="o", chats=chats, responds=responds, newest=True)
     later = int(match["major"]) > 5 or int(match["minor"] or 0) >= 1
-    return Family(reasons=True, series="gpt", sampled_without_effort=later, chats=chats, responds=responds)
+    return Family(reasons=True, series="gpt", sampled_without_effort=later, chats=chats, responds=responds, newest=True)
 
 
 def fit_chat(body: dict[str, Any], model: Family, policy: Policy) -> None:
@@ -159,13 +172,17 @@ def refused(error: UpstreamRejected, sent: Set[str], policy: Policy) -> frozense
     """The fields that were sent, that Azure says the model does not have, and that can be done without."""
     if error.status != 400:
         return frozenset()
-    named: set[str] = set()
+    named = unrecognized(error)
     if error.code in {"unsupported_parameter", "unsupported_value"} and error.param:
         named.add(error.param)
-    if match := _UNRECOGNIZED.search(error.message):
-        named.update(name.strip() for name in match[1].split(","))
     dispensable = {*_OTHER_NAME, "stream_options", *(_SPARED if policy == "drop" else ())}
     return frozenset(named & sent & dispensable)
+
+
+def unrecognized(error: UpstreamRejected) -> set[str]:
+    """The fields that Azure says its api-version does not have."""
+    match = _UNRECOGNIZED.search(error.message)
+    return {name.strip() for name in match[1].split(",")} if match else set()
 
 
 def apply_lessons(body: dict[str, Any], lessons: frozenset[str]) -> None:

@@ -15,6 +15,8 @@ from qlens import (
     Deadlines,
     Gateway,
     Health,
+    InvalidRequest,
+    Network,
     Outgoing,
     Reply,
     Session,
@@ -29,12 +31,15 @@ from qlens import (
 )
 from qlens_plugins.provider.azure_openai import identities
 from qlens_plugins.provider.azure_openai.parameters import (
+    OF_V1,
+    PREVIEWED,
     Lessons,
     apply_lessons,
     family,
     fit_chat,
     fit_response,
     refused,
+    unrecognized,
 )
 from qlens_plugins.provider.azure_openai.settings import AppServiceIdentity, AzureOpenAIConfig, ManagedIdentity
 from qlens_plugins.provider.azure_openai.stream import Mender, Tiered
@@ -44,6 +49,7 @@ log = logging.getLogger("qlens.azure_openai")
 
 PATHS = {
     "chat": "chat/completions",
+    "compaction": "responses/compact",
     "completions": "completions",
     "embeddings": "embeddings",
     "image_edits": "images/edits",
@@ -64,10 +70,12 @@ PROVISIONED = "provisioned"
 TARGET_PARAMS = ("provisioned", "spillover_deployment")
 """What a target's `params` may say to this plugin; they are no fields of the body."""
 
-_SPOKEN = tuple(dialect for dialect in PATHS if dialect not in {"completions", "responses"})
+_SPOKEN = tuple(dialect for dialect in PATHS if dialect not in {"compaction", "completions", "responses"})
 """The dialects of a deployment of which nobody knows that its model speaks more."""
 _IN_PREVIEWS = frozenset({"image_edits", "speech"})
 """The dialects that are in previews alone, on the classic surface."""
+_OF_RESPONSES = frozenset({"compaction", "responses"})
+"""The dialects whose paths belong to no deployment."""
 _MENDED = ("chat", "completions")
 """The dialects whose streams are odd."""
 _FITS = {"chat": fit_chat, "responses": fit_response}
@@ -94,6 +102,10 @@ class AzureOpenAI:
     _root: str = field(init=False, repr=False)
     """The address of what belongs to no deployment."""
     _responses_query: str = field(init=False, repr=False)
+    _responses_only: tuple[str, ...] = field(init=False, repr=False)
+    """The dialects of a model that has no chat."""
+    _lacks_previews: bool = field(init=False, repr=False)
+    """Whether the operator has chosen an api-version that is no preview."""
     _spoken_with_completions: tuple[str, ...] = field(init=False, repr=False)
     _spoken_with_responses: tuple[str, ...] = field(init=False, repr=False)
     _deadlines: Deadlines = field(init=False, repr=False)
@@ -104,7 +116,13 @@ class AzureOpenAI:
     """Deployments that Azure did not know when it was last asked."""
 
     Config = AzureOpenAIConfig
-    objects = ("response", "file", "batch")
+
+    @property
+    def objects(self) -> tuple[str, ...]:
+        """What is kept for clients: conversations on v1 alone, vector stores on the classic surface by previews."""
+        if self.config.surface == "v1":
+            return ("response", "file", "batch", "conversation", "vector_store")
+        return ("response", "file", "batch", *(() if self._lacks_previews else ("vector_store",)))
 
     @property
     def passthrough(self) -> tuple[str, ...]:
@@ -121,10 +139,13 @@ class AzureOpenAI:
         self._query = _versioned(version)
         self._newest_query = _versioned(LAST_PREVIEW) if classic and not config.api_version else self._query
         self._spoken_with_completions = (*_SPOKEN, "completions") if classic else _SPOKEN
-        has_responses = not classic or (version or "") >= FIRST_RESPONSES
-        self._spoken_with_responses = (*_SPOKEN, "responses") if has_responses else _SPOKEN
+        chosen = config.api_version
+        has_responses = not classic or chosen is None or chosen >= FIRST_RESPONSES
+        self._responses_only = ("responses",) if classic else ("responses", "compaction")
+        self._spoken_with_responses = (*_SPOKEN, *self._responses_only) if has_responses else _SPOKEN
         # A model that speaks nothing else is not refused for an api-version that was chosen for the others.
-        self._responses_query = self._query if has_responses else _versioned(LAST_PREVIEW)
+        self._responses_query = self._query if not classic or (chosen and has_responses) else _versioned(LAST_PREVIEW)
+        self._lacks_previews = classic and chosen is not None and not chosen.endswith("-preview")
         self._deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
 
     def dialects(self, target: Target) -> tuple[str, ...]:
@@ -134,20 +155,31 @@ class AzureOpenAI:
             return _SPOKEN
         if model.completes:
             return self._spoken_with_completions
-        return self._spoken_with_responses if model.chats else ("responses",)
+        return self._spoken_with_responses if model.chats else self._responses_only
 
     @hookimpl
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the gateway's connections, and fetch a first token without waiting for it."""
-        self._http = gateway.http
         self._warn_of_unknown_models(gateway)
-        if self.config.identity is None:
-            yield
-            return
-        # A machine's own identity service is never reached through a proxy.
-        own = Upstream() if isinstance(self.config.identity, ManagedIdentity | AppServiceIdentity) else None
-        self._tokens = tokens = self._tokens_of(gateway, own or gateway.http)
+        async with gateway.reach(self.config.network) as self._http:
+            if self.config.identity is None:
+                yield
+                return
+            async with gateway.reach(self._network_of_tokens()) as http, self._renewed(gateway, http):
+                yield
+
+    def _network_of_tokens(self) -> Network | None:
+        """How tokens are fetched: through the same proxy, from a server that is not Azure's resource."""
+        if isinstance(self.config.identity, ManagedIdentity | AppServiceIdentity):
+            return Network()  # a machine's own identity service is never reached through a proxy
+        network = self.config.network
+        return None if network is None else Network(proxy=network.proxy)
+
+    @asynccontextmanager
+    async def _renewed(self, gateway: Gateway, http: Upstream) -> AsyncIterator[None]:
+        """Keep a token fresh."""
+        self._tokens = tokens = self._tokens_of(gateway, http)
         if self._before is not None:
             tokens.take_over(self._before)
             self._before = None
@@ -157,8 +189,6 @@ class AzureOpenAI:
             yield
         finally:
             await tokens.aclose()
-            if own is not None:
-                await own.aclose()
 
     def _tokens_of(self, gateway: Gateway, http: Upstream) -> Tokens:
         identity, scope, wall = self.config.identity, self.config.token_scope, gateway.clock.time
@@ -234,7 +264,9 @@ class AzureOpenAI:
         resource, version = self.config.endpoint.rstrip("/"), self.config.api_version
         asked = {"intent": call.query["intent"]} if "intent" in call.query else {}
         if self.config.surface == "v1":
-            asked |= {"model": target.model, **({"api-version": version} if version else {})}
+            # A session that only transcribes is told its model later, as OpenAI's.
+            model = {} if asked.get("intent") == "transcription" else {"model": target.model}
+            asked |= {**model, **({"api-version": version} if version else {})}
             return f"{resource}/openai/v1/realtime?{urlencode(asked)}"
         preview = version if version is not None and version.endswith("-preview") else LAST_PREVIEW
         asked |= {"api-version": preview, "deployment": target.model}
@@ -261,6 +293,7 @@ class AzureOpenAI:
             except UpstreamRejected as error:
                 # Each turn learns a field that this deployment refuses: there are few, and none comes twice.
                 if not self._learned(target, outgoing, error):
+                    self._explain(error)
                     raise
             except UpstreamModelMissing:
                 self._not_found(target)
@@ -298,6 +331,18 @@ class AzureOpenAI:
         log.warning("%s: %s refuses %s: not sent from now on", self.name, target.model, ", ".join(sorted(new)))
         return True
 
+    def _explain(self, error: UpstreamRejected) -> None:
+        """Say of a field that the api-version does not know which one does."""
+        if self.config.surface != "classic":
+            return
+        new = unrecognized(error)
+        found, known_by = new & OF_V1, "the surface v1"
+        if not found and self._lacks_previews:
+            found, known_by = new & PREVIEWED, f"the api_version {LAST_PREVIEW}"
+        if found:
+            named = ", ".join(sorted(found))
+            error.message = f"{error.message.rstrip('.')}. Of the provider {self.name}, {known_by} knows {named}."
+
     async def _post(self, target: Target, outgoing: Outgoing) -> Reply:
         assert self._http is not None, "the lifespan is not open"
         headers = await self._credential()
@@ -307,7 +352,7 @@ class AzureOpenAI:
         try:
             return await post_openai(
                 self._http,
-                self._url(target, outgoing.dialect),
+                self._url(target, outgoing),
                 headers=headers,
                 outgoing=outgoing,
                 deadlines=self._deadlines,
@@ -323,11 +368,13 @@ class AzureOpenAI:
         assert self._http is not None, "the lifespan is not open"
         assert outgoing.request is not None
         headers = await self._credential()
-        about_responses = outgoing.request.path.startswith("/responses/")
+        query = {"responses": self._responses_query, "vector_stores": self._newest_query}.get(
+            outgoing.request.path.split("/")[1], self._query
+        )
         try:
             return await send_request(
                 self._http,
-                f"{self._root}{self._responses_query if about_responses else self._query}",
+                f"{self._root}{query}",
                 headers=headers,
                 outgoing=outgoing,
                 deadlines=self._deadlines,
@@ -337,16 +384,26 @@ class AzureOpenAI:
             self._doubt(headers)
             raise
 
-    def _url(self, target: Target, dialect: str) -> str:
-        if dialect == "responses":
-            return f"{self._root}/responses{self._responses_query}"
+    def _url(self, target: Target, outgoing: Outgoing) -> str:
+        dialect = outgoing.dialect
+        if dialect in _OF_RESPONSES:
+            return f"{self._root}/{PATHS[dialect]}{self._responses_query}"
         if self.config.surface == "v1":
             return f"{self._place}{PATHS[dialect]}{self._query}"
         if target.model in {".", ".."}:
             # Behind a wildcard, clients choose the name; these two would lead to another path.
             raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
         model = family(target.base_model)
-        newest = dialect in _IN_PREVIEWS or (model is not None and model.reasons)
+        if dialect in _IN_PREVIEWS and self._lacks_previews:
+            raise InvalidRequest(
+                f"The provider {self.name} does {dialect} behind previews of the api-version alone, and its "
+                f"api_version is {self.config.api_version}: set it to {LAST_PREVIEW}, leave it out, or use the "
+                "surface v1.",
+                code="unsupported_operation",
+            )
+        newest = dialect in _IN_PREVIEWS or (model is not None and model.newest)
+        if dialect == "chat" and not newest:
+            newest = not PREVIEWED.isdisjoint(outgoing.body)
         query = self._newest_query if newest else self._query
         return f"{self._place}{quote(target.model, safe='')}/{PATHS[dialect]}{query}"
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from attrs import field, frozen, validators
 
-from qlens import Secret, header_value, http_url, path_patterns
+from qlens import Network, Secret, header_value, http_url, path_patterns
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -164,6 +164,8 @@ class AzureOpenAIConfig:
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the resource as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
     runs auth and limits, is not priced, and objects there belong to all tenants."""
+    network: Network | None = None
+    """How Azure is reached, where it is not as `server.network` says."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))

@@ -1,4 +1,4 @@
-"""Parts of messages as blocks of Converse: texts, images, documents, audio."""
+"""Parts of messages as blocks of Converse: texts, images, documents."""
 
 from __future__ import annotations
 
@@ -68,10 +68,13 @@ class Reader:
                 return _image(part["image_url"].get("url"), f"{param}.image_url.url")
             case "file":
                 return self._document(part["file"], f"{param}.file")
-            case "input_audio" if self.family.audio:
-                audio = part["input_audio"]
-                data = _checked(audio["data"], f"{param}.input_audio.data")
-                return {"audio": {"format": audio["format"], "source": {"bytes": data}}}
+            case "input_audio":
+                # Converse has blocks of audio, and Bedrock no model that takes them there.
+                raise InvalidRequest(
+                    "Bedrock takes no audio in a chat: send a transcript of it as text.",
+                    param=f"{param}.type",
+                    code="unsupported_value",
+                )
             case other:
                 raise InvalidRequest(
                     f"The model behind this name takes no content of type '{str(other)[:64]}'.",

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import Answer, CallError, Reply, UpstreamTruncated
+from qlens import Answer, CallError, Reply, UpstreamTruncated, Usage
 from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.converse_reply import Head, choice_of
 from qlens_plugins.provider.bedrock.converse_request import Asked
@@ -38,7 +38,7 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
     head = Head.of(model.shown, request_id)
     with ToldBy(request_id):
         written = [choice_of(answer.body, asked, index) for index, answer in enumerate(answers)]
-    usage = usages.total([usages.read(answer.body.get("usage"), _tier(answer.body)) for answer in answers])
+    usage = usages.total([_usage(answer.body) for answer in answers])
     content: Block = {
         "id": head.id,
         "object": "chat.completion",
@@ -47,7 +47,8 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
         "choices": written,
     }
     if usage is not None:
-        content["usage"] = usages.as_openai(usage)
+        thought = any("reasoning_content" in choice["message"] for choice in written)
+        content["usage"] = usages.as_openai(usage, thought=thought)
         if usage.tier is not None:
             content["service_tier"] = usage.tier
     return Reply(
@@ -58,6 +59,11 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
         complete=True,
         upstream_id=request_id,
     )
+
+
+def _usage(answer: Block) -> Usage | None:
+    more = answer.get("additionalModelResponseFields")
+    return usages.read(answer.get("usage"), _tier(answer), usages.reasoning(more))
 
 
 def _tier(answer: Block) -> str | None:
@@ -170,5 +176,5 @@ async def _told(reply: Reply, streams: list[_Stream], head: Head) -> AsyncIterat
     usage = usages.total([stream.writer.usage for stream in streams])
     if usage is not None:
         reply.usage = usage
-        yield usage_chunk(head, usage)
+        yield usage_chunk(head, usage, thought=any(stream.writer.thought for stream in streams))
     yield DONE

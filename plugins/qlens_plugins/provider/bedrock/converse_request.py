@@ -17,6 +17,7 @@ from qlens_plugins.provider.bedrock.messages import Conversation, spoken
 from qlens_plugins.provider.bedrock.reasoning import Thinking, thinking
 from qlens_plugins.provider.bedrock.settings import GuardrailSettings
 from qlens_plugins.provider.bedrock.tools import Names
+from qlens_plugins.provider.bedrock.usage import DETAILS
 
 Block = dict[str, Any]
 
@@ -38,6 +39,7 @@ _PLAIN = frozenset(
     | {"top_p"}
 )
 """The fields of a chat that asks for nothing but an answer."""
+_TELLING = {"adaptive", "budget", "openai"}
 _LATENCIES = {"standard", "optimized"}
 _ADDITIONAL = "additional_model_request_fields"
 
@@ -169,6 +171,7 @@ class _Draft:
             "toolConfig": config,
             "guardrailConfig": guardrail,
             "additionalModelRequestFields": self._additional(config),
+            "additionalModelResponseFieldPaths": [DETAILS] if self._tells_thoughts() else None,
             "outputConfig": self._output(),
             "requestMetadata": _metadata(body),
             "serviceTier": _tier(body, self.params),
@@ -212,6 +215,10 @@ class _Draft:
             more["tool_choice"] = {"type": "auto", "disable_parallel_tool_use": True}
         own = self.params.get(_ADDITIONAL)
         return {**more, **own} if isinstance(own, dict) else more
+
+    def _tells_thoughts(self) -> bool:
+        """Whether the model thinks, and may say in its own answer how much: Converse passes over what is not there."""
+        return bool(self.mind.fields) and self.family.reasoning in _TELLING
 
     def _output(self) -> Block:
         fields = {"textFormat": self.form.text_format, "effort": self.mind.effort}

@@ -45,6 +45,10 @@ class ChunkWriter:
     usage: Usage | None = field(init=False, default=None)
     ended: bool = field(init=False, default=False)
     """Whether the last event was there."""
+    thought: bool = field(init=False, default=False)
+    """Whether it had thoughts in it."""
+    _reasoning: int = field(init=False, default=0)
+    """How many tokens of it are thoughts, as far as that is known."""
     _parts: dict[int, _Part] = field(init=False, factory=dict)
     _calls: int = field(init=False, default=0)
     _before: bytes = field(init=False, repr=False)
@@ -76,10 +80,11 @@ class ChunkWriter:
                 return self._chunk({"role": "assistant", "content": ""})
             case "messageStop":
                 self.finish = finish_of(payload.get("stopReason"), self._calls)
+                self._reasoning = usages.reasoning(payload.get("additionalModelResponseFields"))
                 return self._chunk({}, older(self.finish) if self.asked.older else self.finish)
             case "metadata":
                 tier = payload.get("serviceTier") or {}
-                self.usage = usages.read(payload.get("usage"), tier.get("type"))
+                self.usage = usages.read(payload.get("usage"), tier.get("type"), self._reasoning)
                 self.ended = True
         return b""  # events that a later version of the API may bring
 
@@ -124,6 +129,7 @@ class ChunkWriter:
         return self._called(part.index, {"arguments": text}) if part.kind == "call" else b""
 
     def _thought(self, block: int, content: Block) -> bytes:
+        self.thought = True
         part = self._parts.setdefault(block, _Part("thought"))
         part.signature += content.get("signature") or ""
         part.redacted += content.get("redactedContent") or ""
@@ -189,10 +195,11 @@ def event_name(frame: Frame) -> str:
     return frame.headers.get(":event-type", "")
 
 
-def usage_chunk(head: Head, usage: Usage) -> bytes:
-    """OpenAI's usage event."""
+def usage_chunk(head: Head, usage: Usage, *, thought: bool) -> bytes:
+    """OpenAI's usage event; `thought`: whether the answer has thoughts in it."""
     tier = b'"service_tier":%s,' % orjson.dumps(usage.tier) if usage.tier else b""
-    return b'%s%s"choices":[],"usage":%s}\n\n' % (_opening(head), tier, orjson.dumps(usages.as_openai(usage)))
+    said = orjson.dumps(usages.as_openai(usage, thought=thought))
+    return b'%s%s"choices":[],"usage":%s}\n\n' % (_opening(head), tier, said)
 
 
 def _opening(head: Head) -> bytes:

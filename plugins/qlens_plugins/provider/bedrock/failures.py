@@ -29,6 +29,7 @@ _CREDENTIALS = {
     *("IncompleteSignature", "IncompleteSignatureException", "MissingAuthenticationToken"),
     *("MissingAuthenticationTokenException", "SignatureDoesNotMatch", "OptInRequired", "NotAuthorized"),
 }
+_REFUSED = "AWS refused the gateway's credentials, or they may not use this model."
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired"}
 _OVERFLOW = re.compile(
     r"(input|prompt) is too long|too many (input )?tokens|expected maxlength|prompt tokens .{0,40}exceed"
@@ -40,11 +41,16 @@ _NO_SUCH_MODEL = re.compile(
     r"|inference profile .{0,200}(not found|doesn.t exist)",
     re.IGNORECASE,
 )
+_NO_PERMISSION = re.compile(r"not authorized to perform", re.IGNORECASE)
 _BY_THE_DAY = re.compile(r"per day|daily", re.IGNORECASE)
 
 
 class CredentialsExpired(UpstreamAuth):
     """The temporary credentials are over: fresh ones may do."""
+
+
+class NotPermitted(UpstreamAuth):
+    """The credentials are good, but not for this operation or this model."""
 
 
 def from_answer(status: int, headers: Mapping[str, str], body: bytes) -> CallError:
@@ -87,7 +93,7 @@ def _named(name: str, message: str) -> CallError | None:
     if name in _EXPIRED:
         return CredentialsExpired("The gateway's credentials for AWS have expired.")
     if name in _CREDENTIALS:
-        return UpstreamAuth("AWS refused the gateway's credentials, or they may not use this model.")
+        return (NotPermitted if _NO_PERMISSION.search(message) else UpstreamAuth)(_REFUSED)
     match name:
         case "ValidationException":
             return _invalid(message)

@@ -43,7 +43,6 @@ class Family:
     strict_tools: bool = False
     native_tool_choice: bool = False
     """Takes Anthropic's own tool_choice beside Converse's fields."""
-    audio: bool = False
     vectors: Vectors | None = None
     """The format of its embeddings, for models that make them."""
     paints: Literal["amazon", "stability"] | None = None
@@ -51,12 +50,19 @@ class Family:
     ranks: bool = False
     """Whether it does nothing but to say how well documents fit a query."""
 
+    counts: bool = False
+    """Whether Bedrock may count the tokens of messages for it, which shows when it is asked."""
+
     @property
-    def speaks(self) -> str:
-        """The one dialect of its calls."""
+    def speaks(self) -> tuple[str, ...]:
+        """The dialects of its calls: a model either chats, or makes embeddings or images, or ranks."""
         if self.vectors:
-            return "embeddings"
-        return "images" if self.paints else "rerank" if self.ranks else "chat"
+            return ("embeddings",)
+        if self.paints:
+            return ("images",)
+        if self.ranks:
+            return ("rerank",)
+        return ("chat", "count_tokens") if self.counts else ("chat",)
 
 
 _CLAUDE = Family(
@@ -66,8 +72,9 @@ _CLAUDE = Family(
     caching=True,
     caches_tools=True,
     native_tool_choice=True,
+    counts=True,
 )
-_NOVA = Family("nova", user_first=True, top_k="nova", caching=True, audio=False)
+_NOVA = Family("nova", user_first=True, top_k="nova", caching=True)
 _OTHERS: tuple[tuple[str, Family], ...] = (
     (r"amazon\.titan-embed-text-v2.*", Family("titan-embed", vectors="titan")),
     (r"amazon\.titan-embed.*", Family("titan-embed", vectors="titan")),

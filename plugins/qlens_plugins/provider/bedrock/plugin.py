@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,6 +20,7 @@ from qlens import (
     Deadlines,
     Gateway,
     Health,
+    NotCounted,
     Outgoing,
     Reply,
     StartupError,
@@ -29,24 +33,31 @@ from qlens_plugins.provider.bedrock import credentials, model_ids, sdk
 from qlens_plugins.provider.bedrock.chain import Chain, apart
 from qlens_plugins.provider.bedrock.converse import converse, converse_stream
 from qlens_plugins.provider.bedrock.converse_request import Rules, guardrail_of, written
+from qlens_plugins.provider.bedrock.counting import NOT_THIS_MODEL, count
 from qlens_plugins.provider.bedrock.credentials import Bearer, Fixed, Signed
 from qlens_plugins.provider.bedrock.embeddings import embed
+from qlens_plugins.provider.bedrock.endpoints import endpoint_of
 from qlens_plugins.provider.bedrock.exchange import Credentials, Wire
-from qlens_plugins.provider.bedrock.families import family_of
+from qlens_plugins.provider.bedrock.families import Family, family_of
 from qlens_plugins.provider.bedrock.images import Images
 from qlens_plugins.provider.bedrock.model_ids import ModelId
+from qlens_plugins.provider.bedrock.passing import pass_on
 from qlens_plugins.provider.bedrock.pictures import paint
 from qlens_plugins.provider.bedrock.rerank import rerank
 from qlens_plugins.provider.bedrock.settings import BedrockConfig
 from qlens_plugins.provider.bedrock.signing import Signer
 
+log = logging.getLogger("qlens.bedrock")
+
 FIRST_LOOK_SECONDS = 10
 """How long the start waits for AWS's chain; calls that come before it answers fail with 502."""
+UNCOUNTED_SECONDS = 3600
+"""How long Bedrock is not asked again to count for a model for which it did not."""
 
 _NO_NATIVE_FORM = re.compile(r"output_?config|text_?format|structured output|json_?schema", re.IGNORECASE)
 _NOT_AT_ALL = re.compile(r"(doesn.t|does not) support|extraneous key", re.IGNORECASE)
+_MOST_UNCOUNTED = 256
 _SCHEMA_WAYS = ("native", "tool", "prompt")
-_SUFFIXES = (("cn-", "amazonaws.com.cn"), ("eusc-", "amazonaws.eu"))
 
 
 @define(eq=False)
@@ -62,6 +73,8 @@ class Bedrock:
     """By the way in which answers are made to fit a schema."""
     _by_tool: set[str] = field(factory=set, init=False, repr=False)
     """The models that refused to make an answer fit a schema by themselves."""
+    _uncounted: dict[str, float] = field(factory=dict, init=False, repr=False)
+    """The models that Bedrock does not count for, and until when (monotonic) it is not asked again."""
 
     Config = BedrockConfig
     takes_extensions = True
@@ -71,8 +84,13 @@ class Bedrock:
         self._rules = {way: Rules(guardrail, reject, way) for way in _SCHEMA_WAYS}
 
     def dialects(self, target: Target) -> tuple[str, ...]:
-        """The one dialect spoken for a target: a model either chats, or makes embeddings or images, or ranks."""
-        return (family_of(_model(target).base).speaks,)
+        """The dialects spoken for a target, whose model either chats, or makes embeddings or images, or ranks."""
+        return family_of(_model(target).base).speaks
+
+    @property
+    def passthrough(self) -> tuple[str, ...]:
+        """The patterns of requests that pass as they are."""
+        return self.config.passthrough
 
     def check(self, target: Target) -> Iterable[str]:
         """What is wrong with a target, asked at start-up."""
@@ -91,14 +109,21 @@ class Bedrock:
         config = self.config
         deadlines = Deadlines(config.connect_seconds, config.first_byte_seconds, config.idle_seconds)
         region = config.region or await self._region()
-        self._wire = Wire(gateway.http, _endpoint(config, region), self._credentials(region), deadlines)
         self._images = Images(gateway.http) if config.fetch_images else None
-        if self._chain is None:
-            yield
-            return
-        watching = asyncio.create_task(self._chain.watch(), name=f"AWS credentials of {self.name}")
+        async with gateway.reach(config.network) as http:
+            self._wire = Wire(http, endpoint_of(config, region), self._credentials(region, http.proxy), deadlines)
+            if self._chain is None:
+                yield
+                return
+            async with self._watched(self._chain):
+                yield
+
+    @asynccontextmanager
+    async def _watched(self, chain: Chain) -> AsyncIterator[None]:
+        """Keep the access key fresh."""
+        watching = asyncio.create_task(chain.watch(), name=f"AWS credentials of {self.name}")
         try:
-            looked = asyncio.create_task(self._chain.looked.wait())
+            looked = asyncio.create_task(chain.looked.wait())
             await asyncio.wait({looked, watching}, timeout=FIRST_LOOK_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             looked.cancel()
             if watching.done():
@@ -117,11 +142,15 @@ class Bedrock:
     async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
         """Write the call for the target's model, send it, and write the answer back."""
         assert self._wire is not None, "the lifespan is not open"
+        if outgoing.request is not None:
+            return await pass_on(self._wire, target, outgoing)
         if target.model in {".", ".."}:
             # Behind a wildcard, clients choose the name; these two would lead to another path.
             raise UpstreamModelMissing("The provider does not know the model that is configured for this name.")
         model = _model(target)
         family = family_of(model.base)
+        if outgoing.dialect == "count_tokens":
+            return await self._count(model, family, outgoing.fields())
         if outgoing.dialect == "embeddings":
             return await embed(self._wire, model, family, outgoing.body, call.estimated_input)
         if family.ranks:
@@ -154,14 +183,27 @@ class Bedrock:
         asked = written(body, target.params, family_of(model.base), self._rules[way], stream=stream)
         return (converse_stream if stream else converse)(self._wire, model, asked, body.get("n") or 1)
 
-    def _credentials(self, region: str) -> Credentials:
+    async def _count(self, model: ModelId, family: Family, body: dict[str, Any]) -> Reply:
+        assert self._wire is not None, "the lifespan is not open"
+        if self._uncounted.get(model.base, -math.inf) > time.monotonic():
+            raise NotCounted(NOT_THIS_MODEL)
+        try:
+            return await count(self._wire, model, family, body)
+        except NotCounted as error:
+            if len(self._uncounted) >= _MOST_UNCOUNTED:
+                self._uncounted.clear()  # behind a wildcard, clients choose the names
+            self._uncounted[model.base] = time.monotonic() + UNCOUNTED_SECONDS
+            log.warning("%s: the tokens of %r are estimated: %s", self.name, model.base, error)
+            raise
+
+    def _credentials(self, region: str, proxy: str | None) -> Credentials:
         config = self.config
         if (bearer := credentials.bearer_of(config)) is not None:
             return Bearer(bearer)
         fixed = credentials.fixed_of(config)
         if fixed is not None and config.role_arn is None:
             return Signed(Signer(region), Fixed(fixed))
-        self._chain = Chain(partial(sdk.find, config, region))
+        self._chain = Chain(partial(sdk.find, config, region, proxy))
         return Signed(Signer(region), self._chain)
 
     async def _region(self) -> str:
@@ -176,10 +218,3 @@ class Bedrock:
 
 def _model(target: Target) -> ModelId:
     return model_ids.read(target.model, target.base_model)
-
-
-def _endpoint(config: BedrockConfig, region: str) -> str:
-    if config.endpoint is not None:
-        return config.endpoint
-    suffix = next((suffix for prefix, suffix in _SUFFIXES if region.startswith(prefix)), "amazonaws.com")
-    return f"https://bedrock-runtime{'-fips' if config.fips else ''}.{region}.{suffix}"

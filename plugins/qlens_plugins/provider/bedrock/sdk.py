@@ -16,15 +16,19 @@ _NEEDS_SDK = (
 )
 
 
-def session_of(config: BedrockConfig) -> Any:
-    """A session of AWS's SDK; blocks while it is imported. Raises StartupError when it is not installed."""
+def session_of(config: BedrockConfig, proxy: str | None = None) -> Any:
+    """A session of AWS's SDK; blocks while it is imported. Raises StartupError when it is not installed.
+
+    Without a proxy the SDK takes the environment's.
+    """
     try:
         from aiobotocore.config import AioConfig
         from aiobotocore.session import AioSession
     except ImportError:
         raise StartupError(_NEEDS_SDK) from None
     session = AioSession(profile=config.profile)
-    session.set_default_client_config(AioConfig(connect_timeout=5, read_timeout=20))
+    proxies = None if proxy is None else {"http": proxy, "https": proxy}
+    session.set_default_client_config(AioConfig(connect_timeout=5, read_timeout=20, proxies=proxies))
     return session
 
 
@@ -34,9 +38,9 @@ def region_of(config: BedrockConfig) -> str | None:
     return region if isinstance(region, str) else None
 
 
-async def find(config: BedrockConfig, region: str) -> Any:
+async def find(config: BedrockConfig, region: str, proxy: str | None) -> Any:
     """Go through the chain with a new session: the configuration's access key or AWS's own search, then the role."""
-    session = session_of(config)
+    session = session_of(config, proxy)
     if config.web_identity_token_file is not None:
         return _web_identity(session, config, region)
     keys = fixed_of(config)

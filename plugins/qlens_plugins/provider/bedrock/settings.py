@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from attrs import field, frozen, validators
 
-from qlens import Secret, header_value, http_url
+from qlens import Network, Secret, header_value, http_url, path_patterns
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -36,6 +36,13 @@ def _needs_role(config: BedrockConfig, attribute: Attribute[Any], value: Any) ->
         raise ValueError(f"has no meaning without role_arn: set {attribute.name} beside a role")
 
 
+def _posts(config: BedrockConfig, _attribute: object, value: tuple[str, ...]) -> None:
+    if any(not pattern.startswith("POST ") for pattern in value):
+        raise ValueError("must list requests that POST, as in 'POST /model/*/converse': no others pass")
+    if value and config.guardrail is not None:
+        raise ValueError("lets requests pass beside the guardrail: leave one of them out")
+
+
 @frozen
 class GuardrailSettings:
     """A guardrail of Bedrock that every chat and every image to be made passes."""
@@ -55,7 +62,8 @@ class BedrockConfig:
     region: str | None = field(default=None, validator=_region)
     """The AWS region; left out, it is AWS_REGION, AWS_DEFAULT_REGION or the profile's."""
     endpoint: str | None = field(default=None, validator=_optional_url)
-    """The address of Bedrock's runtime, for a VPC endpoint; else it follows from the region."""
+    """The address of Bedrock's runtime, for a VPC endpoint; left out, it is AWS_ENDPOINT_URL_BEDROCK_RUNTIME,
+    AWS_ENDPOINT_URL or the region's."""
     fips: bool = False
     """Use the FIPS endpoint of the region."""
     api_key: Secret | None = field(default=None, validator=header_value)
@@ -88,6 +96,12 @@ class BedrockConfig:
     """Fetch images that clients name by an https URL, from public addresses only; else they are refused."""
     unsupported: Literal["drop", "reject"] = "drop"
     """Whether a field that Bedrock has no equal of (seed, penalties, ...) is left out, or the call refused."""
+    network: Network | None = None
+    """How Bedrock is reached, where it is not as `server.network` says. AWS's own
+    credential chain goes through the same proxy, with the system's certificates."""
+    passthrough: tuple[str, ...] = field(default=(), validator=[path_patterns, _posts])
+    """What clients may ask of the runtime as it is, at `/v1/providers/{name}/...`: `POST /model/*/converse`. It runs
+    auth and limits, and is billed by the tokens that the answer tells."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))
     """How long a connection may take to open."""
     first_byte_seconds: float = field(default=120.0, validator=validators.gt(0))

@@ -7,19 +7,24 @@ from typing import Any
 
 from qlens import Usage
 
+DETAILS = "/usage/output_tokens_details"
+"""Where a model's own answer says, as a JSON pointer, how much of it are thoughts: Converse's usage does not."""
 
-def read(raw: object, tier: str | None = None) -> Usage | None:
+
+def read(raw: object, tier: str | None = None, reasoning: int = 0) -> Usage | None:
     """Read Bedrock's usage, in either of its spellings; None when it states no counts.
 
-    Its input is what was neither read from a cache nor written to one.
+    Its input is what was neither read from a cache nor written to one; its output has the thoughts in it.
     """
     if type(raw) is not dict:
         return None
     fresh, output = _count(raw, "inputTokens"), _count(raw, "outputTokens")
     if fresh is None or output is None:
         return None
+    reasoning = min(reasoning, output)
+    output -= reasoning
     if raw.keys().isdisjoint(_CACHED):
-        return Usage(input=fresh, output=output, source="provider", tier=tier)
+        return Usage(input=fresh, output=output, reasoning=reasoning, source="provider", tier=tier)
     details = raw.get("cacheDetails")
     hour, short = _written(details) if details else (0, 0)
     written = _count(raw, "cacheWriteInputTokens")
@@ -32,11 +37,25 @@ def read(raw: object, tier: str | None = None) -> Usage | None:
         cache_write_5m=written - hour,
         cache_write_1h=hour,
         output=output,
+        reasoning=reasoning,
         source="provider",
         tier=tier,
     )
 
 
+def reasoning(more: object) -> int:
+    """How many tokens of an answer are thoughts, by the fields of the model's own that were asked for; 0: unknown."""
+    if not more:
+        return 0
+    found: Any = more
+    for name in DETAILS.split("/")[1:]:
+        found = found.get(name) if isinstance(found, dict) else None
+    counts = [found.get(name) for name in _THOUGHTS] if isinstance(found, dict) else []
+    return next((count for count in counts if type(count) is int and 0 <= count < _MOST), 0)
+
+
+_THOUGHTS = ("thinking_tokens", "reasoning_tokens")
+"""Anthropic's name for it, and OpenAI's."""
 _MOST = 2**31
 _OLDER = {
     name: f"{name.removesuffix('s')}Count"
@@ -78,23 +97,28 @@ def total(usages: Sequence[Usage | None]) -> Usage | None:
         cache_write_5m=sum(usage.cache_write_5m for usage in known),
         cache_write_1h=sum(usage.cache_write_1h for usage in known),
         output=sum(usage.output for usage in known),
+        reasoning=sum(usage.reasoning for usage in known),
         source="provider",
         tier=known[-1].tier,
     )
 
 
-def as_openai(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object: what was read from a cache or written to one is a part of the prompt."""
+def as_openai(usage: Usage, *, thought: bool = False) -> dict[str, Any]:
+    """OpenAI's usage object: what was read from a cache or written to one is a part of the prompt.
+
+    Of an answer that has thoughts in it, and nobody knows how many, it says no number.
+    """
     details: dict[str, int] = {"cached_tokens": usage.cached_input, "audio_tokens": 0}
     if written := usage.cache_write_5m + usage.cache_write_1h:
         details["cache_write_tokens"] = written
     if usage.cache_write_1h:
         details["cache_write_1h_tokens"] = usage.cache_write_1h
+    thoughts = {} if thought and not usage.reasoning else {"reasoning_tokens": usage.reasoning}
     prompt, completion = usage.prompt, usage.completion
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": details,
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": 0},
+        "completion_tokens_details": {**thoughts, "audio_tokens": 0},
     }

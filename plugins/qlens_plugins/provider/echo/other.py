@@ -35,7 +35,7 @@ async def answer_other(model: str, outgoing: Outgoing) -> Reply:
     return await OTHER[outgoing.dialect](model, outgoing)
 
 
-def _whole(outgoing: Outgoing, body: Body, usage: Usage) -> Reply:
+def _whole(outgoing: Outgoing, body: Body, usage: Usage | None) -> Reply:
     return Reply(body=orjson.dumps(body), dialect=outgoing.dialect, usage=usage, complete=True)
 
 
@@ -91,12 +91,12 @@ async def _picture(model: str, outgoing: Outgoing) -> Reply:
     seen = [await _digest(file.pieces()) for file in outgoing.files] or list(map(str, body.get("images") or ()))
     prompt = str(body.get("prompt", ""))
     squares = [b64encode(_square(f"{prompt}{seen}{index}")).decode() for index in range(copies)]
-    usage = Usage(input=count(prompt) + _IMAGE_TOKENS * len(seen), output=_IMAGE_TOKENS * copies, source="provider")
+    read, painted = count(prompt) + _IMAGE_TOKENS * len(seen), _IMAGE_TOKENS * copies
     told = {
-        "input_tokens": usage.input,
+        "input_tokens": read,
         "input_tokens_details": {"text_tokens": count(prompt), "image_tokens": _IMAGE_TOKENS * len(seen)},
-        "output_tokens": usage.output,
-        "total_tokens": usage.total,
+        "output_tokens": painted,
+        "total_tokens": read + painted,
     }
     if outgoing.stream:
         kind = "image_edit" if outgoing.dialect == "image_edits" else "image_generation"
@@ -104,7 +104,7 @@ async def _picture(model: str, outgoing: Outgoing) -> Reply:
         return Reply(chunks=_stream(events), dialect=outgoing.dialect)
     as_url = body.get("response_format") == "url"
     data = [{"url": f"data:image/png;base64,{one}"} if as_url else {"b64_json": one} for one in squares]
-    return _whole(outgoing, {"created": int(time.time()), "data": data, "usage": told}, usage)
+    return _whole(outgoing, {"created": int(time.time()), "data": data, "usage": told}, None)
 
 
 def _picture_events(kind: str, square: str, partial: int, usage: Body) -> Iterator[dict[str, Any]]:
@@ -204,7 +204,20 @@ async def _stream(events: Iterator[dict[str, Any]]) -> AsyncIterator[bytes]:
         yield b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
 
 
+async def _compact(model: str, outgoing: Outgoing) -> Reply:
+    """What the user has said is all that an echo needs to go on."""
+    given = outgoing.body.get("input") or ""
+    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    said = [{"type": "message", **item} for item in items if item.get("role") == "user"]
+    usage = Usage(input=count(orjson.dumps(items).decode()), source="provider")
+    told = {"input_tokens": usage.input, "output_tokens": 0, "total_tokens": usage.input}
+    details = {"input_tokens_details": {"cached_tokens": 0}, "output_tokens_details": {"reasoning_tokens": 0}}
+    head = {"id": "resp_echo", "object": "response.compaction", "created_at": int(time.time())}
+    return _whole(outgoing, {**head, "output": said, "usage": {**told, **details}}, usage)
+
+
 OTHER: Mapping[str, Callable[[str, Outgoing], Awaitable[Reply]]] = {
+    "compaction": _compact,
     "image_edits": _picture,
     "image_variations": _picture,
     "images": _picture,

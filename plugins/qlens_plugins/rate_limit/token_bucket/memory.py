@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from weakref import WeakValueDictionary
 
 from attrs import define, field
@@ -12,12 +12,16 @@ from qlens import CallError, Receipt
 from qlens_plugins.rate_limit.token_bucket.meters import MICROSECOND, Cap, Key, Meter
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, owed_to
 from qlens_plugins.rate_limit.token_bucket.refusals import crowded, limited, too_large
+from qlens_plugins.rate_limit.token_bucket.shown import Used
 
 
 @define(eq=False)
 class Level:
     """A bucket: the time when it is full again, in picoseconds."""
 
+    meter: Meter
+    """As it was asked for last: a reload changes its numbers."""
+    slot: str
     full_at: int = 0
 
 
@@ -25,6 +29,8 @@ class Level:
 class Seats:
     """The calls of one owner that run at the same time."""
 
+    cap: Cap
+    slot: str
     running: int = 0
 
 
@@ -40,19 +46,19 @@ class Levels:
 
     def level(self, meter: Meter, key: Key, slot: str) -> Level:
         """The bucket of a meter; whoever makes a new one looks at two that were left, so that those stay few."""
-        del meter, slot
         level = self.levels.get(key)
         if level is None:
-            level = self.levels[key] = Level()
+            level = self.levels[key] = Level(meter, slot)
             self._sweep(2)
+        level.meter = meter
         return level
 
     def seats(self, cap: Cap, key: Key, slot: str) -> Seats:
         """The places of a cap."""
-        del cap, slot
         seats = self.running.get(key)
         if seats is None:
-            seats = self.running[key] = Seats()
+            seats = self.running[key] = Seats(cap, slot)
+        seats.cap = cap
         return seats
 
     def keep(self, plan: Plan[Level, Seats]) -> None:
@@ -134,6 +140,27 @@ class Levels:
         now = self.now()
         for share in shares:
             share.level.full_at = max(share.level.full_at, now) + units * share.unit
+
+    # --- for operators -------------------------------------------------------------------------
+
+    async def used(self) -> list[Used]:
+        """Implements `Shown`."""
+        levels = [Used(key, level.slot, level.meter) for key, level in self.levels.items()]
+        return levels + [Used(key, seats.slot, seats.cap) for key, seats in self.running.items()]
+
+    async def taken(self, used: Sequence[Used]) -> list[int]:
+        """Implements `Shown`."""
+        now, found = self.now(), []
+        for each in used:
+            level, seats = self.levels.get(each.key), self.running.get(each.key)
+            found.append(seats.running if seats is not None else max(0, level.full_at - now) if level else 0)
+        return found
+
+    async def clear(self, used: Used) -> None:
+        """Implements `Shown`."""
+        level = self.levels.get(used.key)
+        if level is not None:
+            level.full_at = 0
 
 
 def refusal(plan: Plan[Level, Seats], tokens: int, now: int) -> CallError:

@@ -16,6 +16,9 @@ SECOND = 10**12
 MICROSECOND = 10**6
 _MINUTE = 60 * SECOND
 
+ALLOWANCE = "of the key's allowance"
+"""How the names of meters and caps end that no rule brought."""
+
 Key = tuple[str, ...]
 """Names a bucket: the rule, what it counts, and whose it is."""
 
@@ -83,9 +86,9 @@ class Rules:
         requests, tokens, concurrency = (None if number is None else max(1, number) for number in numbers)
         found = cls.of([Rule("key", requests, tokens, concurrency)], processes)
         for meter in found.meters:
-            meter.name = f"{meter.kind} of the key's allowance"
+            meter.name = f"{meter.kind} {ALLOWANCE}"
         for cap in found.caps:
-            cap.name = "concurrency of the key's allowance"
+            cap.name = f"concurrency {ALLOWANCE}"
         return found
 
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
 from attrs import define, field
 
-from qlens import Call, CallError, Gateway, Health, Receipt, Reply, Target, hookimpl, redis_store
+from qlens import Call, CallError, Endpoint, Gateway, Health, Receipt, Reply, Target, hookimpl, redis_store
+from qlens_plugins.rate_limit.token_bucket.endpoints import LimitApi
 from qlens_plugins.rate_limit.token_bucket.memory import Levels, clock
-from qlens_plugins.rate_limit.token_bucket.meters import Rules
+from qlens_plugins.rate_limit.token_bucket.meters import Meter, Rules
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Plan, Plans
 from qlens_plugins.rate_limit.token_bucket.purses import Purses
 from qlens_plugins.rate_limit.token_bucket.refusals import owner, too_large, unbounded
 from qlens_plugins.rate_limit.token_bucket.settings import Memory, Redis, TokenBucketConfig
 from qlens_plugins.rate_limit.token_bucket.shared import Shared, lease
+from qlens_plugins.rate_limit.token_bucket.shown import Shown
 
 
 @define(eq=False)
@@ -29,6 +31,8 @@ class TokenBucket:
     _plans: Plans[Any, Any] = field(init=False, repr=False)
     _limits: Levels | Shared = field(init=False, repr=False)
     """Who decides, from the time the lifespan has opened."""
+    gateway: Gateway = field(init=False, repr=False)
+    """From the time the lifespan has opened."""
 
     Config = TokenBucketConfig
 
@@ -58,7 +62,7 @@ class TokenBucket:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock, this worker's share of the limits, and the store."""
-        now = clock(gateway.clock.monotonic)
+        self.gateway, now = gateway, clock(gateway.clock.monotonic)
         states, store = self._states, self.config.store
         workers = gateway.config.server.workers if gateway.url else 1
         if isinstance(states, Levels):
@@ -129,6 +133,32 @@ class TokenBucket:
         """Correct what was held by what was used, and let the next call run."""
         if hold is not None:
             self._limits.settle(hold, receipt)
+
+    # --- for operators -------------------------------------------------------------------------
+
+    @hookimpl
+    def endpoints(self) -> Iterable[Endpoint]:
+        """How full buckets are."""
+        return LimitApi(self, TokenBucket).endpoints()
+
+    @property
+    def shown(self) -> Shown:
+        """All buckets and places, from the time the lifespan has opened."""
+        return self._limits
+
+    @property
+    def rules(self) -> Rules:
+        """What the configuration says, in memory this process' share of it."""
+        return self._plans.rules
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether other workers have buckets of their own."""
+        return isinstance(self.config.store, Memory) and self._plans.processes > 1
+
+    def room(self, meter: Meter) -> int:
+        """How much of a full bucket may be used at once, in picoseconds."""
+        return self._plans.room(meter)
 
     # --- the rest ------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ class Purse:
 
     key: str
     slot: str
+    meter: Meter
+    """As it was asked for last: a reload changes its numbers."""
     units: int = 0
     """Leased, and not used yet."""
     until: int = 0
@@ -40,6 +42,7 @@ class Seats:
 
     key: str
     slot: str
+    cap: Cap
     running: int = 0
     held: int = 0
     """How many the store counts for this process; those that do not run are spare."""
@@ -70,20 +73,20 @@ class Purses:
 
     def level(self, meter: Meter, key: Key, slot: str) -> Purse:
         """The purse for a bucket."""
-        del meter
         name = self.settings.key(self.name, *key, slot=slot)
         purse = self.purses.get(name)
         if purse is None:
-            purse = self.purses[name] = Purse(name, slot)
+            purse = self.purses[name] = Purse(name, slot, meter)
+        purse.meter = meter
         return purse
 
     def seats(self, cap: Cap, key: Key, slot: str) -> Seats:
         """The places of a cap."""
-        del cap
         name = self.settings.key(self.name, *key, slot=slot)
         seats = self.seated.get(name)
         if seats is None:
-            seats = self.seated[name] = Seats(name, slot)
+            seats = self.seated[name] = Seats(name, slot, cap)
+        seats.cap = cap
         return seats
 
     def keep(self, plan: Plan[Purse, Seats]) -> None:

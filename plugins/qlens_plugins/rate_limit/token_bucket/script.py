@@ -108,6 +108,43 @@ return {verdicts, told, now}
 """,
 )
 
+READ = Script(
+    "token_bucket_read",
+    """\
+-- KEYS: buckets and places. What is missing of each bucket, in picoseconds; how many places are taken.
+local t = redis.call('TIME')
+local now = t[1] * 1000000 + t[2]
+local found = {}
+for i = 1, #KEYS do
+  local taken, kind = 0, redis.call('TYPE', KEYS[i]).ok
+  if kind == 'string' then
+    local at, was = string.match(redis.call('GET', KEYS[i]), '^(%d+) (%d+)$')
+    taken = math.max(0, tonumber(was) - math.max(0, now - tonumber(at)) * 1000000)
+  elseif kind == 'hash' then
+    for _, value in ipairs(redis.call('HVALS', KEYS[i])) do
+      local held, till = string.match(value, '^(%d+) (%d+)$')
+      if tonumber(till) > now then taken = taken + tonumber(held) end
+    end
+  end
+  found[i] = taken
+end
+return found
+""",
+)
+
+CLEAR = Script(
+    "token_bucket_clear",
+    """\
+-- KEYS: a bucket, which is full from now on. It stays for as long as it would have: where there is none, the next
+-- process that asks says what it knew was missing.
+local t = redis.call('TIME')
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('SET', KEYS[1], string.format('%.0f 0', t[1] * 1000000 + t[2]), 'KEEPTTL')
+end
+return 1
+""",
+)
+
 
 @frozen
 class AskedBucket:

@@ -21,8 +21,9 @@ from qlens_plugins.rate_limit.token_bucket.meters import SECOND, Meter
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, owed_to
 from qlens_plugins.rate_limit.token_bucket.purses import Purse, Purses, Seats
 from qlens_plugins.rate_limit.token_bucket.refusals import crowded, limited, too_large
-from qlens_plugins.rate_limit.token_bucket.script import TAKE, AskedBucket, AskedPlace, arguments
+from qlens_plugins.rate_limit.token_bucket.script import CLEAR, READ, TAKE, AskedBucket, AskedPlace, arguments
 from qlens_plugins.rate_limit.token_bucket.settings import Redis
+from qlens_plugins.rate_limit.token_bucket.shown import Used
 
 _TOGETHER = 64
 """How many calls one script decides at most."""
@@ -351,6 +352,41 @@ class Shared:
             place.seats.running -= 1
             if place.seats.is_tight:
                 self._soon.set()
+
+    # --- for operators -------------------------------------------------------------------------
+
+    async def used(self) -> list[Used]:
+        """Implements `Shown`: those of all replicas, some of which this process may never have met."""
+        found = []
+        for name in await self.store.names(self.state.name):
+            slot, (_, *key) = self.store.settings.parts(name)
+            purse, seats = self.state.purses.get(name), self.state.seated.get(name)
+            found.append(Used(tuple(key), slot, purse.meter if purse else seats.cap if seats else None))
+        return found
+
+    async def taken(self, used: Sequence[Used]) -> list[int]:
+        """Implements `Shown`. What this process holds in advance goes back first; what others hold is taken."""
+        await self._flush(list(self.state.dirty.values()), list(self.state.taken.values()))
+        slots: dict[str, list[int]] = {}
+        for number, each in enumerate(used):
+            slots.setdefault(each.slot, []).append(number)
+        found = [0] * len(used)
+
+        async def read(slot: str, numbers: Sequence[int]) -> None:
+            keys = [self.store.key(self.state.name, *used[number].key, slot=slot) for number in numbers]
+            for number, taken in zip(numbers, await self.store.run(READ, keys, ()), strict=True):
+                found[number] = taken
+
+        await asyncio.gather(*(read(*each) for each in slots.items()))
+        return found
+
+    async def clear(self, used: Used) -> None:
+        """Implements `Shown`."""
+        name = self.store.key(self.state.name, *used.key, slot=used.slot)
+        await self.store.run(CLEAR, [name], ())
+        purse = self.state.purses.get(name)
+        if purse is not None:
+            purse.full_at = 0
 
     # --- giving back ---------------------------------------------------------------------------
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
+from base64 import b64decode
 from typing import Any
 
 import orjson
@@ -47,13 +49,18 @@ async def test_pitfall_3_reading_goes_on_after_the_finish_reason() -> None:
         assert receipt.usage.source == "provider"
 
 
-async def test_pitfall_4_azure_is_always_asked_for_usage_and_without_it_there_is_an_estimate() -> None:
+ZERO = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+
+
+@pytest.mark.parametrize("usage", [None, ZERO], ids=["no usage", "a usage of zeros"])
+async def test_pitfall_4_azure_is_always_asked_for_usage_and_without_it_there_is_an_estimate(usage: Any) -> None:
     async with azure() as cloud, running(config(cloud.root)) as gateway:
-        cloud.script(Scripted(events=chat_events()))
+        cloud.script(Scripted(events=chat_events(usage=usage)))
         await stream(gateway)
         assert cloud.requests[0].body["stream_options"] == {"include_usage": True}
         (receipt,) = await gateway.settled(1)
         assert receipt.usage.source == "estimated"
+        assert receipt.usage.input > 0
         assert receipt.usage.output > 0
 
 
@@ -216,8 +223,9 @@ async def test_pitfall_40_embeddings_come_in_the_encoding_that_was_asked_for() -
         body = {"model": "ours", "input": "x"}
         packed = await gateway.post("/v1/embeddings", {**body, "encoding_format": "base64"})
         plain = await gateway.post("/v1/embeddings", body)
-        assert isinstance(packed.json()["data"][0]["embedding"], str)
-        assert isinstance(plain.json()["data"][0]["embedding"], list)
+        raw, numbers = b64decode(packed.json()["data"][0]["embedding"]), plain.json()["data"][0]["embedding"]
+        assert [*struct.unpack(f"<{len(raw) // 4}f", raw)] == pytest.approx(numbers)
+        assert any(numbers)
 
 
 async def test_more_an_error_that_is_null_is_no_error() -> None:

@@ -67,6 +67,12 @@ async def test_what_a_session_is_for_passes_and_nothing_else_of_the_query_does()
         }
 
 
+async def test_on_v1_a_session_that_only_transcribes_is_opened_without_a_model() -> None:
+    async with _deployment() as up, running(config(up.root, api_key=KEY, surface="v1")) as gateway:
+        assert await _open(gateway, "&intent=transcription") == 101
+        assert up.sessions[0].query == {"intent": "transcription"}
+
+
 async def test_a_token_is_sent_instead_of_a_key_and_renewed_when_it_is_refused() -> None:
     async with entra() as server, _deployment() as up:
         text = config(up.root, identity=credentials(server))

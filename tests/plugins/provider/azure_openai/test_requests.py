@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 import pytest
-from azures import CHAT, DEPLOYMENT, chat, config
+from azures import CHAT, DEPLOYMENT, chat, config, text
 
 from qlens.testing import Scripted, check_plugin, running, upstream
 from qlens.testing.azure import KEY, Deployment, azure, refusal
@@ -15,7 +15,7 @@ from qlens.testing.upstreams import TEXT
 from qlens_plugins.provider.azure_openai import AzureOpenAI
 from qlens_plugins.provider.azure_openai.parameters import family
 
-GOLDEN = orjson.loads((Path(__file__).parent / "golden/requests.json").read_bytes())
+GOLDEN = orjson.loads((Path(__file__).parent / "golden/requests.json").read_bytes())["cases"]
 
 
 def test_it_keeps_the_contract_of_its_stage() -> None:
@@ -203,13 +203,61 @@ async def test_reasoning_models_are_known_by_their_series(base_model: str) -> No
 
 
 @pytest.mark.parametrize("base_model", ["gpt-5.1-codex", "gpt-5-pro", "o3-pro", "gpt-5.1-codex-mini"])
-async def test_models_that_speak_responses_only_refuse_chat(base_model: str) -> None:
-    async with azure() as cloud, running(config(cloud.root, base_model=base_model)) as gateway:
-        answer = await gateway.post(CHAT, chat())
-        error = answer.json()["error"]
-        assert (answer.status, error["code"]) == (400, "unsupported_operation")
-        assert "azure" in error["message"]
-        assert cloud.requests == []
+async def test_chats_with_models_that_speak_responses_only_are_asked_by_them(base_model: str) -> None:
+    deployments = {DEPLOYMENT: Deployment("gpt-5.1-codex")}
+    async with azure(deployments) as cloud, running(config(cloud.root, base_model=base_model)) as gateway:
+        sampled = chat(max_tokens=50, temperature=0.5, presence_penalty=1)
+        answer = await gateway.post(CHAT, sampled)
+        assert answer.status == 200, answer.text
+        assert answer.json()["object"] == "chat.completion"
+        request = cloud.requests[0]
+        assert (request.path, request.query) == ("/openai/responses", {"api-version": "2025-04-01-preview"})
+        assert request.body.keys() == {"model", "input", "store", "max_output_tokens", *_SAMPLED_BY[base_model]}
+        stream = (await gateway.post(CHAT, chat(stream=True))).events()
+        assert text(stream) == answer.json()["choices"][0]["message"]["content"]
+        assert stream[-1] == "[DONE]"
+        refused = await gateway.post(CHAT, chat(stop=["a"]))
+        assert (refused.status, refused.json()["error"]["param"]) == (400, "stop")
+        assert "azure" in refused.json()["error"]["message"]
+
+
+# gpt-5.1 takes sampling parameters where it is not to reason, as by default.
+_SAMPLED_BY = {"gpt-5.1-codex": {"temperature"}, "gpt-5.1-codex-mini": {"temperature"}, "gpt-5-pro": (), "o3-pro": ()}
+
+
+# --- api-versions ------------------------------------------------------------------------------
+
+GA, PREVIEW = "2024-10-21", "2025-04-01-preview"
+PREVIEWED: dict[str, Any] = {
+    "metadata": {"a": "b"},
+    "store": True,
+    "prediction": {"type": "content", "content": "a"},
+    "modalities": ["text"],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), PREVIEWED.items(), ids=PREVIEWED)
+async def test_what_only_previews_know_is_asked_by_one_unless_the_operator_chose_another(name: str, value: Any) -> None:
+    async with azure() as cloud, running(config(cloud.root, base_model="gpt-4o")) as gateway:
+        assert (await gateway.post(CHAT, chat())).status == 200
+        assert (await gateway.post(CHAT, chat(**{name: value}))).status == 200
+        assert [request.query["api-version"] for request in cloud.requests] == [GA, PREVIEW]
+        await gateway.reload(config(cloud.root, base_model="gpt-4o", api_version=GA))
+        answer = await gateway.post(CHAT, chat(**{name: value}))
+        assert answer.status == 400
+        message = answer.json()["error"]["message"]
+        assert f"Unrecognized request argument supplied: {name}" in message
+        assert f"the api_version {PREVIEW} knows {name}" in message
+        assert cloud.requests[-1].query["api-version"] == GA
+
+
+async def test_what_v1_alone_knows_is_refused_by_the_classic_surface_with_the_way_out() -> None:
+    async with azure() as cloud, running(config(cloud.root, base_model="gpt-4o")) as gateway:
+        answer = await gateway.post(CHAT, chat(service_tier="priority"))
+        assert answer.status == 400
+        assert "the surface v1 knows service_tier" in answer.json()["error"]["message"]
+        await gateway.reload(config(cloud.root, base_model="gpt-4o", surface="v1"))
+        assert (await gateway.post(CHAT, chat(service_tier="priority"))).status == 200
 
 
 async def test_a_body_is_edited_for_each_attempt_alone() -> None:

@@ -85,7 +85,9 @@ async def test_azures_own_client_follows_a_response(cloud: FakeAzure) -> None:
 @pytest.mark.parametrize(
     ("base_model", "settings", "asked"),
     [
-        ("gpt-4o", {}, "chat/completions"),
+        ("gpt-4o", {}, "responses"),
+        ("gpt-5", {}, "responses"),
+        ("gpt-5", {"api_version": "2024-10-21"}, "chat/completions"),
         ("gpt-4o", {"api_version": "2024-12-01-preview"}, "chat/completions"),
         ("gpt-4o", {"api_version": "2025-03-01-preview"}, "responses"),
         ("gpt-4o", {"surface": "v1"}, "responses"),
@@ -239,10 +241,11 @@ async def test_a_response_is_reached_with_the_version_it_was_made_with() -> None
             await client.responses.retrieve(made.id)
             file = await client.files.create(file=("a.jsonl", b"{}"), purpose="batch", extra_body={"model": "ours"})
             await client.files.retrieve(file.id)
-            with pytest.raises(openai.BadRequestError, match="does not do chat"):
-                await client.chat.completions.create(model="ours", messages=[{"role": "user", "content": "Hi"}])
+            # It has no chat: one who chats is answered by a response.
+            said = await client.chat.completions.create(model="ours", messages=[{"role": "user", "content": "Hi"}])
+            assert said.choices[0].message.content
         versions = [request.query["api-version"] for request in cloud.requests]
-        assert versions == [PREVIEW, PREVIEW, "2024-10-21", "2024-10-21"]
+        assert versions == [PREVIEW, PREVIEW, "2024-10-21", "2024-10-21", PREVIEW]
 
 
 async def test_without_a_model_that_reasons_nothing_of_a_body_is_touched() -> None:

@@ -63,12 +63,16 @@ async def test_what_bedrock_has_no_equal_of_is_left_out_or_refused_as_the_operat
         assert (await refused(chat(**fields), LLAMA, unsupported="reject"))["param"] in fields
 
 
+SOUND = {"type": "input_audio", "input_audio": {"data": "UklGRg==", "format": "wav"}}
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"logprobs": True}, "logprobs"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"messages": [user([SOUND])]}, "messages[0].content[0].type"),
     ],
 )
 async def test_what_cannot_be_left_out_without_another_answer_is_refused(fields: dict[str, Any], param: str) -> None:
@@ -300,6 +304,39 @@ async def test_an_account_number_never_shows(target: dict[str, str], shown: str)
     ],
 )
 async def test_the_address_follows_from_the_region(settings: dict[str, Any], address: str) -> None:
-    written = config("http://127.0.0.1:1", **{"endpoint": None, **settings})
-    async with running(written) as gateway:
-        assert gateway.plugin("provider", "aws")._wire.base == address
+    assert await _address(settings) == address
+
+
+async def _address(settings: dict[str, Any]) -> Any:
+    async with running(config("http://127.0.0.1:1", **{"endpoint": None, **settings})) as gateway:
+        return gateway.plugin("provider", "aws")._wire.base
+
+
+HERE, ELSEWHERE = "http://127.0.0.1:1/here", "http://127.0.0.1:1/elsewhere"
+USUAL = "https://bedrock-runtime.us-east-1.amazonaws.com"
+
+
+@pytest.mark.parametrize(
+    ("variables", "settings", "address"),
+    [
+        ({"AWS_ENDPOINT_URL_BEDROCK_RUNTIME": HERE, "AWS_ENDPOINT_URL": ELSEWHERE}, {}, HERE),
+        ({"AWS_ENDPOINT_URL": ELSEWHERE}, {}, ELSEWHERE),
+        ({"AWS_ENDPOINT_URL_BEDROCK_RUNTIME": "", "AWS_ENDPOINT_URL": ""}, {}, USUAL),
+        ({"AWS_ENDPOINT_URL": ELSEWHERE, "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, {}, USUAL),
+        ({"AWS_ENDPOINT_URL": ELSEWHERE}, {"endpoint": HERE}, HERE),
+        ({"AWS_ENDPOINT_URL": ELSEWHERE}, {"fips": True}, "https://bedrock-runtime-fips.us-east-1.amazonaws.com"),
+    ],
+)
+async def test_the_address_may_stand_in_awss_own_variables(
+    variables: dict[str, str], settings: dict[str, Any], address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert await _address(settings) == address
+
+
+async def test_an_address_in_a_variable_that_is_none_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_BEDROCK_RUNTIME", "localhost:4566")
+    with pytest.raises(StartupError, match="AWS_ENDPOINT_URL_BEDROCK_RUNTIME must be a URL"):
+        async with running(config("http://127.0.0.1:1", endpoint=None)):
+            pass

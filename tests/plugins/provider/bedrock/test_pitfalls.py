@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import struct
 from base64 import b64decode
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import orjson
@@ -29,12 +30,14 @@ from bedrocks import (
     image,
     refused,
     result,
+    schema,
     sent,
     text,
     told,
     user,
 )
 
+from qlens import Reply, Target
 from qlens.testing import Scripted, frames, running
 from qlens.testing.bedrock import TEXT, answer, bedrock, failure, stream, streamed, whole
 
@@ -114,26 +117,41 @@ async def test_pitfalls_06_and_07_each_token_is_billed_once_and_long_writes_at_t
         assert receipt.cost.picos == millionths
 
 
-async def test_pitfall_08_both_spellings_of_counts_are_read() -> None:
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_pitfall_08_both_spellings_of_counts_are_read(streaming: bool) -> None:
     counts = {
         "inputTokenCount": 5,
         "outputTokenCount": 2,
         "cacheReadInputTokenCount": 7,
         "cacheWriteInputTokenCount": 1,
     }
+    reply = answer(usage=counts)
     async with bedrock() as aws, running(config(aws.root)) as gateway:
-        aws.script(whole(answer(usage=counts)))
-        usage = (await gateway.post(CHAT, chat())).json()["usage"]
-        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (13, 2)
+        aws.script(stream(streamed(reply)) if streaming else whole(reply))
+        got = await gateway.post(CHAT, chat(stream=streaming, **(ASKED if streaming else {})))
+        usage = events(got)[-1]["usage"] if streaming else got.json()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (13, 2, 15)
+        (receipt,) = await gateway.settled(1)
+        used = receipt.usage
+        assert (used.input, used.cached_input, used.cache_write_5m, used.output) == (5, 7, 1, 2)
 
 
-async def test_pitfall_10_being_throttled_in_mid_stream_is_told_as_such() -> None:
+@pytest.mark.parametrize(
+    ("name", "kind", "code"),
+    [
+        ("throttlingException", "rate_limit_error", "rate_limit_exceeded"),
+        ("validationException", "invalid_request_error", "context_length_exceeded"),
+        ("serviceUnavailableException", "server_error", "upstream_unavailable"),
+        ("modelStreamErrorException", "server_error", "upstream_error"),
+    ],
+)
+async def test_pitfall_10_an_exception_in_mid_stream_is_told_as_what_it_is(name: str, kind: str, code: str) -> None:
     async with bedrock() as aws, running(config(aws.root)) as gateway:
-        aws.script(
-            stream([*streamed(answer())[:2], frames.exception("throttlingException", "Too many tokens")], gap=0.01)
-        )
-        last = (await gateway.post(CHAT, chat(stream=True))).events()[-1]
-        assert last["error"]["type"] == "rate_limit_error"
+        aws.script(stream([*streamed(answer())[:2], frames.exception(name, "Too many tokens")], gap=0.01))
+        *_, begun, last = (await gateway.post(CHAT, chat(stream=True))).events()
+        assert begun["choices"][0]["delta"]["content"]
+        assert (last["error"]["type"], last["error"]["code"]) == (kind, code)
+        assert (await gateway.settled(1))[0].outcome == "failed"
 
 
 async def test_pitfall_11_an_exception_as_the_first_frame_lets_the_next_target_answer() -> None:
@@ -168,33 +186,49 @@ async def test_pitfall_15_nothing_is_repeated_once_something_was_sent() -> None:
     pipeline = {"route": [{"plugin": "retry", "attempts": 3, "backoff_seconds": 0.01}]}
     async with bedrock() as aws, running(config(aws.root, pipeline=pipeline)) as gateway:
         aws.script(stream([*streamed(answer())[:2], frames.exception("internalServerException", "oops")], gap=0.01))
-        await gateway.post(CHAT, chat(stream=True))
+        told_so_far = (await gateway.post(CHAT, chat(stream=True))).events()
+        texts = [event["choices"][0]["delta"].get("content") for event in told_so_far[:-1]]
+        assert texts == ["", TEXT[:6]]
+        assert told_so_far[-1]["error"]["code"] == "upstream_error"
         assert len(aws.requests) == 1
 
 
-async def test_pitfall_16_a_connection_that_the_peer_has_closed_is_not_an_error() -> None:
-    async with bedrock() as aws, running(config(aws.root)) as gateway:
+async def test_pitfall_16_a_connection_that_the_peer_has_just_closed_is_not_an_error() -> None:
+    pipeline = {"route": [{"plugin": "puppets:Puppet", "name": "puppet"}]}
+    async with bedrock() as aws, running(config(aws.root, pipeline=pipeline)) as gateway:
         for _ in range(3):
             assert (await gateway.post(CHAT, chat(stream=True))).status == 200
         assert aws.connections == 1  # a stream that was read to its end leaves its connection to the next
-        for transport in list(aws._transports):
-            transport.abort()
+
+        def too_late(target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Awaitable[Reply]:
+            aws.hang_up()  # and the request is on its way before the event loop looks
+            return proceed(target)
+
+        gateway.plugin("route", "puppet").does["wrap_send"] = too_late
         assert (await gateway.post(CHAT, chat())).status == 200
+        assert (aws.connections, len(aws.requests)) == (2, 4)
+        assert [len(receipt.attempts) for receipt in await gateway.settled(4)] == [1] * 4
 
 
-async def test_pitfall_17_a_slow_model_is_asked_exactly_once() -> None:
-    async with bedrock() as aws, running(config(aws.root, idle_seconds=0.1, first_byte_seconds=5)) as gateway:
-        aws.script(Scripted(body=answer(), delay=0.5))
-        assert (await gateway.post(CHAT, chat())).status == 200
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_pitfall_17_a_slow_model_is_asked_exactly_once(streaming: bool) -> None:
+    pipeline = {"route": [{"plugin": "retry", "attempts": 3, "backoff_seconds": 0.01}]}
+    async with (
+        bedrock() as aws,
+        running(config(aws.root, pipeline=pipeline, idle_seconds=0.1, first_byte_seconds=5)) as gateway,
+    ):
+        aws.script(stream(streamed(answer()), delay=0.5) if streaming else Scripted(body=answer(), delay=0.5))
+        assert text(await gateway.post(CHAT, chat(stream=streaming))) == TEXT
         assert len(aws.requests) == 1
 
 
 async def test_pitfall_18_when_to_come_back_reaches_the_client_after_all_retries() -> None:
-    pipeline = {"route": [{"plugin": "retry", "attempts": 2, "backoff_seconds": 0.01, "max_retry_after_seconds": 0}]}
+    pipeline = {"route": [{"plugin": "retry", "attempts": 2, "backoff_seconds": 0.01, "max_retry_after_seconds": 2}]}
     async with bedrock() as aws, running(config(aws.root, pipeline=pipeline)) as gateway:
-        aws.script(failure("ThrottlingException", "Too many requests", status=429))
+        aws.script(*[failure("ThrottlingException", "Too many requests", status=429)] * 2)
         reply = await gateway.post(CHAT, chat())
         assert (reply.status, reply.headers["retry-after"], reply.headers["retry-after-ms"]) == (429, "1", "1000")
+        assert len(aws.requests) == 2
 
 
 # --- tools -------------------------------------------------------------------------------------
@@ -253,12 +287,30 @@ async def test_pitfalls_28_and_29_each_call_has_its_own_index_counted_over_calls
         aws.script(stream(streamed(answer(*USES, stop="tool_use"))))
         reply = await gateway.post(CHAT, chat(tools=[WEATHER], stream=True))
         parts = [call for event in events(reply) for call in event["choices"][0]["delta"].get("tool_calls", ())]
+        assert {part["index"] for part in parts} == {0, 1}
         for index, use in enumerate(USES[1:]):
             mine = [part for part in parts if part["index"] == index]
             assert (mine[0]["id"], mine[0]["function"]["name"]) == (use["toolUse"]["toolUseId"], "get_weather")
             assert all(part.keys() == {"index", "function"} for part in mine[1:])
             arguments = "".join(part["function"]["arguments"] for part in mine)
             assert orjson.loads(arguments) == use["toolUse"]["input"]
+
+
+async def test_pitfall_29_the_tool_by_which_a_model_fits_a_schema_is_not_among_the_calls() -> None:
+    asked = chat(tools=[WEATHER], response_format=schema({"type": "object"}))
+    async with bedrock() as aws, running(config(aws.root, NOVA)) as gateway:
+        aws.script(stream(streamed(answer(*USES, stop="tool_use"))))
+        await gateway.post(CHAT, {**asked, "stream": True})
+        names = [tool["toolSpec"]["name"] for tool in aws.requests[-1].body["toolConfig"]["tools"]]
+        (helper,) = {*names} - {"get_weather"}
+        fitting = {"toolUse": {"toolUseId": "t0", "name": helper, "input": {"sky": "blue"}}}
+        aws.script(stream(streamed(answer(fitting, USES[1], stop="tool_use"))))
+        reply = await gateway.post(CHAT, {**asked, "stream": True})
+        deltas = [event["choices"][0]["delta"] for event in events(reply)]
+        calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+        assert {call["index"] for call in calls} == {0}
+        assert {call["function"].get("name") for call in calls} == {"get_weather", None}
+        assert helper not in reply.text
 
 
 NAMES = ["files/read.all", "x" * 65, "x" * 66, "größe", "a b", "get_weather"]

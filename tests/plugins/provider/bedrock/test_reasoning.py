@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bedrocks import CLAUDE, NOVA, WEATHER, chat, sent
+from bedrocks import CHAT, CLAUDE, NOVA, WEATHER, chat, config, events, sent
+
+from qlens.testing import running
+from qlens.testing.bedrock import answer, bedrock, stream, streamed, whole
 
 OPUS = "global.anthropic.claude-opus-4-6-v1"
 OLD = "anthropic.claude-3-5-sonnet-20241022-v2:0"
@@ -68,3 +71,46 @@ async def test_what_is_refused_beside_thinking_gives_way(model: str) -> None:
     assert "inferenceConfig" not in body
     assert "top_k" not in body["additionalModelRequestFields"]
     assert body["toolConfig"]["toolChoice"] == {"auto": {}}
+
+
+THOUGHT = {"reasoningContent": {"reasoningText": {"text": "Hm.", "signature": "c2ln"}}}
+GPT = "us.openai.gpt-5.6-sol"
+
+
+@pytest.mark.parametrize(
+    ("model", "details", "told"),
+    [
+        (CLAUDE, {"thinking_tokens": 3}, 3),
+        (GPT, {"reasoning_tokens": 3}, 3),
+        (CLAUDE, {"thinking_tokens": 90}, 4),  # no more than the whole answer
+        (CLAUDE, {}, None),
+        (CLAUDE, {"thinking_tokens": "3"}, None),
+        (CLAUDE, {"thinking_tokens": -3}, None),
+        (CLAUDE, None, None),
+        (CLAUDE, 3, None),
+    ],
+)
+async def test_how_many_tokens_are_thoughts_is_said_where_it_is_known(
+    model: str, details: object, told: int | None
+) -> None:
+    reply = answer(THOUGHT, {"text": "Hi"}, additionalModelResponseFields={"usage": {"output_tokens_details": details}})
+    async with bedrock() as aws, running(config(aws.root, model)) as gateway:
+        aws.script(whole(reply), stream(streamed(reply)))
+        one = await gateway.post(CHAT, chat(reasoning_effort="high"))
+        options = {"stream": True, "stream_options": {"include_usage": True}}
+        other = events(await gateway.post(CHAT, chat(reasoning_effort="high", **options)))[-1]
+        for usage in (one.json()["usage"], other["usage"]):
+            assert usage["completion_tokens"] == 4
+            assert usage["completion_tokens_details"].get("reasoning_tokens") == told
+        assert [each.body["additionalModelResponseFieldPaths"] for each in aws.requests] == [
+            ["/usage/output_tokens_details"]
+        ] * 2
+        receipts = await gateway.settled(2)
+        assert [(each.usage.reasoning, each.usage.completion) for each in receipts] == [(told or 0, 4)] * 2
+
+
+async def test_who_is_not_told_to_think_is_not_asked_how_much_it_did() -> None:
+    assert "additionalModelResponseFieldPaths" not in await sent(chat())
+    assert "additionalModelResponseFieldPaths" not in await sent(
+        chat(reasoning_effort="low"), "us.amazon.nova-2-lite-v1:0"
+    )

@@ -8,13 +8,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from itertools import count
 from typing import TypeVar
 
 import asyncpg
 from attrs import define, field, frozen
 
-from qlens_plugins.cost.ledger.postgres.line import Line
+from qlens import PostgresLine
 from qlens_plugins.cost.ledger.postgres.writing import meter
 from qlens_plugins.cost.ledger.store import Dialect, Found, Question, TookTooLong, Value
 
@@ -53,14 +52,14 @@ class PostgresDialect:
 class PostgresDatabase:
     """A connection that reads."""
 
-    line: Line
+    line: PostgresLine
     last: float
     """Until when, in monotonic seconds."""
     dialect: Dialect = field(factory=PostgresDialect)
 
     def rows(self, sql: str, values: Sequence[Value] = ()) -> Sequence[Found]:
         """All rows."""
-        return self.line.rows(_numbered(sql), values, self.last - time.monotonic())
+        return self.line.rows(sql, values, self.last - time.monotonic())
 
     def one(self, sql: str, values: Sequence[Value] = ()) -> Found | None:
         """The first row."""
@@ -68,19 +67,13 @@ class PostgresDatabase:
         return found[0] if found else None
 
 
-def _numbered(sql: str) -> str:
-    """SQL with `$1` for the first `?`, and so on; no text in it has a question mark."""
-    first, *others = sql.split("?")
-    return first + "".join(f"${number}{part}" for number, part in zip(count(1), others, strict=False))
-
-
 @define(eq=False)
 class PostgresReading:
     """One question, on a connection that waits for questions or on a new one."""
 
-    lent: Callable[[], AbstractContextManager[Line]]
+    lent: Callable[[], AbstractContextManager[PostgresLine]]
     seconds: float
-    _line: Line | None = field(default=None, init=False)
+    _line: PostgresLine | None = field(default=None, init=False)
     _stopped: bool = field(default=False, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
 
@@ -99,11 +92,11 @@ class PostgresReading:
                 raise TookTooLong  # or what was to stop it would stop the next question on the connection
             return answer
 
-    def _use(self, line: Line | None) -> None:
+    def _use(self, line: PostgresLine | None) -> None:
         with self._lock:
             self._line = line
 
-    def _asked(self, line: Line, question: Question[T], last: float) -> T:
+    def _asked(self, line: PostgresLine, question: Question[T], last: float) -> T:
         # The server gives up by itself as well: it may not hear that nobody waits.
         milliseconds = 0 if self.seconds == math.inf else max(1, round(self.seconds * 1000))
         begin = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; SET LOCAL statement_timeout = {milliseconds}"

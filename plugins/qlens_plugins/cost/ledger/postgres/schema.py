@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
 from attrs import frozen
 
-from qlens import StartupError
+from qlens import POSTGRES_LOCK, PostgresMigration, prepare_postgres
 from qlens_plugins.cost.ledger.postgres import writing
 from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, SUMS, of_none
 from qlens_plugins.cost.ledger.rows import DAY_NS
 
 OWNER = "ledger"
-LOCK = 0x514C6E73
-"""The advisory lock under which tables change; together with a hash of the schema's name."""
 LOCK_MILLISECONDS = 2000
 """How long partitions wait for those who read: so long new readers wait as well."""
 AT_ONCE = 5000
 """Receipts that are deleted one by one in a transaction."""
 OTHER = "receipts_other"
 """The partition for what belongs to no month."""
-
-
-@frozen
-class Migration:
-    """What a version adds."""
-
-    statements: Sequence[str]
-    oldest: int
-    """The oldest version whose QLens may go on writing: what is added must not disturb it."""
-
 
 # COLLATE "C": ids are in the order of time by their bytes, and names need no other order.
 _SUMS_1 = f"""
@@ -66,7 +54,7 @@ BEGIN
 END $$
 """  # noqa: S608
 MIGRATIONS = (
-    Migration(
+    PostgresMigration(
         (
             """
             CREATE TABLE receipts (
@@ -157,7 +145,7 @@ MIGRATIONS = (
         oldest=1,
     ),
     # Days and latencies by fewer dimensions. A trigger keeps them, so that an older version may go on writing.
-    Migration(
+    PostgresMigration(
         (
             f"""
             CREATE TABLE usage_coarse_groups (
@@ -203,55 +191,10 @@ MIGRATIONS = (
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
 
-# Of one moment, and of the present one: to_regclass() may remember what was there before this waited for the lock.
-_TABLES = (
-    "SELECT relname FROM pg_class WHERE relnamespace = to_regnamespace(current_schema()) "
-    "AND relname IN ('versions', 'receipts')"
-)
-_VERSION = "SELECT version, oldest FROM versions WHERE owner = $1"
-_LOCKED = "SELECT pg_advisory_xact_lock($1, hashtext(current_schema()))"
-
 
 async def prepare(connection: Any, name: str) -> None:
     """Make or upgrade the tables; raises StartupError for tables of another program or of a version beyond this one."""
-    if await _version(connection, name) >= len(MIGRATIONS):
-        return
-    async with connection.transaction():
-        await connection.execute(_LOCKED, LOCK)
-        # Another gateway may have done it while this one waited.
-        version = await _version(connection, name)
-        for migration in MIGRATIONS[version:]:
-            for statement in migration.statements:
-                await connection.execute(statement)
-        if version < len(MIGRATIONS):
-            await connection.execute(
-                "CREATE TABLE IF NOT EXISTS versions "
-                "(owner text PRIMARY KEY, version integer NOT NULL, oldest integer NOT NULL)"
-            )
-            await connection.execute(
-                "INSERT INTO versions (owner, version, oldest) VALUES ($1, $2, $3) ON CONFLICT (owner) "
-                "DO UPDATE SET version = excluded.version, oldest = excluded.oldest",
-                *(OWNER, len(MIGRATIONS), MIGRATIONS[-1].oldest),
-            )
-
-
-async def _version(connection: Any, name: str) -> int:
-    """The version of the tables, 0 before there are any."""
-    tables = {name for (name,) in await connection.fetch(_TABLES)}
-    found = await connection.fetchrow(_VERSION, OWNER) if "versions" in tables else None
-    if found is None:
-        if "receipts" in tables:
-            raise StartupError(
-                f"ledger: {name} has a table `receipts` of another program; name another database in `url`"
-            )
-        return 0
-    version, oldest = found
-    if oldest > len(MIGRATIONS):
-        raise StartupError(
-            f"ledger: the tables in {name} have version {version} and are not for a QLens that knows up to version "
-            f"{len(MIGRATIONS)}, as this one does; upgrade QLens, or name another database in `url`"
-        )
-    return int(version)
+    await prepare_postgres(connection, OWNER, MIGRATIONS, ("receipts",), name)
 
 
 # --- partitions --------------------------------------------------------------------------------
@@ -331,7 +274,7 @@ async def add_partitions(connection: Any, months: Iterable[Month]) -> set[Month]
     """Make the partitions of some months that have none; all that there are then. Raises LockNotAvailableError."""
     async with connection.transaction():
         await connection.execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
-        await connection.execute(_LOCKED, LOCK)
+        await connection.execute(POSTGRES_LOCK)
         known = await partitions(connection)
         for month in sorted(set(months) - known):
             await _add_partition(connection, month)
@@ -343,7 +286,7 @@ async def forget(connection: Any, before_ns: int) -> bool:
     """Drop the months that ended before a time, and what is older of the others; whether there may be more."""
     async with connection.transaction():
         await connection.execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
-        await connection.execute(_LOCKED, LOCK)
+        await connection.execute(POSTGRES_LOCK)
         for month in sorted(await partitions(connection)):
             if month.next.begin.timestamp() * 10**9 <= before_ns:
                 newest = await connection.fetchval(f"SELECT max(wall_ns) FROM {month.table}")  # noqa: S608 - digits

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from urllib.parse import urlsplit
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import asyncpg
 from attrs import define, field
 
-from qlens import Secret, StartupError
+from qlens import PostgresLine, Secret, postgres_errors, postgres_name
 from qlens_plugins.cost.ledger.postgres import schema, writing
-from qlens_plugins.cost.ledger.postgres.line import FAILURES, Line
 from qlens_plugins.cost.ledger.postgres.reading import PostgresDialect, PostgresReading
 from qlens_plugins.cost.ledger.postgres.schema import Month
 from qlens_plugins.cost.ledger.store import Batch, Dialect, StoreAway
@@ -31,19 +28,6 @@ PARTITION_SECONDS = 60.0
 IDLE = 2
 """Connections that are kept for the next question."""
 
-# What an operator must mend: waiting does not help.
-_HOPELESS: dict[type[Exception], str] = {
-    asyncpg.InvalidPasswordError: "the user or the password is wrong",
-    asyncpg.InvalidAuthorizationSpecificationError: "the server does not let this user in",
-    asyncpg.InvalidCatalogNameError: "the database does not exist; create it",
-    asyncpg.InvalidSchemaNameError: "the schema does not exist; create it",
-    asyncpg.InsufficientPrivilegeError: "the user has not the rights it needs (to create and write tables)",
-    asyncpg.UndefinedObjectError: "a setting in the URL is unknown to the server",
-    asyncpg.ClientConfigurationError: "the URL is not right",
-    asyncpg.FeatureNotSupportedError: "the server is too old; PostgreSQL 13 and later will do",
-    ssl.SSLCertVerificationError: "the server's certificate is not trusted",
-}
-
 
 @define(eq=False)
 class PostgresStore:
@@ -51,12 +35,12 @@ class PostgresStore:
 
     url: Secret
     dialect: Dialect = field(factory=PostgresDialect, init=False)
-    _line: Line | None = field(default=None, init=False)
+    _line: PostgresLine | None = field(default=None, init=False)
     _months: set[Month] = field(factory=set, init=False)
     """Those that have a partition, as far as is known."""
     _next_try: float = field(default=0.0, init=False)
     """When to make partitions again, in monotonic seconds."""
-    _idle: list[Line] = field(factory=list, init=False)
+    _idle: list[PostgresLine] = field(factory=list, init=False)
     _lock: threading.Lock = field(factory=threading.Lock, init=False)
     _closed: bool = field(default=False, init=False)
 
@@ -66,8 +50,7 @@ class PostgresStore:
     @property
     def name(self) -> str:
         """Where it is, without user and password."""
-        parts = urlsplit(self.url.reveal())
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        return postgres_name(self.url.reveal())
 
     @property
     def place(self) -> object:
@@ -116,7 +99,7 @@ class PostgresStore:
         for line in idle:
             line.close()
 
-    def _connected(self) -> Line:
+    def _connected(self) -> PostgresLine:
         if self._line is None:
             line = self._opened("ledger")
             try:
@@ -129,7 +112,7 @@ class PostgresStore:
             self._line = line
         return self._line
 
-    def _partition(self, line: Line, ids: Iterable[str]) -> None:
+    def _partition(self, line: PostgresLine, ids: Iterable[str]) -> None:
         """Make partitions for what is to be written, and for the next month: without one it goes among the others."""
         month = Month.at(time.time())
         first, end = month.first_id, month.next.next.first_id
@@ -143,13 +126,13 @@ class PostgresStore:
                 self._next_try = time.monotonic() + PARTITION_SECONDS
                 log.info("ledger %s: the next partition has to wait: %s", self, error)
 
-    def _opened(self, what: str) -> Line:
-        return Line.opened(self.url.reveal(), f"qlens {what}")
+    def _opened(self, what: str) -> PostgresLine:
+        return PostgresLine.opened(self.url.reveal(), f"qlens {what}")
 
     @contextmanager
-    def _lent(self) -> Iterator[Line]:
+    def _lent(self) -> Iterator[PostgresLine]:
         """A connection for a question; one on which something went wrong is not used again."""
-        with self._away(are_hopeless={}):
+        with postgres_errors(StoreAway):
             line = self._waiting() or self._opened("questions")
             try:
                 yield line
@@ -163,7 +146,7 @@ class PostgresStore:
             if not is_kept:
                 line.close()
 
-    def _waiting(self) -> Line | None:
+    def _waiting(self) -> PostgresLine | None:
         """A connection that waits for a question and still answers."""
         while True:
             with self._lock:
@@ -172,14 +155,6 @@ class PostgresStore:
                 return line
             line.close()
 
-    @contextmanager
-    def _away(self, are_hopeless: Mapping[type[Exception], str] = _HOPELESS) -> Iterator[None]:
+    def _away(self) -> AbstractContextManager[None]:
         """What asyncpg raises, raised as StoreAway, and what waiting does not help as StartupError."""
-        try:
-            yield
-        except FAILURES as error:
-            text = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
-            for kind, problem in are_hopeless.items():
-                if isinstance(error, kind):
-                    raise StartupError(f"ledger: {self.name}: {problem} ({text})") from error
-            raise StoreAway(text) from error
+        return postgres_errors(StoreAway, f"ledger: {self.name}")

@@ -11,7 +11,9 @@ from operator import itemgetter
 from typing import Any
 
 import asyncpg
+from attrs import evolve
 
+from qlens_plugins.cost.ledger.postgres import rests
 from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPED, GROUPS, HOUR, LATENCY, SUMS, TABLES, of_none, terms
 from qlens_plugins.cost.ledger.rows import COLUMNS, LARGEST, OPTIONAL, Rejection, Row, Value
 from qlens_plugins.cost.ledger.store import Batch
@@ -66,8 +68,8 @@ def add_latencies(table: str) -> str:
     )
 
 
-# Only names from the code are put into these statements.
-CREATE_GIVEN = f"CREATE TEMPORARY TABLE IF NOT EXISTS {GIVEN} (LIKE receipts) ON COMMIT DELETE ROWS"
+# Only names from the code are put into these statements. With the defaults: a newer version may have added columns.
+CREATE_GIVEN = f"CREATE TEMPORARY TABLE IF NOT EXISTS {GIVEN} (LIKE receipts INCLUDING DEFAULTS) ON COMMIT DELETE ROWS"
 # A commit may have happened though its answer was lost, or may be about to: the row of the writer, which a transaction
 # on the old connection keeps locked until it is over, tells.
 _BEGUN = (
@@ -101,6 +103,8 @@ FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::te
 GROUP BY 1, 2, 3, 4, 5, 6 ORDER BY 1, 2, 3, 4, 5, 6
 ON CONFLICT (day, tenant, operation, model, status, error) DO UPDATE SET calls = kept.calls + excluded.calls
 """
+
+_KEPT = "UPDATE receipts_kept SET since_ns = greatest(since_ns, $1)"
 
 
 async def write(connection: Any, writer: str, batch: Batch) -> None:
@@ -137,6 +141,11 @@ async def _write(connection: Any, writer: str, batch: Batch, rows: Sequence[Row]
             await add(connection)
         if batch.rejections:
             await connection.execute(_COUNT, *_counts(batch.rejections))
+        if batch.rests:
+            # Names as receipts would have them here.
+            await rests.add(connection, [evolve(rest, group=_fit_group(rest.group)) for rest in batch.rests])
+        if batch.kept_since_ns:
+            await connection.execute(_KEPT, batch.kept_since_ns)
 
 
 def _counts(rejections: Mapping[Rejection, int]) -> list[list[Value]]:
@@ -161,6 +170,11 @@ _NAMES = frozenset(("id", *GROUPS))
 def _fit(row: Row) -> Row:
     """A row as PostgreSQL can hold it."""
     return tuple(map(_fit_value, COLUMNS, row))
+
+
+def _fit_group(group: Sequence[str]) -> tuple[str, ...]:
+    """A group of roll-ups as PostgreSQL can hold it."""
+    return tuple(_json(value) if name in _JSON else _name(value) for name, value in zip(GROUPED, group, strict=True))
 
 
 def _fit_value(column: str, value: object) -> Value:

@@ -275,6 +275,8 @@ MIGRATIONS = (
     ),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
+OLDEST = 5
+"""The oldest version whose QLens may go on writing: what came after it must not disturb it."""
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -282,7 +284,7 @@ def connect(path: Path) -> sqlite3.Connection:
 
     Raises StartupError for what an operator must mend, sqlite3.Error for what may pass (locked, disk full).
     """
-    database = open_sqlite(path, OWNER, MIGRATIONS, unversioned=_unversioned)
+    database = open_sqlite(path, OWNER, MIGRATIONS, oldest=OLDEST, unversioned=_unversioned)
     try:
         # What was written before there were roll-ups is in none yet: all in one go, 20 seconds for a million receipts.
         with sqlite_transaction(database):

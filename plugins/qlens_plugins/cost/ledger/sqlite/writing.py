@@ -8,6 +8,7 @@ from itertools import cycle
 
 from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPED, HALF, HOUR, LATENCY, TABLES, of_none, terms
 from qlens_plugins.cost.ledger.rows import AT_ONCE, COLUMNS, LARGEST, OPTIONAL, Rejection, Row, Value
+from qlens_plugins.cost.ledger.sqlite import rests
 from qlens_plugins.cost.ledger.store import Batch
 
 FORGOTTEN_AT_ONCE = 2000
@@ -35,6 +36,9 @@ def write(database: sqlite3.Connection, writer: str, batch: Batch) -> None:
     last = last_row(database)
     insert(database, batch.receipts, batch.rejections)
     roll_up(database, last)
+    rests.add(database, batch.rests)
+    if batch.kept_since_ns:
+        keep_since(database, batch.kept_since_ns)
     database.execute(_DONE, (writer, batch.number))
 
 
@@ -67,9 +71,14 @@ def _fit(column: str, value: object) -> Value:
     return str(value).encode("utf-8", "replace").decode()
 
 
+def keep_since(database: sqlite3.Connection, since_ns: int) -> None:
+    """Note that receipts from before a time may be gone."""
+    database.execute("UPDATE receipts_kept SET since_ns = max(since_ns, ?)", (since_ns,))
+
+
 def forget(database: sqlite3.Connection, before_ns: int) -> bool:
     """Delete some receipts from before a time; whether there may be more."""
-    database.execute("UPDATE receipts_kept SET since_ns = max(since_ns, ?)", (before_ns,))
+    keep_since(database, before_ns)
     found = database.execute(
         "DELETE FROM receipts WHERE rowid IN (SELECT rowid FROM receipts WHERE wall_ns < ? ORDER BY wall_ns LIMIT ?)",
         (before_ns, FORGOTTEN_AT_ONCE),
@@ -106,16 +115,12 @@ def _add(seconds: int) -> str:
     amounts = terms(meter)
     columns = ["start", "group_id", *COUNTS, *(f"{name}_{half}" for name in amounts for half in ("high", "low"))]
     values = [_started(seconds), "usage_groups.id", *(f"sum({condition})" for condition in COUNTS.values())]
-    changes = [f"{name} = {name} + excluded.{name}" for name in COUNTS]
-    for name, term in amounts.items():
+    for term in amounts.values():
         low = f"sum(({term}) % {HALF})"
         values += [f"sum(({term}) / {HALF}) + {low} / {HALF}", f"{low} % {HALF}"]
-        both = f"({name}_low + excluded.{name}_low)"
-        changes.append(f"{name}_high = {name}_high + excluded.{name}_high + {both} / {HALF}")
-        changes.append(f"{name}_low = {both} % {HALF}")
     return (
         f"INSERT INTO {TABLES[seconds]} ({', '.join(columns)}) SELECT {', '.join(values)} "
-        f"{_GROUPED} WHERE {_NEW} GROUP BY 1, 2 ON CONFLICT (start, group_id) DO UPDATE SET {', '.join(changes)}"
+        f"{_GROUPED} WHERE {_NEW} GROUP BY 1, 2 ON CONFLICT (start, group_id) DO UPDATE SET {rests.changes()}"
     )
 
 

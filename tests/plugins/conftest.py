@@ -1,4 +1,4 @@
-"""Databases for the ledger's tests: one PostgreSQL for all of them, a database of its own for each."""
+"""Databases for tests of plugins that keep something: one PostgreSQL for all, a database of its own for each test."""
 
 from __future__ import annotations
 
