@@ -245,6 +245,6 @@ async def test_a_key_with_a_passphrase_is_a_fault_and_no_question(tmp_path: Path
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden)
     )
     tls = {"cert_file": str(tmp_path / "cert.pem"), "key_file": str(tmp_path / "key.pem")}
-    with pytest.raises(StartupError, match="cannot be used: .* a certificate and its key, which has no passphrase"):
+    with pytest.raises(StartupError, match=r"cannot be used: .* a certificate and its key, which has no passphrase"):
         async with asyncio.timeout(20), running(_own(1, tls=tls)):
             pass
