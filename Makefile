@@ -54,7 +54,7 @@ llm: $(VENV)/.run $(LLM)/.ready ## start a small real model with the gateway in 
 test-llm: $(VENV)/.dev $(LLM)/.ready ## run the tests that ask the real model
 	@$(PY) -m pytest tests/llm $(ARGS)
 
-mutants: $(VENV)/.dev node ## break the code in known ways: each must turn the tests red
+mutants: $(VENV)/.dev $(WORDS)/.ready node ## break the code in known ways: each must turn the tests red
 	@$(PY) -m tests.mutants $(ARGS)
 
 pins: $(VENV)/.dev ## pin the dependencies anew, with hashes (ARGS="--upgrade" for newer ones)

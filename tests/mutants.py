@@ -19,6 +19,7 @@ from pathlib import Path
 from attrs import frozen
 
 ROOT = Path(__file__).parents[1]
+VOCABULARIES = Path(".tools/vocabularies")
 COPIED = ("qlens", "plugins", "config", "tests", "pyproject.toml", "README.md", "CHANGELOG.md")
 FAILED = ".pytest_cache/v/cache/lastfailed"
 SECONDS = 240
@@ -1048,6 +1049,9 @@ def _clean_tree(folder: Path, tests: set[str]) -> Path:
             )
         elif source.exists():
             shutil.copy2(source, folder / part)
+    fetched = folder / VOCABULARIES
+    fetched.parent.mkdir(parents=True, exist_ok=True)
+    fetched.symlink_to(ROOT / VOCABULARIES)
     _pytest(folder, "--collect-only", *sorted(tests), PYTHONDONTWRITEBYTECODE="")
     return folder
 
