@@ -314,7 +314,8 @@ class Call:
     keep: int = 0
     """A cache that wants a stream's answer sets this to the most bytes to collect."""
     most_output: int | None = None
-    """A budget sets this to the output tokens it has reserved: a stream that is surely longer is cut."""
+    """A budget sets this to the output tokens it has reserved: the provider is told, and a stream that is surely longer
+    is cut."""
     tags: dict[str, str] = Factory(dict)
     config: str = ""
     """The version of the configuration this call sees to its end."""

@@ -508,7 +508,8 @@ class Pipeline:
             body = without_extensions(body, keep_settings=bridge is None)
         body.update(target.params)
         model = self.models.named(target.public)
-        if model is not None and (bridge is not None or target.params or model is not call.model):
+        is_told = _tell_most(body, dialect, call, provider)
+        if model is not None and (bridge is not None or target.params or model is not call.model or is_told):
             # A fallback may allow less than the model that was asked for, params may ask for more, and where a
             # provider wants a number that the client did not give, a bridge has put in what the model can do.
             dialects.named(dialect).clamp(body, model.max_output_tokens, model.max_n)
@@ -680,8 +681,26 @@ async def _form_body(call: Call) -> dialects.Body:
     return body
 
 
+_LIMITS: Mapping[str, str] = {
+    "chat": "max_tokens",
+    "completions": "max_tokens",
+    "responses": "max_output_tokens",
+}
+"""The field of a dialect that bounds an answer; Messages always have theirs."""
 _READERS: Mapping[str, Callable[[Call], Awaitable[dialects.Body]]] = {"json": _json_body, "form": _form_body}
 """What reads a body of each kind."""
+
+
+def _tell_most(body: dialects.Body, dialect: str, call: Call, provider: Provider) -> bool:
+    """Tell a provider what was reserved for an answer that the client has not bounded; whether that was needed."""
+    if call.most_output is None or (name := _LIMITS.get(dialect)) is None:
+        return False
+    if dialects.named(dialect).output_bound(body)[1] is not None:
+        return False
+    if dialect == "chat" and getattr(provider.plugin, "kind", None) == "openai":
+        name = "max_completion_tokens"  # its reasoning models know no other; servers that speak its API know the first
+    body[name] = call.most_output // dialects.named(call.operation.dialect).choices(call.body)
+    return True
 
 
 def _most_output(models: Iterable[Model]) -> int | None:

@@ -7,10 +7,13 @@ from contextlib import suppress
 
 
 class Proxy:
-    """Records what it is asked; tunnels what comes by CONNECT."""
+    """Records what it is asked; tunnels what comes by CONNECT, all of it to one port if that is given."""
 
-    def __init__(self, answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n") -> None:
+    def __init__(
+        self, answer: bytes = b"HTTP/1.1 200 Connection established\r\n\r\n", *, to: int | None = None
+    ) -> None:
         self.answer = answer
+        self.to = to
         self.heads: list[str] = []
 
     async def talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -22,7 +25,7 @@ class Proxy:
         writer.write(self.answer)
         if b" 200 " not in self.answer:
             return
-        await joined(head.split()[1], b"", reader, writer)
+        await joined(head.split()[1] if self.to is None else f"127.0.0.1:{self.to}", b"", reader, writer)
 
     async def forward(self, head: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer what does not come by CONNECT."""

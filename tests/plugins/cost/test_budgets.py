@@ -236,6 +236,32 @@ async def test_the_clamped_numbers_go_upstream() -> None:
         assert (await call(gateway, max_tokens=1000, n=3)).status == 429
 
 
+BOUNDS: dict[str, tuple[dict[str, Any], str]] = {
+    "/v1/chat/completions": ({"messages": [{"role": "user", "content": "hello"}]}, "max_tokens"),
+    "/v1/completions": ({"prompt": "hello"}, "max_tokens"),
+    "/v1/responses": ({"input": "hello"}, "max_output_tokens"),
+}
+
+
+@pytest.mark.parametrize("path", BOUNDS)
+@pytest.mark.parametrize("says_null", [False, True])
+async def test_a_provider_is_told_what_was_reserved_where_the_client_has_set_no_bound(
+    path: str, says_null: bool
+) -> None:
+    """T24."""
+    body, name = BOUNDS[path]
+    asked = {"model": "out", **body, **({name: None} if says_null else {})}
+    async with upstream() as provider, serving("{per: tenant, usd: 5}", base_url=provider.url) as gateway:
+        await gateway.post(path, asked, key="sk-example-a1")
+        assert provider.requests[0].body[name] == 1000
+    async with (
+        upstream() as provider,
+        serving("{per: tenant, usd: 5, hard: false}", base_url=provider.url) as gateway,
+    ):
+        await gateway.post(path, asked, key="sk-example-a1")
+        assert provider.requests[0].body.get(name) is None
+
+
 @pytest.mark.parametrize(
     ("model", "code"), [("unpriced", "model_unpriced"), ("unbounded", "missing_required_parameter")]
 )

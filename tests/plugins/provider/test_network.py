@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import trustme
 from attrs import define, field
@@ -35,6 +36,7 @@ class Provider:
     """A provider behind TLS that has nothing to say; it remembers what it was asked, and by how many at a time."""
 
     heads: list[str] = field(factory=list)
+    bodies: list[dict[str, Any]] = field(factory=list)
     open: int = 0
     most: int = 0
     hold_seconds: float = 0
@@ -46,7 +48,8 @@ class Provider:
         try:
             while head := (await reader.readuntil(b"\r\n\r\n")).decode().lower():
                 self.heads.append(head)
-                await reader.readexactly(int(head.partition("content-length: ")[2].partition("\r\n")[0]))
+                size = int(head.partition("content-length: ")[2].partition("\r\n")[0])
+                self.bodies.append(orjson.loads(await reader.readexactly(size)))
                 await asyncio.sleep(self.hold_seconds)
                 writer.write(b"HTTP/1.1 500 Oh\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}")
         finally:
@@ -206,3 +209,22 @@ async def test_the_environment_s_proxies_are_not_used(
     async with secured(authority) as (provider, url):
         await asked(reached("openai", url, {"tls": {"ca_file": str(ca_file)}}))
         assert len(provider.heads) == 1
+
+
+async def test_openai_itself_is_told_what_was_reserved_in_the_field_that_all_its_models_know(
+    authority: trustme.CA, ca_file: Path
+) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("api.openai.com").configure_cert(context)
+    provider = Provider()
+    async with listening(provider.talk, context) as port, listening(Proxy(to=port).talk) as proxy_port:
+        settings = {
+            "plugin": "openai",
+            "api_key": KEY,
+            "network": {"proxy": f"http://127.0.0.1:{proxy_port}", "tls": {"ca_file": str(ca_file)}},
+        }
+        budgets = [{"plugin": "prices"}, {"plugin": "budgets", "limits": [{"per": "tenant", "usd": 5}]}]
+        await asked(config({"cost": budgets}, {"up": settings}, MODELS))
+        (body,) = provider.bodies
+        assert body["max_completion_tokens"] == 100
+        assert "max_tokens" not in body

@@ -212,8 +212,7 @@ class Budgets:
             raise refusals.unpriced(call)
         if not cost:
             return plan, [*held, *((current(purse), NOTHING) for purse in plan.hard)]
-        if call.stream:
-            call.most_output = call.bound.output
+        call.most_output = call.bound.output
         if plan.tolerant:
             return await self._ask(plan, cost, held, call)
         now = self.tills.now()
