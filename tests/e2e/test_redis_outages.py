@@ -99,10 +99,11 @@ async def replicas(three: Replicas) -> Replicas:
 
 @frozen
 class Outage:
-    """When it began, was noticed by all, and was over."""
+    """When it began, was noticed by all, began to end, and was over: between those two a call may be served."""
 
     began: float
     noticed: float
+    ending: float
     over: float
     back_seconds: float
     """How soon all must be as before."""
@@ -115,7 +116,7 @@ class Outage:
         return {
             "before": [each for each in answers if each.ended < self.began],
             "first second": [each for each in answers if self.began <= each.ended < self.began + 1],
-            "outage": [each for each in answers if each.sent > self.noticed + 1 and each.ended < self.over],
+            "outage": [each for each in answers if each.sent > self.noticed + 1 and each.ended < self.ending],
             "after": [each for each in answers if each.sent > self.over + self.back_seconds],
         }
 
@@ -141,11 +142,12 @@ async def suffered(replicas: Replicas, fault: Fault, mend: Fault) -> Outage:
     await asyncio.sleep(OUTAGE_SECONDS)
     # While the breaker is open no call waits for the store.
     assert await replicas.asked() - asked <= REPLICAS
+    ending = time.monotonic()
     await mend(replicas)
     over = time.monotonic()
     await replicas.until_ok(ok=True, seconds=back_seconds, plugins=PLUGINS)
     await asyncio.sleep(back_seconds + 1)
-    return Outage(began, noticed, over, back_seconds)
+    return Outage(began, noticed, ending, over, back_seconds)
 
 
 def usually_back(replicas: Replicas) -> float:
@@ -218,7 +220,8 @@ async def test_a_store_that_forgets_again_and_again_fails_no_call_and_gives_nobo
             await asyncio.sleep(back_seconds)
             backs.append((flushed, flushed + back_seconds))
         await until_spent(replicas, tight, narrow)
-    outage = Outage(began, began, time.monotonic(), back_seconds)
+    over = time.monotonic()
+    outage = Outage(began, began, over, over, back_seconds)
     show("flush", outage, [each for name, each in replicas.calls if name in {wide, soft}])
 
     assert statuses(replicas, wide) == statuses(replicas, soft) == {200}
