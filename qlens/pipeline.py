@@ -623,7 +623,7 @@ class Pipeline:
 
     @property
     def takes_once(self) -> list[Bound]:
-        """The hooks that know a receipt by its id and take it once."""
+        """The hooks that know a receipt by its id: they take it once, or tell of it under that id."""
         return [hook for hook in self.hooks.settle if getattr(hook.owner, "takes_once", False)]
 
     def settle_once(self, call: Call, receipt: Receipt) -> None:

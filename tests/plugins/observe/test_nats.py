@@ -23,12 +23,14 @@ import trustme
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import example, given
 from hypothesis import strategies as st
+from keepers import ACME, kept, sdk, settings
 
 from qlens import ConfigError, Spool, StartupError
 from qlens.registry import Health
 from qlens.testing import Running, check_plugin, running
 from qlens.testing.faults import fault_proxy
 from qlens.testing.nats import nats_server
+from qlens.testing.objects import keeper
 from qlens_plugins.observe.nats import Nats
 from qlens_plugins.observe.nats.credentials import Signer, seed_of
 from qlens_plugins.observe.nats.messages import Message, record
@@ -146,6 +148,29 @@ async def test_only_what_is_wanted_is_sent_to_a_stream_as_it_is_wanted() -> None
     ]
     assert json.loads(messages[0].data)["source"] == "urn:eu"
     assert (made.subjects, made.max_age, made.max_bytes, made.duplicate_window) == (["llm.prod.>"], 172_800, 10**6, 7)
+
+
+async def test_a_batch_that_is_over_is_an_event_of_one_id_however_often_one_asks() -> None:
+    async with nats_server() as nats, keeper() as fake:
+        plugin = f'{{plugin: nats, servers: ["{nats.url}"], events: [qlens.receipt], stream: {{create: true}}}}'
+        text = settings(fake, fake).replace("cost: []", f"cost: []\n  observe: [{plugin}]")
+        async with kept(text) as gateway, sdk(gateway) as client:
+            file = await client.files.create(file=("in.jsonl", b"{}"), purpose="batch", extra_body={"model": "first"})
+            made = await client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+            ended = int(time.time()) - 3600
+            used = {"input_tokens": 1000, "output_tokens": 100, "total_tokens": 1100}
+            fake.complete(list(fake.batches)[-1], b"{}\n", completed_at=ended, model="upstream", usage=used)
+            for _ in range(2):
+                assert (await gateway.get(f"/v1/batches/{made.id}", key=ACME)).status == 200
+            # The file, the batch, two who ask for it, and once what it used: the stream keeps one of two of an id.
+            await nats.reached(5)
+            await until(lambda: gateway.gateway.health()["observe.nats"].detail == "0 events wait")
+        events = [json.loads(message.data) for message in await nats.messages()]
+    (event,) = [each for each in events if each["data"]["operation"] == "batch_responses"]
+    assert len(events) == 5
+    assert (event["id"], event["tenant"]) == (event["data"]["id"], "acme")
+    assert (event["data"]["outcome"], event["data"]["upstream_model"]) == ("complete", "upstream")
+    assert event["data"]["usage"] == {"input": 1000, "output": 100}
 
 
 @given(st.none() | st.text(st.characters(), max_size=LONGEST // 12))

@@ -17,12 +17,14 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from keepers import ACME, kept, sdk, settings
 from receivers import OLD, SECRET, Taken, config, courier_of, endpoint, eventually, receiving, tell
 from standardwebhooks import Webhook, WebhookVerificationError
 from yamls import CHAT, HELLO
 
 from qlens import Event, Health, StartupError
 from qlens.testing import ManualClock, Running, check_plugin, running
+from qlens.testing.objects import keeper
 from qlens_plugins.observe.webhooks import Webhooks
 from qlens_plugins.observe.webhooks.schedule import LATEST_SECONDS, next_try
 from qlens_plugins.observe.webhooks.signing import signed
@@ -136,6 +138,26 @@ async def test_the_receipt_of_a_call_is_an_event_and_a_refused_call_is_none() ->
         (taken,) = await receiver.reached(1)
         assert taken.id == answer.headers["x-request-id"]
         assert taken.json()["data"]["outcome"] == "complete"
+
+
+async def test_a_batch_that_is_over_is_an_event_of_one_id_however_often_one_asks() -> None:
+    async with receiving() as receiver, keeper() as fake:
+        told = yaml.safe_load(config(endpoint(receiver, events="qlens.receipt")))["pipeline"]["observe"]
+        text = settings(fake, fake).replace("cost: []", f"cost: []\n  observe: {told}")
+        async with kept(text) as gateway, sdk(gateway) as client:
+            file = await client.files.create(file=("in.jsonl", b"{}"), purpose="batch", extra_body={"model": "first"})
+            made = await client.batches.create(input_file_id=file.id, endpoint="/v1/responses", completion_window="24h")
+            ended = int(time.time()) - 3600
+            used = {"input_tokens": 1000, "output_tokens": 100, "total_tokens": 1100}
+            fake.complete(list(fake.batches)[-1], b"{}\n", completed_at=ended, model="upstream", usage=used)
+            for count in (4, 6):  # the file and the batch, then each time the call that asks, and what it used
+                assert (await gateway.get(f"/v1/batches/{made.id}", key=ACME)).status == 200
+                taken = await receiver.reached(count)
+    over = [each for each in taken if each.json()["data"]["operation"] == "batch_responses"]
+    assert len(over) == 2
+    assert len({each.id for each in over}) == 1
+    assert over[0].json()["tenant"] == "acme"
+    assert over[0].json()["data"]["usage"] == {"input": 1000, "output": 100}
 
 
 # --- what is not taken --------------------------------------------------------------------------

@@ -28,6 +28,7 @@ class Nats:
     _shipper: Shipper | None = field(default=None, init=False, repr=False)
 
     Config = NatsConfig
+    takes_once = True
 
     @hookimpl
     def adopt(self, old: Nats) -> None:

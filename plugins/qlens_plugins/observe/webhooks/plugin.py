@@ -31,6 +31,7 @@ class Webhooks:
     _courier: Courier | None = field(default=None, init=False, repr=False)
 
     Config = WebhooksConfig
+    takes_once = True
 
     def path(self, gateway: Gateway) -> Path:
         """Where the file is."""
