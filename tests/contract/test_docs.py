@@ -72,6 +72,16 @@ def test_every_configuration_that_ships_loads(path: Path) -> None:
     assert register(drafted(path, check_env=False)).instances
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_pitfall_17_every_configuration_that_ships_lets_a_model_think_for_90_seconds(path: Path) -> None:
+    waits = {
+        instance.entry.name: instance.config.first_byte_seconds
+        for instance in register(drafted(path, check_env=False)).instances
+        if instance.entry.stage == "provider" and hasattr(instance.config, "first_byte_seconds")
+    }
+    assert [name for name, seconds in waits.items() if seconds < 90] == []
+
+
 @pytest.mark.parametrize("block", _blocks("yaml"))
 def test_every_yaml_block_of_a_readme_is_a_configuration_that_loads(block: str, tmp_path: Path) -> None:
     for match in re.finditer(r'plugin: "(\w+):(\w+)"', block):

@@ -250,7 +250,7 @@ async def test_pitfall_14_a_client_that_leaves_a_response_closes_the_connection(
         (request,) = await up.arrived(1)
         await asyncio.sleep(0.05)
         leaving.cancel()
-        await asyncio.wait_for(request.closed.wait(), 5)
+        await asyncio.wait_for(request.closed.wait(), 1)
         (receipt,) = await gateway.settled(1)
         assert receipt.outcome == "abandoned"
 
