@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
+from uuid import UUID
 
 import orjson
 from attrs import define, evolve, field
@@ -232,16 +233,24 @@ def _added(one: Cost, other: Cost) -> Cost:
 
 async def _lines(reply: Reply) -> AsyncGenerator[bytes]:
     """The lines of a reply; raises ValueError for one that is too long."""
-    rest = reply.body or b""
-    if reply.chunks is not None:
-        async for chunk in reply.chunks:
-            *whole, rest = (rest + chunk).split(b"\n")
-            for line in whole:
+    if reply.chunks is None:
+        for line in (reply.body or b"").split(b"\n"):
+            yield line
+        return
+    pieces: list[bytes] = []  # of the last line: joined once, for a line may be long
+    size = 0
+    async for chunk in reply.chunks:
+        first, *others = chunk.split(b"\n")
+        pieces.append(first)
+        size += len(first)
+        if others:
+            yield b"".join(pieces)
+            for line in others[:-1]:
                 yield line
-            if len(rest) > MOST_LINE_BYTES:
-                raise ValueError(f"a line has more than {MOST_LINE_BYTES} bytes")
-    for line in rest.split(b"\n"):
-        yield line
+            pieces, size = [others[-1]], len(others[-1])
+        if size > MOST_LINE_BYTES:
+            raise ValueError(f"a line has more than {MOST_LINE_BYTES} bytes")
+    yield b"".join(pieces)
 
 
 def _named(targets: Iterable[Target], said: str) -> Target | None:
@@ -264,5 +273,4 @@ def _id(ended: int, *whose: str) -> str:
     """A UUIDv7 of the time at which the batch ended, with a hash where others have chance."""
     code = int.from_bytes(hashlib.sha256("\0".join(whose).encode(errors="surrogatepass")).digest()[:10])
     value = ended * 1000 << 80 | 0x7 << 76 | code & ~(0xF << 76) & ~(0xC << 60) | 0x8 << 60
-    digits = f"{value:032x}"
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    return str(UUID(int=value))

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from qlens.models import Models
 
 
+Kind = Literal["", "response", "file", "batch", "conversation", "vector_store"]
+"""What a provider keeps for clients."""
+
+
 @frozen
 class Operation:
     """One thing clients can ask for, and how it runs."""
@@ -32,7 +36,7 @@ class Operation:
     body: Literal["json", "form", "none"] = "none"
     streams: bool = False
     meters: tuple[str, ...] = ()
-    kind: Literal["", "response", "file", "batch", "conversation", "vector_store"] = ""
+    kind: Kind = ""
     """What an operation with affinity is about."""
     local: Callable[[Call, Models], Body] | None = field(default=None, repr=False)
 
@@ -113,43 +117,47 @@ _AUDIO = (
         "translations", "POST", "/v1/audio/translations", "full", "translations", "form", False, ("seconds", "tokens")
     ),
 )
-_CONVERSATIONS = tuple(
-    Operation(
-        name, method, f"/v1/conversations{rest}", "affinity", body="json" if asks else "none", kind="conversation"
+
+
+def _about(kind: Kind, folder: str, *asked: tuple[str, str, str, bool]) -> tuple[Operation, ...]:
+    """Operations about what a provider keeps in a folder: name, method, path in the folder, whether there is a body."""
+    return tuple(
+        Operation(name, method, f"/v1/{folder}{rest}", "affinity", body="json" if has_body else "none", kind=kind)
+        for name, method, rest, has_body in asked
     )
-    for name, method, rest, asks in (
-        ("conversation_item", "GET", "/{id}/items/{item}", False),
-        ("conversation_item_delete", "DELETE", "/{id}/items/{item}", False),
-        ("conversation_items", "GET", "/{id}/items", False),
-        ("conversation_items_create", "POST", "/{id}/items", True),
-        ("conversation", "GET", "/{id}", False),
-        ("conversation_update", "POST", "/{id}", True),
-        ("conversation_delete", "DELETE", "/{id}", False),
-        ("conversation_create", "POST", "", True),
-    )
+
+
+_CONVERSATIONS = _about(
+    "conversation",
+    "conversations",
+    ("conversation_item", "GET", "/{id}/items/{item}", False),
+    ("conversation_item_delete", "DELETE", "/{id}/items/{item}", False),
+    ("conversation_items", "GET", "/{id}/items", False),
+    ("conversation_items_create", "POST", "/{id}/items", True),
+    ("conversation", "GET", "/{id}", False),
+    ("conversation_update", "POST", "/{id}", True),
+    ("conversation_delete", "DELETE", "/{id}", False),
+    ("conversation_create", "POST", "", True),
 )
-_VECTOR_STORES = tuple(
-    Operation(
-        name, method, f"/v1/vector_stores{rest}", "affinity", body="json" if asks else "none", kind="vector_store"
-    )
-    for name, method, rest, asks in (
-        ("vector_store_file_content", "GET", "/{id}/files/{file}/content", False),
-        ("vector_store_file", "GET", "/{id}/files/{file}", False),
-        ("vector_store_file_update", "POST", "/{id}/files/{file}", True),
-        ("vector_store_file_delete", "DELETE", "/{id}/files/{file}", False),
-        ("vector_store_batch_cancel", "POST", "/{id}/file_batches/{batch}/cancel", False),
-        ("vector_store_batch_files", "GET", "/{id}/file_batches/{batch}/files", False),
-        ("vector_store_batch", "GET", "/{id}/file_batches/{batch}", False),
-        ("vector_store_batch_create", "POST", "/{id}/file_batches", True),
-        ("vector_store_files", "GET", "/{id}/files", False),
-        ("vector_store_file_create", "POST", "/{id}/files", True),
-        ("vector_store_search", "POST", "/{id}/search", True),
-        ("vector_store", "GET", "/{id}", False),
-        ("vector_store_update", "POST", "/{id}", True),
-        ("vector_store_delete", "DELETE", "/{id}", False),
-        ("vector_stores", "GET", "", False),
-        ("vector_store_create", "POST", "", True),
-    )
+_VECTOR_STORES = _about(
+    "vector_store",
+    "vector_stores",
+    ("vector_store_file_content", "GET", "/{id}/files/{file}/content", False),
+    ("vector_store_file", "GET", "/{id}/files/{file}", False),
+    ("vector_store_file_update", "POST", "/{id}/files/{file}", True),
+    ("vector_store_file_delete", "DELETE", "/{id}/files/{file}", False),
+    ("vector_store_batch_cancel", "POST", "/{id}/file_batches/{batch}/cancel", False),
+    ("vector_store_batch_files", "GET", "/{id}/file_batches/{batch}/files", False),
+    ("vector_store_batch", "GET", "/{id}/file_batches/{batch}", False),
+    ("vector_store_batch_create", "POST", "/{id}/file_batches", True),
+    ("vector_store_files", "GET", "/{id}/files", False),
+    ("vector_store_file_create", "POST", "/{id}/files", True),
+    ("vector_store_search", "POST", "/{id}/search", True),
+    ("vector_store", "GET", "/{id}", False),
+    ("vector_store_update", "POST", "/{id}", True),
+    ("vector_store_delete", "DELETE", "/{id}", False),
+    ("vector_stores", "GET", "", False),
+    ("vector_store_create", "POST", "", True),
 )
 OPERATIONS = (
     Operation("chat", "POST", "/v1/chat/completions", "full", "chat", "json", True, ("tokens",)),
