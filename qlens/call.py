@@ -10,6 +10,7 @@ from attrs import Factory, asdict, define, field, frozen
 
 from qlens import dialects, sse
 from qlens.dialects.rewrite import rewrite_body, rewrite_plain, rewrite_stream
+from qlens.errors import Blocked
 from qlens.money import usd
 from qlens.patterns import fits
 from qlens.usage import NO_USAGE, Usage
@@ -108,6 +109,21 @@ class Model:
     """Public names by kind: any, context_length, content_filter, rate_limit."""
     max_output_tokens: int | None = None
     max_n: int = 128
+    names: tuple[str, ...] = field()
+    """All public names that lead to the same targets as this one, in the order of the configuration."""
+
+    @names.default
+    def _its_own(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @property
+    def counts_as(self) -> str:
+        """The one name under which limits and budgets count it: the first in the configuration."""
+        return self.names[0]
+
+    def fits(self, patterns: tuple[str, ...] | None) -> bool:
+        """Whether one of its names is meant: what is said of one holds for all, or the others were ways around it."""
+        return patterns is None or any(fits(name, patterns) for name in self.names)
 
 
 @frozen(slots=False)  # like Usage
@@ -162,6 +178,7 @@ class Attempt:
     target: Target
     started: float
     kind: Literal["send", "hedge", "shadow"] = "send"
+    """A `hedge` began while another attempt of the call was not answered yet."""
     first_byte: float | None = None
     ended: float | None = None
     status: int | None = None
@@ -302,6 +319,7 @@ class Call:
     pricing: Callable[[Call], Cost] | None = field(default=None, repr=False)
     """What works out `bound_cost`."""
     _bound_cost: Cost | None = field(default=None, init=False, repr=False)
+    _cache: CacheState | None = field(default=None, init=False)
 
     limits: list[Standing] = Factory(list)
     targets: tuple[Target, ...] = ()
@@ -310,13 +328,14 @@ class Call:
     """How many more sends the call may make, over all its targets and fallbacks; None: each target once."""
     kept: Kept | None = None
     """The objects that the call names: it may go nowhere but to the provider that keeps them."""
-    cache: CacheState = "off"
     keep: int = 0
     """A cache that wants a stream's answer sets this to the most bytes to collect."""
     most_output: int | None = None
     """A budget sets this to the output tokens it has reserved: the provider is told, and a stream that is surely longer
     is cut."""
     tags: dict[str, str] = Factory(dict)
+    left: float | None = None
+    """When the client closed its connection, in monotonic seconds; None while it is there."""
     config: str = ""
     """The version of the configuration this call sees to its end."""
 
@@ -330,6 +349,22 @@ class Call:
     @bound_cost.setter
     def bound_cost(self, cost: Cost) -> None:
         self._bound_cost = cost
+
+    @property
+    def cache(self) -> CacheState:
+        """What a cache had for the call; a cache that says nothing of it is spoken for by what its `lookup` returns."""
+        return self._cache or "off"
+
+    @cache.setter
+    def cache(self, state: CacheState) -> None:
+        self._cache = state
+
+    def looked_up(self, known: Reply | None) -> None:
+        """Note what a lookup has found, where no cache has said more."""
+        if known is not None and self._cache not in ("hit", "semantic"):
+            self._cache = "hit"
+        elif self._cache is None:
+            self._cache = "miss"
 
     async def read(self) -> bytes:
         """Read the request body whole; raises BodyTooLarge, BodyTimedOut or UnsupportedMedia."""
@@ -352,11 +387,24 @@ class Call:
         return self.caller
 
     def texts(self) -> list[tuple[dialects.Ref, str]]:
-        """List every text of the request that a model will read, each with a reference to put it back."""
+        """List every text of the request that a model will read, each with a reference to put it back.
+
+        Tools and the form of the answer are among them, with names and values that `replace_text` refuses to change.
+        """
         return dialects.named(self.operation.dialect).request_texts(self.body)
 
     def replace_text(self, ref: dialects.Ref, text: str) -> None:
-        """Put a text back where `texts()` found it."""
+        """Put a text back where `texts()` found it; raises Blocked for what cannot be another text.
+
+        Such are the names of tools and parameters, the values of enums, and thoughts that a model has signed: the call
+        would fail, or mean something else.
+        """
+        if type(ref) is dialects.Fixed:
+            place = "".join(f"[{step}]" if isinstance(step, int) else step for step in ref[:2])
+            raise Blocked(
+                f"The prompt was blocked: this gateway would have to rewrite a part of '{place}' that must stay as it "
+                "is, like a name, a value of an enum or a signed thought."
+            )
         dialects.put(self.body, ref, text)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlens.call import Model
 from qlens.config import parse
 from qlens.models import Models, models_of
 
@@ -74,6 +75,59 @@ def test_a_bare_star_covers_everything() -> None:
     models = models_of(parse(text, folder=Path("/etc"), env={}))
     assert asked(models, "x") == ["x"]
     assert models.resolve("") is None
+
+
+def test_names_of_the_same_targets_count_as_the_first() -> None:
+    text = """\
+providers: {p: {plugin: echo}, q: {plugin: echo}}
+models:
+  one: {targets: [{provider: p, model: a}, {provider: q, model: b, weight: 0}]}
+  some: {targets: [{provider: p, model: a}]}
+  two: {targets: [{provider: q, model: B, region: eu, params: {user: x}}, {provider: p, model: a, base_model: b}]}
+  other: {targets: [{provider: q, model: a}]}
+  p/*: {targets: [{provider: p, model: "*"}]}
+  again/*: {targets: [{provider: p, model: "*"}]}
+  pair/*: {targets: [{provider: p, model: "*"}, {provider: q, model: b}]}
+  always/*: {targets: [{provider: p, model: a}]}
+"""
+    models = models_of(parse(text, folder=Path("/etc"), env={}))
+    assert {name: model.names for name, model in models.items()} == {
+        "one": ("one", "two"),
+        "some": ("some", "always/*"),
+        "two": ("one", "two"),
+        "other": ("other",),
+        "p/*": ("p/*", "again/*"),
+        "again/*": ("p/*", "again/*"),
+        "pair/*": ("pair/*",),
+        "always/*": ("some", "always/*"),
+    }
+    assert {name: model.counts_as for name, model in models.items() if model.counts_as != name} == {
+        "two": "one",
+        "again/*": "p/*",
+        "always/*": "some",
+    }
+
+    def names(asked: str) -> tuple[str, ...]:
+        model = models.resolve(asked)
+        assert model is not None
+        assert model.counts_as == model.names[0]
+        return model.names
+
+    assert names("p/a") == names("p/A") == names("again/a ") == ("some", "always/*", "p/*", "again/*")
+    assert names("pair/a") == ("one", "two", "pair/*")
+    assert names("always/any") == ("some", "always/*")
+    assert names("p/b") == names("again/b") == ("p/*", "again/*")
+    assert [*models.reached("p/*")] == [("p/a", models["some"])]
+    assert [*models.reached("pair/*")] == [("pair/a", models["one"])]
+    assert [*models.reached("two"), *models.reached("always/*"), *models.reached("gone")] == []
+
+
+def test_a_pattern_means_a_model_by_any_of_its_names() -> None:
+    model = Model("fast", (), names=("gpt-4o", "fast"))
+    assert [model.fits(patterns) for patterns in (None, ("fast",), ("gpt-*",), ("slow", "x*"), ())] == [
+        *(True, True, True, False, False)
+    ]
+    assert Model("alone", ()).names == ("alone",)
 
 
 def test_wildcards_are_not_listed(models: Models) -> None:

@@ -48,7 +48,7 @@ STAGES = {
     ],
 }
 MODELS = {
-    name: {"max_output_tokens": 1000, "targets": [{"provider": "echo", "model": "gpt-4o-mini"}]}
+    name: {"max_output_tokens": 1000, "targets": [{"provider": "echo", "model": name, "base_model": "gpt-4o-mini"}]}
     for name in ("gpt-4o-mini", "tight")
 }
 

@@ -36,8 +36,8 @@ def changes(redis: RedisServer, database: str) -> dict[str, Any]:
         for model, calls in ROOM.items()
     ]
 
-    def model(**params: int) -> dict[str, Any]:
-        return {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": "x", "params": params}]}
+    def model(name: str, **params: int) -> dict[str, Any]:
+        return {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": name, "params": params}]}
 
     return {
         "pipeline": {
@@ -50,7 +50,7 @@ def changes(redis: RedisServer, database: str) -> dict[str, Any]:
             ],
         },
         "providers": {"twin": {"plugin": "echo"}},
-        "models": {"quick": model(), "lingering": model(first_byte_ms=2500)},
+        "models": {"quick": model("quick"), "lingering": model("lingering", first_byte_ms=2500)},
     }
 
 

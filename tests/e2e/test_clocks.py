@@ -47,8 +47,8 @@ def changes(folder: Path, redis: RedisServer) -> dict[str, Any]:
         {"per": "tenant", "match": {"model": ["long"]}, "usd": 1, "window": "total"},
     ]
 
-    def model(**params: int) -> dict[str, Any]:
-        return {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": "x", "params": params}]}
+    def model(name: str, **params: int) -> dict[str, Any]:
+        return {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": name, "params": params}]}
 
     return {
         "pipeline": {
@@ -62,8 +62,8 @@ def changes(folder: Path, redis: RedisServer) -> dict[str, Any]:
         },
         "providers": {"twin": {"plugin": "echo"}},
         "models": {
-            **{name: model() for name in (*LIMITS, "day", "once", "ever")},
-            "long": model(first_byte_ms=1000 * (2 * CRASH_SECONDS)),
+            **{name: model(name) for name in (*LIMITS, "day", "once", "ever")},
+            "long": model("long", first_byte_ms=1000 * (2 * CRASH_SECONDS)),
         },
     }
 

@@ -42,7 +42,6 @@ def changes(redis: RedisServer, proxy: FaultProxy, count: int, **server: Any) ->
     direct = {**store, "url": redis.url, "timeout_ms": 5000}
     edges = [limits.pop(model) for model in ("edge", "edge-tokens")]
     edge = {"plugin": "token_bucket", "name": "direct", "store": direct, "limits": edges}
-    model = {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": "x"}]}
     return {
         "server": server,
         "pipeline": {
@@ -51,7 +50,9 @@ def changes(redis: RedisServer, proxy: FaultProxy, count: int, **server: Any) ->
             "cost": [],
         },
         "providers": {"twin": {"plugin": "echo"}},
-        "models": dict.fromkeys(LIMITS, model),
+        "models": {
+            name: {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": name}]} for name in LIMITS
+        },
     }
 
 
@@ -193,8 +194,8 @@ def killed_changes(redis: RedisServer, number: int) -> dict[str, Any]:
         {"per": "tenant", "match": {"model": ["held"]}, "concurrency": 2},
     ]
 
-    def model(first_byte_ms: int) -> dict[str, Any]:
-        target = {"provider": "twin", "model": "x", "params": {"first_byte_ms": first_byte_ms}}
+    def model(name: str, first_byte_ms: int) -> dict[str, Any]:
+        target = {"provider": "twin", "model": name, "params": {"first_byte_ms": first_byte_ms}}
         return {"max_output_tokens": 100, "targets": [target]}
 
     return {
@@ -204,7 +205,7 @@ def killed_changes(redis: RedisServer, number: int) -> dict[str, Any]:
             "cost": [],
         },
         "providers": {"twin": {"plugin": "echo"}},
-        "models": {"leased": model(0), "held": model(0 if number else 60_000)},
+        "models": {"leased": model("leased", 0), "held": model("held", 0 if number else 60_000)},
     }
 
 

@@ -63,7 +63,7 @@ def changes(folder: Path, redis: RedisServer, proxy: FaultProxy) -> dict[str, An
         *each("strict", usd=1000, window="total"),
         *each("tight", usd=float(COST * MOST_CALLS), window="total"),
     ]
-    model = {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": "x"}]}
+    names = [rule["match"]["model"][0] for rule in (*limits, *budgets)]
     return {
         "pipeline": {
             "rate_limit": [{"plugin": "token_bucket", "store": {**store, "replicas": REPLICAS}, "limits": limits}],
@@ -76,7 +76,9 @@ def changes(folder: Path, redis: RedisServer, proxy: FaultProxy) -> dict[str, An
             ],
         },
         "providers": {"twin": {"plugin": "echo"}},
-        "models": {rule["match"]["model"][0]: model for rule in (*limits, *budgets)},
+        "models": {
+            name: {"max_output_tokens": 100, "targets": [{"provider": "twin", "model": name}]} for name in names
+        },
     }
 
 

@@ -45,8 +45,8 @@ pipeline:
 providers: {{up: {{plugin: echo}}}}
 models:
   out: {{max_output_tokens: 1000, targets: [{{provider: up, model: out, params: {params}}}]}}
-  other: {{max_output_tokens: 1000, targets: [{{provider: up, model: out}}]}}
-  "open/*": {{max_output_tokens: 1000, targets: [{{provider: up, model: out}}]}}
+  other: {{max_output_tokens: 1000, targets: [{{provider: up, model: other, base_model: out}}]}}
+  "open/*": {{max_output_tokens: 1000, targets: [{{provider: up, model: open, base_model: out}}]}}
 """
     async with running(text, files=key_file(), clock=clock) as gateway:
         yield gateway

@@ -58,7 +58,9 @@ def config(store: dict[str, Any], limits: list[dict[str, Any]], url: str = "", b
         echo = {"plugin": "echo"}
         return {"plugin": "openai", "base_url": at, "api_key": "sk-example-upstream"} if at else echo
 
-    targets = [{"provider": "up", "model": "small"}, {"provider": "backup", "model": "small"}]
+    def targets(model: str) -> list[dict[str, str]]:
+        return [{"provider": "up", "model": model}, {"provider": "backup", "model": model}]
+
     return json.dumps(
         {
             "pipeline": {
@@ -67,8 +69,8 @@ def config(store: dict[str, Any], limits: list[dict[str, Any]], url: str = "", b
             },
             "providers": {"up": provider(url), "backup": provider(backup)},
             "models": {
-                "small": {"max_output_tokens": 1000, "targets": targets},
-                "other": {"max_output_tokens": 1000, "targets": targets},
+                "small": {"max_output_tokens": 1000, "targets": targets("small")},
+                "other": {"max_output_tokens": 1000, "targets": targets("other")},
             },
         }
     )
@@ -233,12 +235,12 @@ async def test_leases_serve_the_bulk_and_the_edge_is_exact(redis: RedisServer) -
     limits = [{"per": "tenant", "requests_per_minute": 1200}]
     async with replicas(config(at(redis, replicas=2), limits), 2) as gateways:
         room = 1200 - 20  # a second's worth of leases may be used a second late
-        passed: Counter[int] = Counter()
+        answers: Counter[int] = Counter()
         began = asyncio.get_running_loop().time()
-        for _ in range(70):
-            passed += await statuses(gateways, 20)
+        while answers[429] < 100:  # however slow this machine is, the room is used up
+            answers += await statuses(gateways, 20)
         seconds = asyncio.get_running_loop().time() - began
-        assert room * 0.99 <= passed[200] <= room + 20 * seconds
+        assert room * 0.99 <= answers[200] <= room + 20 * seconds
         assert sum(map(asked, gateways)) < 500  # most of them near the edge, where every call is asked for
 
 

@@ -185,7 +185,7 @@ async def test_limits_come_in_pages_and_of_every_instance(store: str) -> None:
             found.append(after := page["last_id"])
         assert found == sorted(set(found))
         assert limiters == {"token_bucket", "second"}
-        for wrong in ("limit=0", "limit=1001", "limit=x", "page=2"):
+        for wrong in ("limit=0", "limit=1001", "limit=x", "page=2", "limit=1&limit=2"):
             assert (await gateway.get(f"/admin/limits?{wrong}", key=OPS)).status == 400
 
 

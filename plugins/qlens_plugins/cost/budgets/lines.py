@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from attrs import field, frozen
 
-from qlens import Allowance, Call, Caller, fits, picos
+from qlens import Allowance, Call, Caller, Gateway, Model, fits, picos
 from qlens_plugins.cost.budgets.settings import Match, Rule, tolerated
 from qlens_plugins.cost.budgets.store import Account
 from qlens_plugins.cost.budgets.windows import Period
@@ -34,19 +34,25 @@ class Line:
     match: Match = field(factory=Match)
 
     def account(self, caller: Caller, model: str | None) -> Account | None:
-        """Whose budget a call of this caller counts in; None: nobody's."""
+        """Whose budget a call of this caller counts in, of the model that counts as this; None: nobody's."""
         whose = self._whose(caller, model)
-        if whose is None:
-            return None
+        return None if whose is None else self._account(whose, caller.tenant)
+
+    def of_model(self, name: str) -> Account:
+        """The budget of a model, where each has one."""
+        return self._account(("model", name), None)
+
+    def _account(self, whose: tuple[str, ...], caller_tenant: str | None) -> Account:
         digest = hashlib.blake2b("\0".join((self.name, *whose)).encode(errors="surrogatepass"), digest_size=10)
-        tenant = None if self.per == "model" else caller.tenant if self.per != "tag" else None
+        tenant = None if self.per in {"model", "tag"} else caller_tenant
         kind = whose[0]
         return Account(f"budget-{digest.hexdigest()}", self.name, kind, whose[1], tenant, self.period)
 
     def _whose(self, caller: Caller, model: str | None) -> tuple[str, ...] | None:
         """The first two words name the owner; the others tell namesakes apart."""
         if self.per == "model":
-            # The name in the configuration, for a wildcard the pattern: a client's spelling makes no budget of its own.
+            # A name of the configuration, of several for the same targets the first, for a wildcard the pattern: what a
+            # client chooses or spells makes no budget of its own.
             return None if model is None else ("model", model)
         if self.per == "tag":
             value = caller.tags.get(self.tag or "")
@@ -102,28 +108,40 @@ def allowed(allowance: Allowance | None) -> tuple[Line, ...]:
 
 def lines_for(lines: Iterable[Line], call: Call) -> Iterator[tuple[Line, Account]]:
     """The lines that count a call, each with the budget it counts in."""
-    caller, model = call.known, call.model.name if call.model else None
+    caller, model = call.known, call.model.counts_as if call.model else None
     for line in (*lines, *allowed(caller.allowance)):
         account = line.account(caller, model) if line.match.fits(call) else None
         if account is not None:
             yield line, account
 
 
-def lines_of_caller(lines: Iterable[Line], caller: Caller, models: Iterable[str]) -> Iterator[tuple[Line, Account]]:
-    """The lines that count some call of a caller for one of these models, each with the budget it counts in."""
-    usable = [model for model in models if may_use(caller, model)]
+def lines_of_caller(lines: Iterable[Line], caller: Caller, gateway: Gateway) -> Iterator[tuple[Line, Account]]:
+    """The lines that count some call of a caller for a model, each with the budget it counts in."""
+    usable = counting(caller, gateway)
     for line in (*lines, *allowed(caller.allowance)):
         if not line.match.fits_caller(caller):
             continue
-        meant: list[str | None] = [model for model in usable if fits(model, line.match.model)]
+        fits_model = line.match.fits_model
+        meant: list[str | None] = [model.counts_as for asked, model in usable if fits_model(asked) or fits_model(model)]
         if line.per != "model":
             meant = [None] if meant or line.match.model is None else []
-        for model in meant:
+        for model in dict.fromkeys(meant):
             account = line.account(caller, model)
             if account is not None:
                 yield line, account
 
 
-def may_use(caller: Caller, model: str) -> bool:
+def counting(caller: Caller, gateway: Gateway) -> list[tuple[Model, Model]]:
+    """The models and wildcards that a caller may ask for, each with one that some of these calls count as."""
+    models = gateway.models
+    return [
+        (entry, model)
+        for name, entry in models.items()
+        for asked, model in ((name, entry), *models.reached(name))
+        if _may_use(caller, asked)
+    ]
+
+
+def _may_use(caller: Caller, model: str) -> bool:
     """Whether a caller may ask for a model, or for some of those behind a wildcard."""
     return caller.may_use(model) or any(fits(each, (model,)) for each in caller.models or ())

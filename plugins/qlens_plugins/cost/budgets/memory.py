@@ -71,7 +71,10 @@ class MemoryStore:
         part.spent, part.held, part.excess = ask.spent, ask.held, ask.excess
         raised = [each for each in self.increases if each.account == ask.account.id and each.expires_at > now]
         limit = ask.limit + sum(each.picos for each in raised)
-        free, slack = limit - sheet.spent - sheet.held, ask.tolerance - sheet.excess
+        others = [each for id_ in ask.beside if (each := self.sheets.get((id_, ask.window))) is not None]
+        beside, held = sum(each.spent for each in others), sum(each.held for each in others)
+        free = limit - sheet.spent - sheet.held - beside - held
+        slack = ask.tolerance - sheet.excess - sum(each.excess for each in others)
         granted = []
         for need in ask.needs:
             fits = need.likely <= free and need.excess <= slack
@@ -82,7 +85,7 @@ class MemoryStore:
         spare = max(0, min(ask.spare, free - limit // 5)) if all(granted) else 0
         part.held += spare
         until = min((each.expires_at for each in raised), default=2**53)
-        return Told(granted, spare, sheet.spent, sheet.held, limit, until)
+        return Told(granted, spare, sheet.spent, sheet.held + held, limit, until, beside=beside)
 
     def _forget(self, ask: Ask) -> None:
         """Drop windows that are long over, so that memory does not grow with time."""

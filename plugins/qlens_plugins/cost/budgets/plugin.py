@@ -19,7 +19,7 @@ from qlens_plugins.cost.budgets.memory import MemoryStore
 from qlens_plugins.cost.budgets.redis import RedisBudgets, Spent
 from qlens_plugins.cost.budgets.settings import BudgetsConfig, Memory, Redis, Sqlite, place
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
-from qlens_plugins.cost.budgets.store import Account, Need, PastUnknown, Store, StoreAway
+from qlens_plugins.cost.budgets.store import Account, Need, Store, StoreAway
 from qlens_plugins.cost.budgets.tills import Purse, Till, Tills, describe
 from qlens_plugins.cost.budgets.windows import window_of
 
@@ -100,6 +100,11 @@ class Budgets:
         return self._gateway
 
     @property
+    def wants_bound(self) -> bool:
+        """Whether calls are refused of which nobody knows how much they can generate."""
+        return any(line.hard for line in self.lines)
+
+    @property
     def zone(self) -> ZoneInfo:
         """Where days begin."""
         return ZoneInfo(self.config.time_zone)
@@ -165,14 +170,11 @@ class Budgets:
             return None
 
         async def spent(account: Account, start: int, end: int) -> int:
-            spending = past.ledger_of(gateway)
-            if spending is None:
-                raise PastUnknown("there is no ledger any more")
             line = next((line for line in self.lines if line.name == account.rule), None)
             if line is None or line.hard:
                 # Nothing has begun under a hard budget since: what seems to have is of a gateway whose clock is ahead.
                 end = min(end + _AHEAD_SECONDS, window_of(account.period, start, self.zone).end)
-            return await past.spent_of(spending, line, account, start, end)
+            return await past.spent_of(gateway, line, account, start, end)
 
         return spent
 
@@ -290,9 +292,14 @@ class Budgets:
         log.warning("%s: %d %% are spent (%s USD)", describe(till), percent, usd(till.all_spent))
         reached.announce(self.gateway, till, percent)
 
+    def _beside(self, line: Line, account: Account) -> tuple[str, ...]:
+        """The budgets of a model's other names: what they have spent is its own, whichever name came first then."""
+        model = self.gateway.models.named(account.owner) if account.per == "model" else None
+        return () if model is None else tuple(line.of_model(name).id for name in model.names if name != account.owner)
+
     def _plan(self, call: Call) -> Plan:
         found = [
-            (line, self.tills.purse(account, line, is_newest=not self._retired))
+            (line, self.tills.purse(account, line, self._beside(line, account), is_newest=not self._retired))
             for line, account in lines_for(self.lines, call)
         ]
         plan = Plan(

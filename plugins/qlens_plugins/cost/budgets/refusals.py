@@ -32,7 +32,7 @@ def spent(till: Till, need: Need) -> CallError:
             f"{what} is less than what this call may cost, which is up to {usd(cost)} USD. Lower max_tokens or n, or "
             "shorten the prompt."
         )
-    left = limit - told.spent
+    left = limit - told.spent - told.beside
     # What others spend of a budget that is everybody's is in no message, which clients log: GET /v1/budgets has it.
     sums = "" if account.tenant is None else f": {usd(max(0, left))} USD are left"
     if need.likely <= left and told.held:

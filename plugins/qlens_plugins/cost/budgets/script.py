@@ -91,8 +91,8 @@ SYNC = Script(
     _COMMON
     + """\
 -- ARGV: epoch, process, number of this message, milliseconds to live, the time in which increases end; for each
--- budget: account, window, limit, tolerance, spent, held, excess, floor, part, 1 if known, spare, what it is, how many
--- needs, and for each of these likely and excess.
+-- budget: account, window, limit, tolerance, spent, held, excess, floor, part, 1 if known, spare, what it is, the
+-- accounts beside it, how many needs, and for each of these likely and excess.
 if not epoch then return {'lost'} end
 if epoch ~= ARGV[1] then return {'epoch', epoch} end
 reap()
@@ -102,10 +102,10 @@ local is_alive = redis.call('ZSCORE', KEYS[6], process)
 local asks, unseeded, n = {}, {'seed', began}, 5
 while n < #ARGV do
   local ask = {}
-  for i = 1, 13 do ask[i] = ARGV[n + i] end
-  n = n + 13
+  for i = 1, 14 do ask[i] = ARGV[n + i] end
+  n = n + 14
   ask.needs = {}
-  for i = 1, tonumber(ask[13]) do ask.needs[i], n = {num(ARGV[n + 1]), num(ARGV[n + 2])}, n + 2 end
+  for i = 1, tonumber(ask[14]) do ask.needs[i], n = {num(ARGV[n + 1]), num(ARGV[n + 2])}, n + 2 end
   if ask[10] == '1' and not is_alive then return {'given up'} end
   if #ask.needs > 0 and now < opens then return {'wait'} end
   ask.place = ask[1] .. ' ' .. ask[2]
@@ -116,8 +116,13 @@ while n < #ARGV do
     -- Whoever sent it has given it up, and has said something else since.
     if last > number then return {'late'} end
   end
-  -- A window that began after the epoch did has no past.
-  local is_seeded = ask.row and ask.row.seeded == '1' or not ask.row and tonumber(ask[2]) * 1000 >= began
+  -- A window that began after the epoch did has no past, and what a budget beside it was told of is of this one, too.
+  local is_told = tonumber(ask[2]) * 1000 >= began
+  for id in string.gmatch(ask[13], '%S+') do
+    local other = row(id .. ' ' .. ask[2])
+    is_told = is_told or other and other.seeded == '1'
+  end
+  local is_seeded = ask.row and ask.row.seeded == '1' or not ask.row and is_told
   if not is_seeded and now >= opens then unseeded[#unseeded + 1] = #asks end
   ask.seeded = is_seeded and '1' or '0'
   asks[#asks + 1] = ask
@@ -161,6 +166,15 @@ for _, ask in ipairs(asks) do
   end
   local free = sub(sub(sub(limit, r.base), r.spent), r.held)
   local slack, granted, all = sub(num(ask[4]), r.excess), '', true
+  local beside, beside_held = num('0'), num('0')
+  for id in string.gmatch(ask[13], '%S+') do
+    local other = row(id .. ' ' .. ask[2])
+    if other then
+      beside, beside_held = add(beside, add(other.base, other.spent)), add(beside_held, other.held)
+      slack = sub(slack, other.excess)
+    end
+  end
+  free = sub(free, add(beside, beside_held))
   for _, need in ipairs(ask.needs) do
     if below(free, need[1]) or below(slack, need[2]) then
       granted, all = granted .. '0', false
@@ -175,7 +189,10 @@ for _, ask in ipairs(asks) do
   r.held, my_held = add(r.held, spare), add(my_held, spare)
   write(place, r)
   redis.call('HSET', key, ask.mine, table.concat({ask[5], text(my_held), text(my_excess), ARGV[3]}, ' '))
-  told[#told + 1] = {granted, text(spare), text(add(r.base, r.spent)), text(r.held), text(limit), till, raised}
+  local all_held = text(add(r.held, beside_held))
+  told[#told + 1] = {
+    granted, text(spare), text(add(r.base, r.spent)), all_held, text(limit), till, text(beside), raised
+  }
 end
 return told
 """,

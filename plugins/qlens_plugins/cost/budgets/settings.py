@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 from attrs import asdict, field, frozen
 from attrs.validators import and_, deep_iterable, ge, gt, le, min_len
 
-from qlens import Call, Caller, RedisSettings, Url, fits, picos, sqlite_path
+from qlens import Call, Caller, Model, RedisSettings, Url, fits, picos, sqlite_path
 from qlens_plugins.cost.budgets.windows import Period
 
 if TYPE_CHECKING:
@@ -108,11 +108,15 @@ class Match:
     key: tuple[str, ...] | None = None
     """Key ids it is for; a caller without a key is not meant."""
     model: tuple[str, ...] | None = None
-    """Models it is for, by their names in `models`."""
+    """Models it is for, by their names in `models`; of several names for the same targets one is enough."""
 
     def fits(self, call: Call) -> bool:
         """Whether it is for this call."""
-        return self.fits_caller(call.known) and fits(call.model.name if call.model else None, self.model)
+        return self.fits_caller(call.known) and self.fits_model(call.model)
+
+    def fits_model(self, model: Model | None) -> bool:
+        """Whether it is for calls of a model, or for those without one."""
+        return self.model is None if model is None else model.fits(self.model)
 
     def fits_caller(self, caller: Caller) -> bool:
         """Whether it is for some call of this caller."""

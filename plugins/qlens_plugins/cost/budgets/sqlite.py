@@ -210,14 +210,23 @@ def _answer(database: Database, process: str, ask: Ask, now: float) -> Told:
         "WHERE budget = ? AND expires_at > ?",
         (account.id, now),
     ).fetchone()
+    others = [
+        row
+        for id_ in ask.beside
+        for row in database.execute(
+            "SELECT spent, held, excess FROM budgets WHERE id = ? AND window = ?", (id_, ask.window)
+        )
+    ]
+    beside, beside_held, beside_excess = (sum(each) for each in zip((0, 0, 0), *others, strict=True))
     limit, mine, my_excess, granted = ask.limit + raised, ask.held, ask.excess, []
+    room, slack = limit - beside - beside_held, ask.tolerance - beside_excess
     for need in ask.needs:
-        fits = spent + held + need.likely <= limit and excess + need.excess <= ask.tolerance
+        fits = spent + held + need.likely <= room and excess + need.excess <= slack
         if fits:
             held, mine = held + need.likely, mine + need.likely
             excess, my_excess = excess + need.excess, my_excess + need.excess
         granted.append(fits)
-    spare = max(0, min(ask.spare, limit - limit // 5 - spent - held)) if all(granted) else 0
+    spare = max(0, min(ask.spare, room - limit // 5 - spent - held)) if all(granted) else 0
     held, mine = held + spare, mine + spare
     database.execute(
         "UPDATE budgets SET cap = ?, spent = ?, held = ?, excess = ? WHERE id = ? AND window = ?",
@@ -228,7 +237,7 @@ def _answer(database: Database, process: str, ask: Ask, now: float) -> Told:
         "SET spent = excluded.spent, held = excluded.held, excess = excluded.excess",
         (process, *place, ask.spent, mine, my_excess, ask.part),
     )
-    return Told(granted, spare, spent, held, limit, until)
+    return Told(granted, spare, spent, held + beside_held, limit, until, beside=beside)
 
 
 def _renew(database: Database, process: str, until: float) -> bool:

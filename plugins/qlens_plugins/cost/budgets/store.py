@@ -73,6 +73,8 @@ class Ask:
     """Whether the store has answered before: if it knows nothing of this process then, it has been given up."""
     floor: int = 0
     """What everybody had spent when the store last said so before it began anew; `spent` begins at 0 then."""
+    beside: Sequence[str] = ()
+    """Other budgets of which all that was spent and is held counts in this one as well."""
 
 
 @frozen
@@ -82,15 +84,17 @@ class Told:
     granted: Sequence[bool] = ()
     spare: int = 0
     spent: int = 0
-    """By everybody."""
+    """By everybody, in this budget."""
     held: int = 0
-    """By everybody, what is granted now included."""
+    """By everybody, what is granted now included, and what is held in the budgets beside it."""
     limit: int = 0
     """With the increases that hold now."""
     until: int = 2**53
     """When the next of them ends, in Unix seconds."""
     given_up: bool = False
     """The process was believed dead: all that it held was charged, and nothing was changed now."""
+    beside: int = 0
+    """What was spent in the budgets beside it."""
 
 
 @frozen

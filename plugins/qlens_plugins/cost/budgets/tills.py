@@ -75,7 +75,7 @@ class Till:
     @property
     def all_spent(self) -> int:
         """By everybody, as far as this process knows."""
-        return self.told.spent + self.spent - self.said
+        return self.told.spent + self.told.beside + self.spent - self.said
 
 
 @define(eq=False)
@@ -84,6 +84,8 @@ class Purse:
 
     account: Account
     line: Line
+    beside: tuple[str, ...] = ()
+    """The budgets that count in it as well."""
     till: Till = field(init=False)
 
 
@@ -118,14 +120,14 @@ class Tills:
     _tending: asyncio.Task[None] | None = None
     _tasks: set[asyncio.Task[None]] = field(factory=set)
 
-    def purse(self, account: Account, line: Line, *, is_newest: bool = True) -> Purse:
+    def purse(self, account: Account, line: Line, beside: tuple[str, ...] = (), *, is_newest: bool = True) -> Purse:
         """The budget of an account; a changed limit holds from the next call on."""
         purse = self.purses.get(account.id)
         if purse is None:
-            purse = self.purses[account.id] = Purse(account, line)
+            purse = self.purses[account.id] = Purse(account, line, beside)
             purse.till = self._open(purse)
-        elif is_newest and purse.line != line:
-            purse.line, purse.till.until = line, 0
+        elif is_newest and (purse.line, purse.beside) != (line, beside):
+            purse.line, purse.beside, purse.till.until = line, beside, 0
         return purse
 
     def _open(self, purse: Purse) -> Till:
@@ -297,6 +299,7 @@ class Tills:
             till.number,
             till.known,
             till.floor,
+            till.purse.beside,
         )
 
     def _say_again(self, anew: StoreAnew) -> None:

@@ -137,10 +137,13 @@ async def _rows(found: Sequence[tuple[TokenBucket, Used]]) -> list[Row]:
 
 def _page(call: Call) -> tuple[int, str, str | None]:
     """How many limits are asked for, after which id, and of which tenant."""
-    for name in call.query:
+    given = [name for name, _ in call.query.items()]
+    for name in given:
         if name not in _PARAMETERS:
             known = ", ".join(_PARAMETERS)
             raise InvalidRequest(f"Unknown parameter; known: {known}.", param=name[:64], code="unknown_parameter")
+        if given.count(name) > 1:
+            raise InvalidRequest(f"`{name}` may be said once.", param=name, code="invalid_value")
     text = call.query.get("limit", str(MOST_ROWS))
     if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= MOST_ROWS):
         must = f"`limit` must be a whole number from 1 to {MOST_ROWS}."

@@ -125,8 +125,9 @@ def whose(rule: Rule, call: Call, provider: str | None) -> Key:
     if rule.per == "provider":
         return "provider", provider or ""
     if rule.per == "model":
-        # The name in the configuration, for a wildcard the pattern: a client's spelling makes no bucket of its own.
-        return "model", call.model.name if call.model else ""
+        # A name of the configuration, of several for the same targets the first, for a wildcard the pattern: what a
+        # client chooses or spells makes no bucket of its own.
+        return "model", call.model.counts_as if call.model else ""
     if rule.per == "key" and caller.key_id is not None:
         return "key", caller.key_id, caller.by
     if rule.per == "key":

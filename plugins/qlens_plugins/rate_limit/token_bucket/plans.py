@@ -204,7 +204,7 @@ def owed(held: int, receipt: Receipt) -> int:
         return difference
     # An estimate may be too low: it is never a reason to give back.
     is_billed = any(attempt.billed for attempt in receipt.attempts)
-    return 0 if is_billed or _goes_on(receipt) else -held
+    return 0 if is_billed else -held
 
 
 def owed_to(provider: str, held: int, receipt: Receipt) -> int:
@@ -217,9 +217,4 @@ def owed_to(provider: str, held: int, receipt: Receipt) -> int:
     difference = sum(usage.total for usage in usages) - held
     if difference >= 0 or (usages and all(usage.source == "provider" for usage in usages)):
         return difference
-    return 0 if usages or _goes_on(receipt) else -held
-
-
-def _goes_on(receipt: Receipt) -> bool:
-    """Whether a provider may be generating still: who leaves before the first byte does not stop it."""
-    return receipt.outcome == "abandoned" and bool(receipt.attempts)
+    return 0 if usages else -held

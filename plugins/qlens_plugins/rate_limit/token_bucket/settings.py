@@ -46,7 +46,7 @@ class Match:
     key: tuple[str, ...] | None = None
     """Key ids the rule is for; a caller without a key is not meant."""
     model: tuple[str, ...] | None = None
-    """Models the rule is for, by their names in `models`."""
+    """Models the rule is for, by their names in `models`; of several names for the same targets one is enough."""
     provider: tuple[str, ...] | None = None
     """Providers the rule is for, by their names in `providers`; only for rules `per: provider`."""
 
@@ -57,7 +57,7 @@ class Match:
             fits(caller.tenant, self.tenant)
             and fits(caller.project, self.project)
             and fits(caller.key_id, self.key)
-            and fits(call.model.name if call.model else None, self.model)
+            and (self.model is None if call.model is None else call.model.fits(self.model))
             and (provider is None or fits(provider, self.provider))
         )
 
