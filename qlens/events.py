@@ -102,6 +102,8 @@ class Events:
 
     clock: Clock
     _failures: Counter = field(repr=False)
+    all_listen: bool = field(default=False, init=False)
+    """Whether the plugins are open: who does not listen by now does not want to. Never in a command."""
     _listeners: list[tuple[Listener, str]] = field(factory=list, init=False)
 
     @contextmanager
@@ -117,6 +119,11 @@ class Events:
             yield
         finally:
             self._listeners.remove(entry)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether anybody listens."""
+        return bool(self._listeners)
 
     def publish(self, event: Event) -> None:
         """Tell an event; never waits and never raises. A listener that fails is logged and counted."""

@@ -14,6 +14,7 @@ from qlens import (
     Call,
     Caller,
     Cost,
+    Event,
     Gateway,
     Health,
     Model,
@@ -223,6 +224,37 @@ class Talker:
         if self.config.usage:
             yield b"data: " + orjson.dumps({**_head(model), "choices": [], "usage": _USAGE}) + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+@frozen
+class HearerConfig:
+    """How long it takes to open."""
+
+    seconds: float = 0
+
+
+@define(eq=False)
+class Hearer:
+    """Notes the events that it hears, and has something done at the end of each call."""
+
+    config: HearerConfig
+    name: str
+    heard: list[Event] = field(factory=list, init=False)
+    at_settle: list[Callable[[], None]] = field(factory=list, init=False)
+
+    Config = HearerConfig
+
+    @hookimpl
+    @asynccontextmanager
+    async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
+        await asyncio.sleep(self.config.seconds)
+        with gateway.events.listen(self.heard.append, self.name):
+            yield
+
+    @hookimpl
+    async def settle(self, call: Call, receipt: Receipt) -> None:
+        for each in self.at_settle:
+            each()
 
 
 _USAGE = {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8}

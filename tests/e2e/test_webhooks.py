@@ -8,6 +8,7 @@ from pathlib import Path
 
 import aiohttp
 from e2e.serving import serving
+from ledgers import SqlitePlace
 from receivers import SECRET, receiving
 from standardwebhooks import Webhook
 
@@ -44,6 +45,43 @@ async def test_every_receipt_of_a_killed_gateway_is_delivered_by_the_next_under_
                     await asyncio.sleep(0.05)
         for each in receiver.got:
             assert Webhook(SECRET).verify(each.body, dict(each.headers))["id"] == each.id
+
+
+async def test_calls_in_flight_of_a_killed_gateway_are_told_by_the_next_as_its_ledger_has_them(tmp_path: Path) -> None:
+    hangs = {"provider": "echo", "model": "gpt-4o-mini", "params": {"first_byte_ms": 60_000}}
+    async with receiving() as receiver:
+        endpoint = {"name": "a", "url": receiver.url, "secrets": [SECRET], "events": ["qlens.receipt"]}
+        plugin = {"plugin": "webhooks", "endpoints": [endpoint], "allow": ["127.0.0.0/8"]}
+        ledger = {"plugin": "ledger", "url": "sqlite:///ledger.db", "flush_seconds": 0.01}
+        models = {"hangs": {"max_output_tokens": 100, "targets": [hangs]}}
+        changes = {"pipeline": {"observe": [plugin], "cost": [ledger]}, "models": models}
+        with serving(tmp_path, changes=changes) as served:
+            headers = {"authorization": f"Bearer {served.key}"}
+            async with aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0)) as client:
+                url = f"{served.url}/v1/chat/completions"
+                calls = [asyncio.create_task(client.post(url, json={**HELLO, "model": "hangs"})) for _ in range(30)]
+                for _ in range(5):
+                    async with client.post(url, json=HELLO) as answer:
+                        assert answer.status == 200
+                await receiver.reached(5)
+                while b"".join(each.read_bytes() for each in _spooled(tmp_path)).count(b'"hangs"') < len(calls):
+                    await asyncio.sleep(0.02)
+                served.told_to_stop, served.leaves_with = True, -signal.SIGKILL
+                served.process.kill()
+                await asyncio.wait(calls)
+        with serving(tmp_path, changes=changes):
+            async with asyncio.timeout(30):
+                while len({each.id for each in receiver.got}) < 35:
+                    await asyncio.sleep(0.05)
+        told = {(each.id, each.json()["data"]["outcome"], each.json()["data"]["error"]) for each in receiver.got}
+        rows = SqlitePlace(tmp_path / "ledger.db").rows("SELECT id, outcome, error FROM receipts")
+        assert told == {(row["id"], row["outcome"], row["error"]) for row in rows}
+        assert len(told) == len(rows) == 35
+        assert not _spooled(tmp_path)
+
+
+def _spooled(folder: Path) -> list[Path]:
+    return list(folder.glob("ledger.db.spool/*/*.log"))
 
 
 def _kept(folder: Path) -> bytes:

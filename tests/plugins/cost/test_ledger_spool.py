@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ledgers import Place
 
-from qlens import Attempt, Caller, Cost, Receipt, Spool, StartupError, Target, Usage
+from qlens import Attempt, Caller, Cost, Event, Receipt, Spool, StartupError, Target, Usage
 from qlens.stores import segments
 from qlens.stores.spool import Left
 from qlens.testing import Running, running
-from qlens_plugins.cost.ledger import records, rows, source
+from qlens_plugins.cost.ledger import records, rows, source, writer
 from qlens_plugins.cost.ledger.journal import Journal
 from qlens_plugins.cost.ledger.source import Source
 from qlens_plugins.cost.ledger.store import Store
@@ -125,7 +126,7 @@ def writer_of(store: Store, folder: Path) -> Writer:
 # --- records -----------------------------------------------------------------------------------
 
 
-def test_a_record_makes_the_row_that_the_receipt_makes() -> None:
+def test_a_record_makes_the_row_and_the_event_that_the_receipt_makes() -> None:
     other = Usage(input=1, output=2, meters={"images": 3}, source="partial", tier="flex")
     target = Target("other", "m", "m")
     failed = Attempt(1, target, 1.5, first_byte=1.75, ended=2.0, status=500, error="upstream", upstream_id="u")
@@ -139,6 +140,8 @@ def test_a_record_makes_the_row_that_the_receipt_makes() -> None:
     ):
         late = records.read(records.closing(records.begun_late(each), each))
         assert late.row == rows.row(each)
+        assert Event.of_receipt(late.receipt) == Event.of_receipt(each)
+        assert Event.of_receipt(late.receipt).data == Event.of_receipt(each).data
         assert late.id == each.id
     attempts = json.loads(rows.row(receipt(attempts=(failed, billed)))[-1])  # type: ignore[arg-type]
     assert attempts[0]["first_byte_us"] == 250_000
@@ -321,6 +324,106 @@ def test_calls_that_run_long_do_not_keep_what_is_done(tmp_path: Path, monkeypatc
     former.done()
     assert former.left == 0
     orphan.close()
+
+
+# --- what is told of it ------------------------------------------------------------------------
+
+HEARER = 'observe: [{plugin: "plugs:Hearer", name: hearer, seconds: 0.5}]\nproviders:'
+
+
+def heard(gateway: Running) -> list[tuple[str, Any]]:
+    """The receipts that were told, in their order."""
+    return [(event.id, event.data["outcome"]) for event in gateway.plugin("observe", "hearer").heard]
+
+
+def telling(place: Place, folder: Path, ledger: str = "flush_seconds: 0.01") -> str:
+    text = config(f'{ledger}, spool: "{folder}"', url=place.url)
+    return text.replace("providers:", f"  {HEARER}", 1)
+
+
+async def test_calls_of_a_dead_process_are_told_to_those_that_opened_after_the_ledger(
+    place: Place, tmp_path: Path
+) -> None:
+    folder = tmp_path / "spool"
+    left_by_a_dead_process(folder, *(records.opening(begun(n)) for n in range(3)), closing(1), closing(9))
+    async with running(telling(place, folder)) as gateway:
+        await until(lambda: len(heard(gateway)) == 4)
+        events = gateway.plugin("observe", "hearer").heard
+        assert heard(gateway) == [
+            ("call-1", "complete"),
+            ("call-9", "complete"),
+            ("call-0", "failed"),
+            ("call-2", "failed"),
+        ]
+        await until(lambda: not (folder / "0").exists() or not on_disk(folder))
+    lost = events[2]
+    assert (lost.type, lost.subject, lost.tenant, lost.time) == ("qlens.receipt", "call-0", "acme", 10**18)
+    assert lost.data["error"] == "interrupted"
+    assert (lost.data["usage"], lost.data["usage_source"]) == ({"input": 20, "output": 1000}, "estimated")
+    assert (lost.data["cost_usd"], lost.data["cost_state"], lost.data["attempts"]) == ("0.000005", "estimated", [])
+    assert events[0] == Event.of_receipt(receipt(1))
+    assert not folder.exists()
+
+
+async def test_what_a_dead_process_wrote_down_long_before_its_end_is_not_told_again(
+    tmp_path: Path, place: Place
+) -> None:
+    folder = tmp_path / "spool"
+    left_by_a_dead_process(folder, records.opening(begun(0)), *(closing(n) for n in range(1, 200)))
+    async with running(telling(place, folder)) as gateway:
+        await until(lambda: len(heard(gateway)) == source.MAY_BE_UNTOLD + 1)
+        assert heard(gateway) == [*((f"call-{n}", "complete") for n in range(150, 200)), ("call-0", "failed")]
+    assert len(read(place)) == 200
+
+
+async def test_a_call_whose_beginning_was_carried_behind_its_end_is_not_told_to_have_failed(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "MAY_BE_UNTOLD", 1)
+    folder = tmp_path / "spool"
+    begins = [records.opening(begun(n)) for n in (1, 3, 4)]
+    left_by_a_dead_process(folder, closing(1), *begins, closing(2), closing(3))
+    async with running(telling(place, folder, "flush_seconds: 0, batch_size: 1")) as gateway:
+        await until(lambda: len(heard(gateway)) == 2)
+        assert heard(gateway) == [("call-3", "complete"), ("call-4", "failed")]
+    assert read(place) == [complete(1), complete(2), complete(3), interrupted(4)]
+
+
+async def test_what_another_process_leaves_is_taken_over_and_told_while_this_one_runs(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "TAKE_OVER_SECONDS", 0.05)
+    folder = tmp_path / "spool"
+    async with running(telling(place, folder)) as gateway:
+        other = Spool.open(folder)
+        other.append(records.opening(begun(0)))
+        await asyncio.sleep(0.2)
+        assert not read(place)
+        abandon(other)
+        await until(lambda: heard(gateway) == [("call-0", "failed")])
+        await until(lambda: [path.name for path in folder.iterdir()] == ["0"])
+        assert await call(gateway) == 200
+        await until(lambda: len(read(place)) == 2)
+
+
+async def test_a_receipt_leaves_the_spool_when_all_plugins_have_had_it(place: Place, tmp_path: Path) -> None:
+    """Or else a process that dies between the ledger and what tells would have it in the ledger and told nowhere."""
+    left: list[int] = []
+
+    def wait_for_the_row() -> None:
+        ends = time.monotonic() + 15
+        while not read(place) and time.monotonic() < ends:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        left.append(spool.left.records)
+
+    async with running(telling(place, tmp_path / "spool", "flush_seconds: 0")) as gateway:
+        spool = gateway.plugin("cost", "ledger").writer.journal._spool
+        gateway.plugin("observe", "hearer").at_settle.append(wait_for_the_row)
+        assert await call(gateway) == 200
+        await until(lambda: spool.left.records == 0)
+    assert left == [2]  # that it had begun, and how it ended
+    assert len(read(place)) == 1
 
 
 # --- while it runs -----------------------------------------------------------------------------

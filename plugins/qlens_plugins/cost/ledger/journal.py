@@ -13,6 +13,7 @@ from attrs import define, field
 
 from qlens import Spool, SpoolSync, StartupError
 from qlens_plugins.cost.ledger import records
+from qlens_plugins.cost.ledger.records import Record
 from qlens_plugins.cost.ledger.rows import Row
 from qlens_plugins.cost.ledger.source import Source
 
@@ -37,6 +38,8 @@ class Journal:
     """Called with how many receipts could not be understood."""
     most_bytes: int = MOST_BYTES
     """How many may wait on the disk."""
+    tells: bool = False
+    """Whether what dead processes left untold is kept until it is `told`."""
     _spool: Spool | None = field(default=None, init=False)
     _syncing: SpoolSync | None = field(default=None, init=False)
     _sources: list[Source] = field(factory=list, init=False)
@@ -117,8 +120,13 @@ class Journal:
 
     @property
     def left_behind(self) -> int:
-        """How many records of dead processes there are still."""
-        return sum(source.left for source in self._sources if source.is_former)
+        """How many records of dead processes may be of receipts that are not in the database."""
+        return sum(source.left for source in self._sources if source.is_former and not source.is_written)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something that dead processes left is in the database and not told."""
+        return any(source.untold for source in self._sources)
 
     # --- on the thread -------------------------------------------------------------------------
 
@@ -126,10 +134,10 @@ class Journal:
         """Open the spool, and take what dead processes left; raises StartupError when the folder cannot be used."""
         self._tried = time.monotonic()
         try:
-            self._sources += [Source(spool, self.lost, is_former=True) for spool in Spool.orphans(self.folder)]
+            self.take_over()
             spool = Spool.open(self.folder, most_bytes=self.most_bytes)
             while spool.left.records:  # of one who died this moment
-                self._sources.append(Source(spool, self.lost, is_former=True))
+                self._sources.append(self._former(spool))
                 spool = Spool.open(self.folder, most_bytes=self.most_bytes)
         except OSError as error:
             self._refused(error)
@@ -143,6 +151,14 @@ class Journal:
         self._syncing = SpoolSync(spool)
         self._syncing.start()
         self._spool = spool
+
+    def take_over(self) -> None:
+        """Take what processes left that are dead by now; raises OSError."""
+        # In front: the last one is the own.
+        self._sources[:0] = [self._former(spool) for spool in Spool.orphans(self.folder)]
+
+    def _former(self, spool: Spool) -> Source:
+        return Source(spool, self.lost, is_former=True, tells=self.tells)
 
     def take(self, most: int) -> list[Row]:
         """The next rows, at most so many; they stay where they are until `done`."""
@@ -198,8 +214,24 @@ class Journal:
     def done(self) -> None:
         """Let go of what was taken: it is in the database."""
         self._in_hand, self._stored = [], self._taken
-        for source in tuple(self._sources):
+        for source in self._sources:
             source.done()
+        self._leave()
+
+    @property
+    def untold(self) -> list[Record]:
+        """What dead processes have perhaps not told, of what is in the database."""
+        return [record for source in self._sources for record in source.untold]
+
+    def told(self) -> None:
+        """Let go of what was `untold`."""
+        for source in self._sources:
+            source.told()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Leave the places of dead processes that have nothing more."""
+        for source in tuple(self._sources):
             if source.is_former and not source.left:
                 self._sources.remove(source)
                 source.spool.close()

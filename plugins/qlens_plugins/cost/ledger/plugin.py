@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
@@ -14,12 +15,14 @@ from attrs import define, field, frozen, validators
 from qlens import Call, Command, Endpoint, Health, Receipt, Unavailable, Url, hookimpl
 from qlens_plugins.cost.ledger import analytics
 from qlens_plugins.cost.ledger.journal import Journal
+from qlens_plugins.cost.ledger.news import News
 from qlens_plugins.cost.ledger.places import check, store_at
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.spent import spent
 from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Store
+from qlens_plugins.cost.ledger.versions import note_upgrade, version
 from qlens_plugins.cost.ledger.writer import Begun, Writer
 
 if TYPE_CHECKING:
@@ -73,6 +76,8 @@ class Ledger:
     name: str
     _writer: Writer | None = field(default=None, init=False)
     _reader: Reader | None = field(default=None, init=False)
+    _found: int = field(default=0, init=False)
+    """The version that the tables had when a command began."""
     _gateway: Gateway | None = field(default=None, init=False)
 
     Config = LedgerConfig
@@ -101,8 +106,11 @@ class Ledger:
         self._gateway = gateway
         if self._reader is None or self._reader.store is not writer.store:
             self._reader = Reader(writer.store)
+        self._found = 0 if gateway.url else await asyncio.to_thread(version, store)
         await writer.open()
         try:
+            if self._found:  # a command runs, whichever: tables that were there are others' as well
+                await note_upgrade(gateway, store, self._found)
             yield
         finally:
             await writer.close(self.config.close_seconds)
@@ -201,7 +209,7 @@ class Ledger:
         async def run(gateway: Gateway, args: Namespace) -> int:
             return await usage.run(self.writer.store, args)
 
-        yield upkeep.command(self._store)
+        yield upkeep.command(self._store, lambda: self._found)
         yield Command("usage", usage.HELP, usage.add_arguments, run)
         yield reconcile.command(lambda: self.writer.store)
         yield what_if.command(lambda: self.writer.store)
@@ -220,8 +228,9 @@ def _new_writer(store: Store, folder: Path, gateway: Gateway) -> Writer:
     dropped = metrics.counter("qlens_ledger_dropped_total", "Receipts lost because the ledger could not keep them.").inc
     return Writer(
         store,
-        Journal(folder, dropped),
+        Journal(folder, dropped, tells=True),
         metrics.counter("qlens_ledger_written_total", "Receipts written to the ledger.").inc,
         dropped,
         metrics.gauge("qlens_ledger_queue", "Receipts that wait to be written to the ledger.").set,
+        News(gateway, store),
     )

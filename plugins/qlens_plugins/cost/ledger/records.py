@@ -47,8 +47,17 @@ class Record(NamedTuple):
     @property
     def row(self) -> rows.Row:
         """The receipt; of a call that has not ended, one that charges the most that it can have used."""
+        return rows.ended(*self._facts)
+
+    @property
+    def receipt(self) -> Receipt:
+        """The same as what plugins know."""
+        return rows.receipt(*self._facts)
+
+    @property
+    def _facts(self) -> tuple[rows.Facts, rows.Facts]:
         assert self.before is not None, "nothing was sent"
-        return rows.interrupted(self.before) if self.after is None else rows.ended(self.before, self.after)
+        return self.before, rows.interrupted(self.before) if self.after is None else self.after
 
 
 def begun(call: Call) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from qlens import Attempt, Call, Cost, Receipt, Usage, usd
+from qlens import Attempt, Call, Caller, Cost, Receipt, Target, Usage, usd
 
 log = logging.getLogger("qlens.ledger")
 
@@ -176,6 +176,14 @@ def _buckets(usage: Usage) -> Facts:
     )
 
 
+def interrupted(before: Facts) -> Facts:
+    """How a call ended whose process died: it may have been sent, so what it can have used at most is charged."""
+    input_, output, meters, picos, price_id = before[10:]
+    used = (input_, 0, 0, 0, output, 0, 0, 0, meters, "estimated", None)
+    cost = (picos, "unpriced" if picos is None else "estimated", price_id, ())
+    return (None, None, "failed", 503, "interrupted", False, "off", used, cost, 0, None, 0, 0, 0, None, ())
+
+
 # --- rows of it ----------------------------------------------------------------------------------
 
 
@@ -185,15 +193,6 @@ def ended(before: Facts, after: Facts) -> Row:
     times = (saved, ttft, total, overhead, bytes_out)
     texts = (before[9] if tags is None else tags, [_attempt(facts, used, cost) for facts in attempts])
     return _row(before, ending, used, cost, (times, texts))
-
-
-def interrupted(before: Facts) -> Row:
-    """The row of a call whose process died: it may have been sent, so what it can have used at most is charged."""
-    input_, output, meters, picos, price_id = before[10:]
-    ending = (None, None, "failed", 503, "interrupted", False, "off")
-    used = (input_, 0, 0, 0, output, 0, 0, 0, meters, "estimated", None)
-    cost = (picos, "unpriced" if picos is None else "estimated", price_id, ())
-    return _row(before, ending, used, cost, ((0, None, 0, 0, 0), (before[9], ())))
 
 
 def _row(before: Facts, ending: Facts, used: Facts, cost: Facts, rest: tuple[Facts, Facts]) -> Row:
@@ -240,6 +239,68 @@ def _usage(used: Facts) -> dict[str, object]:
     """The buckets that were used."""
     *buckets, meters, source, _ = used
     return {**dict(compress(zip(BUCKETS, buckets, strict=True), buckets)), **meters, "source": source}
+
+
+# --- receipts of it ------------------------------------------------------------------------------
+
+
+def receipt(before: Facts, after: Facts) -> Receipt:
+    """The receipt of a call that has ended, as far as it is noted: who vouched for the caller, say, is not."""
+    id_, wall_ns, tenant, project, key_id, subject, operation, model, config, known = before[:10]
+    provider, upstream, *ending, used, price, saved, ttft, total, overhead, bytes_out, own, attempts = after
+    outcome, status, error, streamed, cache = ending
+    usage, cost, tags = _used(used), _cost(price), known if own is None else own
+    return Receipt(
+        id=id_,
+        caller=Caller(tenant, subject, "", project=project, key_id=key_id, tags=known),
+        operation=operation,
+        model=model,
+        target=None if provider is None else Target(provider, upstream, model or ""),
+        outcome=outcome,
+        status=status,
+        error=error,
+        usage=usage,
+        cost=cost,
+        saved_picos=saved,
+        cache=cache,
+        streamed=streamed,
+        attempts=tuple(_tried(facts, model or "", usage, cost) for facts in attempts),
+        tags=tags,
+        wall_ns=wall_ns,
+        ttft_us=ttft,
+        total_us=total,
+        overhead_us=overhead,
+        bytes_out=bytes_out,
+        config_version=config,
+    )
+
+
+def _tried(facts: Facts, model: str, usage: Usage, cost: Cost) -> Attempt:
+    n, kind, provider, upstream, status, error, started, first_byte, over, upstream_id, billed, used, price = facts
+    return Attempt(
+        n,
+        Target(provider, upstream, model),
+        started,
+        kind=kind,
+        first_byte=first_byte,
+        ended=over,
+        status=status,
+        error=error,
+        usage=usage if used == SAME else None if used is None else _used(used),
+        cost=cost if price == SAME else _cost(price),
+        billed=billed,
+        upstream_id=upstream_id,
+    )
+
+
+def _used(facts: Facts) -> Usage:
+    *buckets, meters, source, tier = facts
+    return Usage(**dict(zip(BUCKETS, buckets, strict=True)), meters=meters, source=source, tier=tier)
+
+
+def _cost(facts: Facts) -> Cost:
+    picos, state, price_id, lines = facts
+    return Cost(picos, state, price_id, tuple((meter, quantity, each) for meter, quantity, each in lines))
 
 
 @lru_cache(maxsize=8)

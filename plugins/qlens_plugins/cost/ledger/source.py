@@ -11,6 +11,7 @@ from attrs import define, field
 
 from qlens import Spool
 from qlens_plugins.cost.ledger import records
+from qlens_plugins.cost.ledger.records import Record
 from qlens_plugins.cost.ledger.rows import AT_ONCE, Row
 
 log = logging.getLogger("qlens.ledger")
@@ -20,6 +21,9 @@ PAUSE_SECONDS = 0.00005
 CARRY_AFTER = 10_000
 CARRY_TIMES = 4
 """So many records, and so many times as many as there are calls that run, may stay for calls that run long."""
+MAY_BE_UNTOLD = 50
+"""How many of the last receipts that a process wrote down it may not have told of. A call's receipt is written down
+just before its event is, in one turn of the event loop: that is one, and more only where a plugin in between waits."""
 
 
 @define(eq=False)
@@ -27,13 +31,16 @@ class Source:
     """Reads a spool, and lets its records go when what they say is in the database.
 
     The record that a call has begun stays until the call is over, and with it all that stand behind it. Of the calls of
-    a former owner none runs any more: those that have not ended are over when all is read.
+    a former owner none runs any more: those that have not ended are over when all is read. Nobody has told of them, nor
+    perhaps of the last that did end: where events are told, the records of both stay until that is done.
     """
 
     spool: Spool
     lost: Callable[[float], object]
     """Called with how many receipts could not be understood."""
     is_former: bool = False
+    tells: bool = False
+    """Whether what a former owner left untold is kept until it is `told`."""
     _kept: deque[str | None] = field(factory=deque, init=False)
     """For each record that was read and is there still: the call that it waits for, None when for none."""
     _running: dict[str, bytes] = field(factory=dict, init=False)
@@ -42,11 +49,25 @@ class Source:
     """Calls whose record was written once more, which is not read yet."""
     _over: list[str] = field(factory=list, init=False)
     """Calls that are being written to the database."""
+    _untold: dict[str, Record] = field(factory=dict, init=False)
+    """What is perhaps to be told, by the call's id, in the order of the records."""
+    _is_read: bool = field(default=False, init=False)
+    """Whether all that a former owner left was read."""
 
     @property
     def left(self) -> int:
         """How many records it has."""
         return self.spool.left.records
+
+    @property
+    def is_written(self) -> bool:
+        """Whether all that a former owner left is in the database."""
+        return self._is_read and not self._over
+
+    @property
+    def untold(self) -> list[Record]:
+        """What a former owner has perhaps not told, once all of it is in the database."""
+        return list(self._untold.values()) if self.is_written else []
 
     def take(self, most: int) -> list[Row]:
         """The next rows, at most so many; they stay where they are until `done`, and come again after a crash.
@@ -63,6 +84,7 @@ class Source:
                 raise
             if not chunk:
                 return found + self._interrupted(most - len(found)) if self.is_former else found
+            self._is_read = False
             for record in chunk:
                 found += self._understood(record)
             time.sleep(PAUSE_SECONDS)
@@ -77,7 +99,12 @@ class Source:
                 self._begun(record.id, data)
                 return []
             self._over.append(record.id)
-            return [] if record.is_void else [record.row]
+            if record.is_void:
+                return []
+            row = record.row
+            if self.tells:
+                self._hold(record)
+            return [row]
         except Exception:
             log.exception("ledger: a record in %s cannot be understood and is lost: %r", self.spool.place, data)
             self.lost(1)
@@ -90,12 +117,31 @@ class Source:
         else:
             self._running[id_] = data
 
+    def _hold(self, record: Record) -> None:
+        """Keep a receipt until it is told, or so many came after it that it surely was."""
+        self._kept[-1] = record.id
+        self._untold[record.id] = record
+        if len(self._untold) > MAY_BE_UNTOLD:
+            del self._untold[next(iter(self._untold))]
+
     def _interrupted(self, most: int) -> list[Row]:
         """Rows of calls that nobody finishes any more."""
         over = set(self._over)
-        ids = [id_ for id_ in self._running if id_ not in over][:most]
-        self._over += ids
-        return [records.read(self._running[id_]).row for id_ in ids]
+        ids = [id_ for id_ in self._running if id_ not in over]
+        self._is_read = len(ids) <= most
+        found = [records.read(self._running[id_]) for id_ in ids[:most]]
+        self._over += ids[:most]
+        if self.tells:
+            for record in found:
+                # Not where there is its end: the record that it had begun was carried on behind it.
+                self._untold.setdefault(record.id, record)
+        return [record.row for record in found]
+
+    def told(self) -> None:
+        """Let go of what was `untold`: whoever listens has it."""
+        if self.is_written:
+            self._untold = {}
+            self._let_go()
 
     def over(self, id_: str) -> None:
         """Note that a call is over, and its row on the way to the database."""
@@ -116,7 +162,7 @@ class Source:
 
     def _let_go(self) -> None:
         count = 0
-        while self._kept and self._kept[0] not in self._running:
+        while self._kept and self._kept[0] not in self._running and self._kept[0] not in self._untold:
             self._kept.popleft()
             count += 1
         self.spool.shipped(count)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +17,7 @@ from attrs import define, field, frozen
 from qlens import Call, Receipt
 from qlens_plugins.cost.ledger import records, rows
 from qlens_plugins.cost.ledger.journal import Journal
+from qlens_plugins.cost.ledger.news import News
 from qlens_plugins.cost.ledger.store import Batch, Store, StoreAway
 
 log = logging.getLogger("qlens.ledger")
@@ -25,6 +27,10 @@ LONGEST_WAIT_SECONDS = 5.0
 """Between two tries of a batch that could not be written; each wait is twice the one before."""
 LOOK_SECONDS = 600.0
 """Between two looks for receipts that are old enough to be deleted."""
+TAKE_OVER_SECONDS = 30.0
+"""Between two looks for what dead processes left."""
+TELL_SECONDS = 0.2
+"""Between two tries to tell of it."""
 GRACE_SECONDS = 5.0
 """How much longer than the closing time one stuck call into the database or the disk is waited for."""
 
@@ -53,6 +59,8 @@ class Writer:
     dropped: Callable[[float], object]
     waits: Callable[[float], object]
     """Called with what was written, what could not be kept, and the length of the queue: metrics."""
+    news: News | None = None
+    """Tells of what dead processes left."""
     batch_size: int = 500
     flush_seconds: float = 0.2
     queue_size: int = 100_000
@@ -82,6 +90,8 @@ class Writer:
     """How many receipts neither the database nor the disk took in the end."""
     _next_look: float = field(default=0.0, init=False)
     """When to look for receipts that are old enough to be deleted, in monotonic seconds."""
+    _next_take_over: float = field(default=0.0, init=False)
+    """When to look for what dead processes left."""
 
     # --- on the event loop ---------------------------------------------------------------------
 
@@ -212,6 +222,7 @@ class Writer:
             while batch := self._next():
                 if not self._persist(batch):
                     break
+                self._tell()
                 self._forget()
         except Exception as error:
             log.exception("ledger %s: the writer has stopped", self.store)
@@ -229,6 +240,7 @@ class Writer:
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits in open()
             opened.set_exception(error)
             return False
+        self._next_take_over = time.monotonic() + TAKE_OVER_SECONDS
         opened.set_result(None)
         return True
 
@@ -241,8 +253,10 @@ class Writer:
     def _next(self) -> Batch | None:
         """Wait for something to write; None when there is nothing left and the end has come."""
         while True:
+            self._take_over()
             with self._wake:
-                self._wake.wait_for(lambda: self._has_work or self._closing is not None)
+                if not self._wake.wait_for(lambda: self._has_work or self._closing is not None, TAKE_OVER_SECONDS):
+                    continue
                 # The first receipt starts a batch; those that come within the next moment are written with it.
                 self._wake.wait_for(lambda: self._has_batch or self._closing is not None, timeout=self.flush_seconds)
                 rejections, self._rejections = self._rejections, {}
@@ -256,10 +270,13 @@ class Writer:
                 return None
             if self.journal.is_stuck:
                 self._may_wait(LONGEST_WAIT_SECONDS)
+            elif not self._tell():
+                self._may_wait(TELL_SECONDS)
 
     @property
     def _has_work(self) -> bool:
-        return bool(self.journal.fresh or self.journal.has_more or self._rejections or self.journal.left_behind)
+        journal = self.journal
+        return bool(journal.fresh or journal.has_more or self._rejections or journal.left_behind or journal.has_news)
 
     @property
     def _has_batch(self) -> bool:
@@ -273,6 +290,9 @@ class Writer:
             if not self._may_wait(wait):
                 return False
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+        if self.news is not None:
+            # Before the records go: should this process die now, the next one tells of those that were not told.
+            self.news.come_round()
         self.journal.done()
         with self._wake:
             self._uncounted -= sum(batch.rejections.values())
@@ -290,9 +310,30 @@ class Writer:
         self._recovered()
         return True
 
+    def _take_over(self) -> None:
+        """Now and then, take what processes left that have died since."""
+        if time.monotonic() >= self._next_take_over:
+            self._next_take_over = time.monotonic() + TAKE_OVER_SECONDS
+            with suppress(OSError):  # what is wrong with the folder, its own spool finds out
+                self.journal.take_over()
+
+    def _tell(self) -> bool:
+        """Tell of what dead processes left, once it is written; False when that must be tried again."""
+        news, untold = self.news, self.journal.untold
+        if news is None or not untold:
+            return True
+        if not news.is_due:
+            return False
+        if news.is_heard and not news.tell(untold):
+            return False
+        self.journal.told()
+        return True
+
     def _forget(self) -> None:
-        """Now and then, delete receipts that are old enough."""
+        """Now and then, delete receipts that are old enough; none that would come once more after a crash."""
         if self.keep_days is None or time.monotonic() < self._next_look:
+            return
+        if self.journal.left_behind or self.journal.has_news:
             return
         more = False
         try:
