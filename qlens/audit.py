@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import pwd
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -45,6 +47,14 @@ class Actor:
         """The authenticated caller of a call."""
         caller = call.known
         return cls(caller.subject, caller.tenant, caller.key_id, caller.by, call.peer, call.id)
+
+    @classmethod
+    def user(cls) -> Actor:
+        """The user whose command this is."""
+        try:
+            return cls(pwd.getpwuid(os.getuid()).pw_name)  # what the environment says, anybody can set
+        except KeyError:  # a number that has no name, as in a container
+            return cls(f"uid {os.getuid()}")
 
 
 @frozen

@@ -13,13 +13,15 @@ from typing import Any
 from attrs import define, field
 
 from qlens import dialects, returned, vocabularies
+from qlens.advice import warnings
 from qlens.alternative import Alternative
-from qlens.audit import Audit
+from qlens.audit import Actor, Audit, AuditEntry, AuditOutcome, AuditSink
 from qlens.call import Call, Caller
 from qlens.clock import Clock
 from qlens.config import Config, Draft, Network
 from qlens.crashes import censored
-from qlens.errors import ConfigError, Fault, StartupError
+from qlens.drains import Drains
+from qlens.errors import CallError, ConfigError, Fault, StartupError
 from qlens.events import Events
 from qlens.metrics import CallMetrics, Metrics
 from qlens.models import Models
@@ -27,7 +29,7 @@ from qlens.object_ids import ObjectIds
 from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.paths import Served, served
 from qlens.pipeline import Pipeline
-from qlens.registry import Health, Instance, Provider, Registration, register
+from qlens.registry import Bound, Health, Instance, Provider, Registration, register
 from qlens.roles import Roles
 from qlens.upstream import Upstream
 
@@ -129,6 +131,10 @@ def _as_exception(error: BaseException) -> Exception:
     return found
 
 
+def _lifespan(registration: Registration, instance: Instance) -> Bound | None:
+    return next((hook for hook in registration.hooks.lifespan if hook.instance == instance.key), None)
+
+
 def _keepers(registration: Registration) -> dict[str, Instance]:
     """The providers that keep objects for clients, by name."""
     return {
@@ -144,7 +150,8 @@ class Gateway:
 
     `http` opens calls to URLs, `metrics` makes metrics, `stores` holds clients that several plugins share, `models`,
     `providers` and `roles` follow the current configuration, `clock` tells the time, `worker` is this process' number,
-    `url` is where clients reach it, `audit` notes what operators change, `events` tells what happens.
+    `url` is where clients reach it, `audit` notes what operators change, `note` what commands do, `events` tells what
+    happens.
     """
 
     clock: Clock = field(factory=Clock)
@@ -156,11 +163,15 @@ class Gateway:
     draining: bool = False
     expired: bool = False
     """Whether draining took too long and running calls are being cut off."""
+    drains: Drains = field(factory=Drains)
+    """The calls that go on without their client."""
     calls: CallMetrics = field(init=False)
     audit: Audit = field(init=False)
     events: Events = field(init=False)
     _current: Generation | None = field(default=None, init=False)
     _seen: Registration | None = field(default=None, init=False)
+    _command: str | None = field(default=None, init=False)
+    """The instance whose command runs."""
     _older: list[Generation] = field(factory=list, init=False)
     _retiring: set[asyncio.Task[None]] = field(factory=set, init=False)
     _lifespans: list[_Lifespan] = field(factory=list, init=False)
@@ -212,11 +223,49 @@ class Gateway:
         if network is None:
             yield self.http
             return
-        http = await Upstream.through(network)
+        http = await Upstream.through(network, self.http.unsent)
         try:
             yield http
         finally:
             await http.aclose()
+
+    async def note(
+        self,
+        action: str,
+        object: str,  # noqa: A002 - the word for it
+        *,
+        before: Mapping[str, Any] | None = None,
+        after: Mapping[str, Any] | None = None,
+        tenant: str | None = None,
+        outcome: AuditOutcome = "done",
+        but: AuditSink | None = None,
+    ) -> AuditEntry:
+        """Note what a command does, before that takes effect, as done by the user who runs it.
+
+        It goes to the audit logs of the configuration, or is a line of the log `qlens.audit`, on standard error, where
+        no plugin keeps one. Raises StartupError when it cannot be noted: then do not do it. The rest is as in
+        `audit.record`; a plugin that names its own database as `but` is not asked for its log.
+        """
+        registration, opened = self._registration, list[_Lifespan]()
+        instances = {instance.key: instance for instance in registration.instances}
+        try:
+            for hook in registration.hooks.audit_log:
+                if but is None or hook.instance != self._command:
+                    await self._open_log(instances[hook.instance], hook, opened)
+            return await self.audit.record(
+                *(Actor.user(), action, object), before=before, after=after, tenant=tenant, outcome=outcome, but=but
+            )
+        except CallError as error:
+            raise StartupError(error.message) from error
+        finally:
+            await self._close(opened)
+
+    async def _open_log(self, instance: Instance, hook: Bound, opened: list[_Lifespan]) -> None:
+        if instance.entry.missing_env:
+            raise StartupError(
+                [Fault(instance.entry.path, "has the audit log, and names environment variables that are not set")]
+            )
+        await self._open(instance, hook, opened)
 
     # --- what the server uses ------------------------------------------------------------------
 
@@ -258,7 +307,7 @@ class Gateway:
         async with self._changing:
             if (network := registration.config.server.network) is not None:
                 try:
-                    self.http = await Upstream.through(network)
+                    self.http = await Upstream.through(network, self.http.unsent)
                 except StartupError as error:
                     raise StartupError([Fault("server", fault.message) for fault in error.faults]) from None
             await self._change(registration)
@@ -315,7 +364,7 @@ class Gateway:
             generation = self._generation(registration)
             self._adopt(old, registration)
             for instance in registration.new:
-                await self._open(registration, instance, opened)
+                await self._open(instance, _lifespan(registration, instance), opened)
         except BaseException:
             self._seen = old
             await self._close(opened)
@@ -325,6 +374,9 @@ class Gateway:
             self._older.append(self._current)
             self._retire(self._current)
         self._current = generation
+        self.events.all_listen = True
+        for warning in warnings(registration) if self.worker == 0 else ():
+            log.warning("%s", warning)
 
     def _generation(self, registration: Registration) -> Generation:
         keepers = _keepers(registration)
@@ -336,6 +388,8 @@ class Gateway:
             ids=ObjectIds.of(registration.config, keepers),
             metrics=self.calls,
             stopping=lambda: self.expired,
+            drains=self.drains,
+            unsent=self.http.unsent,
         )
         for name in keepers:
             if not pipeline.ids.keeps(name):
@@ -359,8 +413,7 @@ class Gateway:
                     message = f"{instance.entry.plugin} cannot adopt: {said}"
                     raise StartupError([Fault(instance.entry.path, message)]) from error
 
-    async def _open(self, registration: Registration, instance: Instance, opened: list[_Lifespan]) -> None:
-        hook = next((hook for hook in registration.hooks.lifespan if hook.instance == instance.key), None)
+    async def _open(self, instance: Instance, hook: Bound | None, opened: list[_Lifespan]) -> None:
         lifespan = _Lifespan(instance)
         try:
             if hook is not None:
@@ -408,10 +461,10 @@ class Gateway:
     @asynccontextmanager
     async def only(self, registration: Registration, key: str) -> AsyncIterator[None]:
         """Open the lifespan of one instance alone, for a command."""
-        self._seen = registration
+        self._seen, self._command = registration, key
         instance = next(instance for instance in registration.instances if instance.key == key)
         opened: list[_Lifespan] = []
-        await self._open(registration, instance, opened)
+        await self._open(instance, _lifespan(registration, instance), opened)
         try:
             yield
         finally:
@@ -468,5 +521,6 @@ class Gateway:
         if self._retiring:
             await asyncio.wait(set(self._retiring), timeout=CLOSE_SECONDS)
         lifespans, self._lifespans = self._lifespans, []
+        self.events.all_listen = False
         await self._close(lifespans)
         await self.http.aclose()

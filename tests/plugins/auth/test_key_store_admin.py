@@ -181,6 +181,7 @@ async def test_a_database_of_before_there_were_notes_about_keys_is_taken_over() 
         key = await made(gateway)
         database = sqlite3.connect(gateway.folder / "qlens.db", isolation_level=None)
         database.execute("ALTER TABLE keys DROP COLUMN metadata")
+        database.execute("DROP TABLE untold_events")
         database.execute("UPDATE versions SET version = 1 WHERE owner = 'key_store'")
         database.close()
         file = f"poll_seconds: 0.05, url: 'sqlite:///{gateway.folder}/qlens.db'"

@@ -132,6 +132,30 @@ def test_options_are_read_as_the_admin_api_reads_its_fields(house: Path, capsys:
         assert message in capsys.readouterr().err, words
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("keys revoke a\udcff", "no key with the id 'a\\udcff'"),
+        ("keys rotate a\udcff", "no key with the id 'a\\udcff'"),
+        ("keys create --tenant a --role a\udcff", "there is no role 'a\\udcff'"),
+        ("keys list --tenant a\udcff", "--tenant: 'a\\udcff' has bytes that are no UTF-8"),
+        *(
+            (f"audit --{name} a\udcff", f"--{name}: 'a\\udcff' has bytes that are no UTF-8")
+            for name in ("tenant", "actor", "action", "object")
+        ),
+    ],
+)
+def test_arguments_with_bytes_that_are_no_unicode_are_refused(
+    house: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    try:
+        code = main(words.split())
+    except SystemExit as left:
+        code = int(left.code or 0)
+    assert code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_what_the_environment_says_is_nobody_in_the_audit_log(
     house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

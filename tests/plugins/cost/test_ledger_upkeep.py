@@ -289,9 +289,9 @@ def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkey
     store = place.store()
     store.connect()
     with pytest.raises(BaseException):  # noqa: B017 - any
-        backup.Source(file).restore(Failing(store))  # type: ignore[arg-type]
+        backup.Source(file).restore(Failing(store), lambda: None)  # type: ignore[arg-type]
     assert len(place.rows(RECEIPTS)) == 28
-    backup.Source(file).restore(store)
+    backup.Source(file).restore(store, lambda: None)
     store.close()
     assert plain(place.rows(RECEIPTS)) == plain(old.rows(RECEIPTS))
     assert qlens(tmp_path, place, "verify") == 0

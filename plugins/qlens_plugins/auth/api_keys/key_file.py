@@ -79,8 +79,12 @@ def read(path: Path) -> tuple[tuple[Key, ...], Signature]:
     try:
         text = raw.decode()
     except UnicodeDecodeError:
-        raise StartupError([Fault(str(path), "is not UTF-8 text; is this the file of keys?")]) from None
+        raise _no_text(path) from None
     return parse(text, str(path)), signature(status)
+
+
+def _no_text(path: Path) -> StartupError:
+    return StartupError([Fault(str(path), "is not UTF-8 text; is this the file of keys?")])
 
 
 def signature(status: os.stat_result) -> Signature:
@@ -265,7 +269,11 @@ _READ: Mapping[str, Callable[[yaml.Node], object]] = {
 # --- changing ----------------------------------------------------------------------------------
 
 
-def add(path: Path, key: Key) -> None:
+Noted = Callable[[Key | None, Key], None]
+"""Notes that a key is about to become another, or to be new; when it raises, the file stays as it is."""
+
+
+def add(path: Path, key: Key, noted: Noted) -> None:
     """Append a key; raises StartupError when it is wrong, its id is taken, or the file cannot be appended to."""
     parse(f"keys:\n{_item(key, 0)}", "new key")
 
@@ -274,10 +282,10 @@ def add(path: Path, key: Key) -> None:
             raise StartupError(f"a key with the id {key.id!r} exists already: choose another one with --id")
         return _appended(text, key), (*keys, key)
 
-    _change(path, edit)
+    _change(path, edit, noted)
 
 
-def revoke(path: Path, id_: str, at: datetime) -> Key:
+def revoke(path: Path, id_: str, at: datetime, noted: Noted) -> Key:
     """Mark a key as revoked, which keeps its id taken; returns the key. Raises StartupError when there is none."""
 
     def edit(text: str, keys: tuple[Key, ...]) -> tuple[str, tuple[Key, ...]]:
@@ -289,23 +297,34 @@ def revoke(path: Path, id_: str, at: datetime) -> Key:
         after = (*keys[:place], evolve(keys[place], revoked=at), *keys[place + 1 :])
         return _marked(text, place, at), after
 
-    return next(key for key in _change(path, edit) if key.id == id_)
+    return next(key for key in _change(path, edit, noted) if key.id == id_)
 
 
 Edit = Callable[[str, tuple[Key, ...]], tuple[str, tuple[Key, ...]]]
 """From a file's text and keys to the text as it shall be, with the keys that must then be in it."""
 
 
-def _change(path: Path, edit: Edit) -> tuple[Key, ...]:
+def _change(path: Path, edit: Edit, noted: Noted) -> tuple[Key, ...]:
     """Change a file in one step: whoever reads it sees the old text or the new one, and two writers take turns."""
-    path = path.resolve()  # a link stays a link
+    try:
+        path = path.resolve()  # a link stays a link
+    except RuntimeError:
+        raise StartupError([Fault(str(path), "is a link that leads to itself; name the file of keys")]) from None
     with _turn(path):
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        new, keys = edit(text, parse(text, str(path)))
+        try:
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except UnicodeDecodeError:
+            raise _no_text(path) from None
+        before = parse(text, str(path))
+        new, keys = edit(text, before)
         # The text is edited, not written anew, so that comments stay: check that it says what it should.
         if not _says(new, keys):
             raise StartupError(f"{path}: its layout cannot be edited; put the keys in a plain block list under `keys:`")
         if new != text:
+            known = {key.id: key for key in before}
+            for key in keys:
+                if key != known.get(key.id):
+                    noted(known.get(key.id), key)
             _replace(path, new)
     return keys
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import pwd
 import secrets
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -15,10 +13,11 @@ from typing import Any
 
 from attrs import define, evolve
 
-from qlens import Actor, Allowance, AuditEntry, Command, Gateway, StartupError
+from qlens import Actor, Allowance, AuditEntry, Command, Gateway, StartupError, unicode_argument
 from qlens_plugins.auth.arguments import expiry, table, tag
 from qlens_plugins.auth.credentials import STORED, new_key, written
 from qlens_plugins.auth.key_store import bodies
+from qlens_plugins.auth.key_store.events import event_of
 from qlens_plugins.auth.key_store.records import Key, at, hint, limits_or_none
 from qlens_plugins.auth.key_store.store import AuditQuery, Page, Store, StoreAway
 
@@ -50,7 +49,7 @@ def keys_command(new_store: NewStore, hashed: Hashed) -> Command:
     async def run(gateway: Gateway, args: argparse.Namespace) -> int:
         work: Callable[[_Desk, argparse.Namespace], Awaitable[int]]
         work = {"create": _create, "list": _list, "rotate": _rotate, "revoke": _revoke}[args.action]
-        async with _opened(new_store(gateway)) as store:
+        async with opened(new_store(gateway)) as store:
             return await work(_Desk(gateway, store, hashed), args)
 
     return Command("keys", "make, list, rotate and revoke the keys of callers", _add_key_arguments, run)
@@ -60,14 +59,15 @@ def audit_command(new_store: NewStore) -> Command:
     """The command that shows the audit log."""
 
     async def run(gateway: Gateway, args: argparse.Namespace) -> int:
-        async with _opened(new_store(gateway)) as store:
+        async with opened(new_store(gateway)) as store:
             return await (_verify(store) if args.verify else _show(store, args))
 
     return Command("audit", "show what operators did", _add_audit_arguments, run)
 
 
 @asynccontextmanager
-async def _opened(store: Store) -> AsyncIterator[Store]:
+async def opened(store: Store) -> AsyncIterator[Store]:
+    """A store while a command works on it; raises StartupError when it is away."""
     try:
         await store.open()
         yield store
@@ -75,13 +75,6 @@ async def _opened(store: Store) -> AsyncIterator[Store]:
         raise StartupError(f"the database of keys cannot be asked: {away}") from away
     finally:
         await store.close()
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name  # what the environment says, anybody can set
-    except KeyError:  # a number that has no name, as in a container
-        return f"uid {os.getuid()}"
 
 
 @define(eq=False)
@@ -97,8 +90,8 @@ class _Desk:
         return int(self.gateway.clock.time())
 
     async def note(self, action: str, key: Key, before: Key | None) -> AuditEntry:
-        return await self.gateway.audit.record(
-            *(Actor(_user()), action, key.id),
+        return await self.gateway.note(
+            *(action, key.id),
             before=None if before is None else before.row(self.now),
             after=key.row(self.now),
             tenant=key.tenant,
@@ -107,13 +100,15 @@ class _Desk:
 
     async def change(self, action: str, id_: str, make: Callable[[Key], Key]) -> Key:
         """Change a key; raises StartupError when there is none that works, or somebody else changes it just now."""
-        key = await self.store.key(id_, None)
+        # Not every database takes what no id has: PostgreSQL has no room for what is no Unicode.
+        key = await self.store.key(id_, None) if id_.isprintable() else None
         if key is None:
             raise StartupError(f"no key with the id {id_!r}; `qlens keys list` shows them")
         if key.revoked_at is not None:
             raise StartupError(f"the key {id_} is revoked since {at(key.revoked_at)}, for good")
         changed = make(key)
-        if not await self.store.put_key(changed, await self.note(action, changed, key)):
+        entry = await self.note(action, changed, key)
+        if not await self.store.put_key(changed, entry, event_of(entry)):
             raise StartupError(f"somebody else has just changed the key {id_}: please try again")
         return changed
 
@@ -125,13 +120,24 @@ def _add_key_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = _KEY_EXAMPLES
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    _add_create_arguments(actions.add_parser("create", help="make a key and print it, this once"))
+    creating = actions.add_parser(
+        "create",
+        help="make a key and print it, this once",
+        epilog="example: qlens keys create --tenant acme --project search --expires 90d",
+    )
+    _add_create_arguments(creating)
 
-    listing = actions.add_parser("list", help="list keys, without their hashes")
-    listing.add_argument("--tenant", help="only this tenant's")
+    listing = actions.add_parser(
+        "list", help="list keys, without their hashes", epilog="example: qlens keys list --json"
+    )
+    listing.add_argument("--tenant", type=unicode_argument, help="only this tenant's")
     listing.add_argument("--json", action="store_true", help="print JSON")
 
-    rotating = actions.add_parser("rotate", help="give a key another secret, under the same id, and print it")
+    rotating = actions.add_parser(
+        "rotate",
+        help="give a key another secret, under the same id, and print it",
+        epilog="example: qlens keys rotate key-1f0c9a52 --overlap 24h",
+    )
     rotating.add_argument("id", metavar="ID", help="as `qlens keys list` shows it")
     rotating.add_argument(
         "--overlap",
@@ -141,7 +147,11 @@ def _add_key_arguments(parser: argparse.ArgumentParser) -> None:
         help="how long the old one still works: 24h, 2d, 0h for not at all (default: 1h)",
     )
 
-    revoking = actions.add_parser("revoke", help="refuse a key from now on; it stays in the list")
+    revoking = actions.add_parser(
+        "revoke",
+        help="refuse a key from now on; it stays in the list",
+        epilog="example: qlens keys revoke key-1f0c9a52",
+    )
     revoking.add_argument("id", metavar="ID", help="as `qlens keys list` shows it")
 
 
@@ -248,10 +258,11 @@ async def _create(desk: _Desk, args: argparse.Namespace) -> int:
         ),
         metadata=_notes(args.metadata),
         created_at=desk.now,
-        created_by=_user(),
+        created_by=Actor.user().subject,
         expires_at=None if expires is None else int(expires.timestamp()),
     )
-    await desk.store.add_key(key, await desk.note("keys.create", key, None))
+    entry = await desk.note("keys.create", key, None)
+    await desk.store.add_key(key, entry, event_of(entry))
     _handed_over(plain, key)
     return 0
 
@@ -312,7 +323,7 @@ def _add_audit_arguments(parser: argparse.ArgumentParser) -> None:
         ("action", "what was done: keys.revoke, say"),
         ("object", "the id of what it was done to"),
     ):
-        parser.add_argument(f"--{name}", help=what)
+        parser.add_argument(f"--{name}", type=unicode_argument, help=what)
     parser.add_argument("--since", type=_MOMENT, metavar="WHEN", help="2027-01-31 or 2027-01-31T00:00:00Z")
     parser.add_argument("--until", type=_MOMENT, metavar="WHEN", help="before this time")
     parser.add_argument(

@@ -15,10 +15,14 @@ _LEFT_OUT = frozenset({"object", "hint", "rotated_from"})
 
 
 def announce(gateway: Gateway, entry: AuditEntry) -> None:
-    """Tell it under the entry's id: what a key is now, which of that has changed, and who did it."""
+    """Tell it."""
+    gateway.events.publish(event_of(entry))
+
+
+def event_of(entry: AuditEntry) -> Event:
+    """What is told, under the entry's id: what a key is now, which of that has changed, and who did it."""
     before, after = entry.before or {}, entry.after or {}
     data = {name: value for name, value in after.items() if name not in _LEFT_OUT}
     data["changed"] = sorted(name for name in data if before and data[name] != before.get(name))
     data["actor"], data["request_id"] = entry.actor.subject, entry.actor.call
-    event = Event(entry.id, _TYPES[entry.action], entry.wall_ns, entry.tenant, entry.object, data)
-    gateway.events.publish(event)
+    return Event(entry.id, _TYPES[entry.action], entry.wall_ns, entry.tenant, entry.object, data)

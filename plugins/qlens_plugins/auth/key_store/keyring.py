@@ -13,6 +13,7 @@ from qlens import Caller, Unavailable
 from qlens_plugins.auth.credentials import masked, refused
 from qlens_plugins.auth.key_store.records import Key, Tenant, limits_together, models_within
 from qlens_plugins.auth.key_store.store import Changes, Store, StoreAway
+from qlens_plugins.auth.key_store.telling import Teller
 
 log = logging.getLogger("qlens.key_store")
 
@@ -56,6 +57,7 @@ class Keyring:
     """
 
     store: Store
+    teller: Teller
     hashed: Callable[[str], bytes]
     name: str
     poll_seconds: float
@@ -122,6 +124,7 @@ class Keyring:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.teller.close()
         async with self._turn:
             await self.store.close()
 
@@ -233,7 +236,8 @@ class Keyring:
     async def _look(self) -> None:
         self._looked = time.monotonic()
         try:
-            await self._take(await self.store.changes(self._change))
+            changes = await self.store.changes(self._change)
+            await self._take(changes)
         except Exception as error:  # noqa: BLE001 - whatever it is, revoked keys must be heard of when it has passed
             self._lost(error)
             return
@@ -243,6 +247,7 @@ class Keyring:
         if self.trouble:
             log.warning("%s: the database is back, %d keys are known", self.name, self.size)
         self.trouble = ""
+        self.teller.look(changes.untold)
 
     async def _take(self, changes: Changes) -> None:
         known, hashes = ({}, {}) if changes.whole else (self._known, self._hashes)

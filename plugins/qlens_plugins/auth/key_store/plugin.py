@@ -13,12 +13,13 @@ from attrs.validators import ge, le
 
 from qlens import Call, Caller, Command, Endpoint, Gateway, Health, Secret, Url, hookimpl
 from qlens_plugins.auth.credentials import STORED, digest, peppered
-from qlens_plugins.auth.key_store.commands import audit_command, keys_command
+from qlens_plugins.auth.key_store.commands import audit_command, keys_command, opened
 from qlens_plugins.auth.key_store.endpoints import Admin
 from qlens_plugins.auth.key_store.keyring import Keyring
 from qlens_plugins.auth.key_store.places import check, places
 from qlens_plugins.auth.key_store.sql_store import SqlStore
 from qlens_plugins.auth.key_store.store import Store
+from qlens_plugins.auth.key_store.telling import Teller
 
 if TYPE_CHECKING:
     from attrs import Attribute
@@ -90,9 +91,9 @@ class KeyStore:
             await keyring.close()
 
     def _new_keyring(self, gateway: Gateway) -> Keyring:
-        return Keyring(
-            self._store(gateway), self._hashed(), self.name, self.config.poll_seconds, self.config.outage_seconds
-        )
+        store = self._store(gateway)
+        teller = Teller(gateway, store)
+        return Keyring(store, teller, self._hashed(), self.name, self.config.poll_seconds, self.config.outage_seconds)
 
     def _store(self, gateway: Gateway) -> Store:
         pepper = self._hashed()("the pepper of this database")
@@ -141,6 +142,14 @@ class KeyStore:
     def commands(self) -> Iterable[Command]:
         """Make, list, rotate and revoke keys; show the audit log."""
         return [keys_command(self._store, self._hashed()), audit_command(self._store)]
+
+    @hookimpl
+    @asynccontextmanager
+    async def audit_log(self, gateway: Gateway) -> AsyncIterator[None]:
+        """Keep what commands do in the audit log, too."""
+        async with opened(self._store(gateway)) as store:
+            with gateway.audit.into(store):
+                yield
 
     @hookimpl
     def health(self) -> Health:

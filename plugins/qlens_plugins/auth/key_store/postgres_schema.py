@@ -86,5 +86,18 @@ MIGRATIONS = (
         ),
         oldest=1,
     ),
+    # What commands have made and a gateway is to tell.
+    PostgresMigration(
+        (
+            """
+            CREATE TABLE untold_events (
+                n bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+                wall_ns bigint NOT NULL,
+                event text NOT NULL
+            )
+            """,
+        ),
+        oldest=1,
+    ),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""

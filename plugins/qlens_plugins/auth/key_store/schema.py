@@ -82,6 +82,16 @@ MIGRATIONS = (
         """,
     ),
     ("ALTER TABLE keys ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",),
+    # What commands have made and a gateway is to tell.
+    (
+        """
+        CREATE TABLE untold_events (
+            n INTEGER PRIMARY KEY AUTOINCREMENT,
+            wall_ns INTEGER NOT NULL,
+            event TEXT NOT NULL
+        )
+        """,
+    ),
 )
 """What each version adds. A released one is never edited: a change is a new entry at the end."""
 OLDEST = 1

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from attrs import define, field
 
-from qlens import AuditEntry
-from qlens_plugins.auth.key_store import audit
+from qlens import AuditEntry, Event
+from qlens_plugins.auth.key_store import audit, untold
 from qlens_plugins.auth.key_store.database import CommitLost, Database, Line, Place
 from qlens_plugins.auth.key_store.records import Key, Tenant
 from qlens_plugins.auth.key_store.rows import KEYS, TENANTS, R, Table, last_change
@@ -16,6 +18,8 @@ from qlens_plugins.auth.key_store.store import AuditQuery, Changes, Listed, Page
 
 FORGET_SECONDS = 30 * 86_400
 """How long after its end a key is still told that it was revoked; later it is unknown."""
+TELL_SECONDS = 1.0
+"""How long the event loop may take to begin with what it is to publish: others wait meanwhile to change something."""
 
 
 @define(eq=False)
@@ -56,16 +60,18 @@ class SqlStore:
             # Another connection may be to another database, in which the same numbers mean other changes.
             known = since if database is self._followed else None
             self._followed = database
-            if known is not None and known == last_change(database):
-                return Changes(known)
+            upto, oldest = untold.state(database)
+            if known is not None and known == upto:
+                return Changes(known, untold=oldest)
             with database.moment():
                 upto = last_change(database)
                 if known is None or known > upto:
                     recent = int(time.time()) - FORGET_SECONDS
                     keys = KEYS.all(database, "coalesce(revoked_at, ?) >= ?", recent, recent)
-                    return Changes(upto, keys, TENANTS.all(database, "true"), whole=True)
+                    return Changes(upto, keys, TENANTS.all(database, "true"), whole=True, untold=oldest)
                 after = "WHERE change > ?"
-                return Changes(upto, KEYS.find(database, after, known), TENANTS.find(database, after, known))
+                keys, tenants = KEYS.find(database, after, known), TENANTS.find(database, after, known)
+                return Changes(upto, keys, tenants, untold=oldest)
 
         return await self._following.ask(work)
 
@@ -95,14 +101,27 @@ class SqlStore:
 
         return await self._lists.ask(work)
 
-    async def add_key(self, key: Key, entry: AuditEntry) -> None:
+    async def add_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> None:
         """Implements `Store`."""
-        if not await self._put(KEYS, key, entry):
+        if not await self._put(KEYS, key, entry, event):
             raise StoreAway(f"there is a key {key.id} already")
 
-    async def put_key(self, key: Key, entry: AuditEntry) -> bool:
+    async def put_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> bool:
         """Implements `Store`."""
-        return await self._put(KEYS, key, entry)
+        return await self._put(KEYS, key, entry, event)
+
+    async def tell(self, publish: Callable[[Sequence[Event]], None], before: int) -> bool:
+        """Implements `Store`."""
+        loop = asyncio.get_running_loop()
+
+        def work(database: Database) -> bool:
+            with database.transaction():
+                events = untold.take(database, before)
+                if events:
+                    _on_loop(loop, lambda: publish(events))
+            return bool(events)
+
+        return await self._desk.ask(work)
 
     async def live_keys(self, tenant: str, now: float) -> int:
         """Implements `Store`."""
@@ -144,11 +163,11 @@ class SqlStore:
 
     # --- changes -------------------------------------------------------------------------------
 
-    async def _put(self, table: Table[R], record: R, entry: AuditEntry) -> bool:
-        return await self._changed(lambda database: table.put(database, record), entry)
+    async def _put(self, table: Table[R], record: R, entry: AuditEntry, event: Event | None = None) -> bool:
+        return await self._changed(lambda database: table.put(database, record), entry, event)
 
-    async def _changed(self, change: Callable[[Database], bool], entry: AuditEntry) -> bool:
-        """Make a change with its entry, once, or neither; what the change says of itself."""
+    async def _changed(self, change: Callable[[Database], bool], entry: AuditEntry, event: Event | None = None) -> bool:
+        """Make a change with its entry and event, once, or none of it; what the change says of itself."""
 
         def work(database: Database) -> bool:
             with database.transaction():
@@ -157,6 +176,8 @@ class SqlStore:
                 if not change(database):
                     return False
                 audit.append(database, entry)
+                if event is not None:
+                    untold.append(database, event)
             return True
 
         try:
@@ -164,6 +185,31 @@ class SqlStore:
         except CommitLost:
             # The transaction of the lost connection is over before this one begins, and then one sees.
             return await self._desk.ask(work)
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+    """Do something on an event loop, and wait for that on this thread; raises StoreAway when it has not begun in time.
+
+    Then it is not done any more.
+    """
+    done: Future[None] = Future()
+
+    def run() -> None:
+        if done.set_running_or_notify_cancel():
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001 - whatever it is, a thread waits for it
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    loop.call_soon_threadsafe(run)
+    try:
+        done.result(TELL_SECONDS)
+    except TimeoutError:
+        if done.cancel():
+            raise StoreAway("the gateway is too busy to publish anything") from None
+        done.result()
 
 
 def _within(tenant: str | None) -> tuple[str, tuple[str, ...]]:

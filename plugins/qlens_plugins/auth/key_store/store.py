@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from attrs import frozen
 
-from qlens import AuditEntry
+from qlens import AuditEntry, Event
 from qlens_plugins.auth.key_store.records import Key, Tenant
 
 
@@ -25,6 +25,8 @@ class Changes:
     tenants: Sequence[Tenant] = ()
     whole: bool = False
     """Whether this is all there is, instead of what is new."""
+    untold: int | None = None
+    """The time of the event that waits longest to be told, in Unix nanoseconds; None: none does."""
 
 
 @frozen
@@ -74,11 +76,17 @@ class Store(Protocol):
     async def keys(self, page: Page, tenant: str | None) -> Listed | None:
         """Keys, the newest first; None when there is no key to begin after."""
 
-    async def add_key(self, key: Key, entry: AuditEntry) -> None:
-        """Keep a new key."""
+    async def add_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> None:
+        """Keep a new key, and perhaps an event that a gateway is to tell."""
 
-    async def put_key(self, key: Key, entry: AuditEntry) -> bool:
+    async def put_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> bool:
         """Change a key, unless it is no longer what it was at `key.change`: False."""
+
+    async def tell(self, publish: Callable[[Sequence[Event]], None], before: int) -> bool:
+        """Call `publish` with some of the events of before a time, on the event loop; whether there were any.
+
+        They are forgotten when it returns, and are there again when anything is raised. Whoever else tells waits.
+        """
 
     async def tenant(self, name: str) -> Tenant | None:
         """A tenant, also one that was deleted."""

@@ -13,8 +13,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlens import Command, Gateway, StartupError, picos
-from qlens_plugins.cost.budgets.endpoints import row
+from qlens import Command, Gateway, StartupError, picos, usd
+from qlens_plugins.cost.budgets.endpoints import by_model, row
 from qlens_plugins.cost.budgets.lines import is_allowance
 from qlens_plugins.cost.budgets.redis import RedisBudgets
 from qlens_plugins.cost.budgets.settings import Memory
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from qlens_plugins.cost.budgets.plugin import Budgets
 
 _COLUMNS = ("per", "owner", "window", "limit_usd", "spent_usd", "reserved_usd", "remaining_usd", "resets_at", "id")
+_PRINTED = "`qlens budgets --json` has printed"
+_Sum = tuple[Account, int, int, int]
+"""A budget, its window, its limit and what was spent."""
 _EXAMPLES = """\
 examples:
   qlens budgets
@@ -73,7 +76,7 @@ async def _rows(plugin: Budgets, gateway: Gateway) -> list[dict[str, Any]]:
         raise StartupError("these budgets are in the memory of the gateway that runs: ask it for GET /admin/budgets")
     now = int(gateway.clock.time())
     async with _opened(plugin, gateway) as store:
-        states = await store.states(now)
+        states = by_model(await store.states(now), plugin.lines, gateway)
     lines = {line.name: line for line in plugin.lines}
     return [
         row(state, lines.get(state.account.rule), now, plugin.zone)
@@ -97,21 +100,34 @@ async def _opened(plugin: Budgets, gateway: Gateway) -> AsyncIterator[Store]:
 
 async def _begin(plugin: Budgets, gateway: Gateway, file: str) -> str:
     """Begin with the sums of a file; what there is to say about it."""
-    listing = await asyncio.to_thread(Path(file).read_text, "utf-8") if file else '{"budgets": []}'
-    try:
-        sums = [_sum(each) for each in json.loads(listing)["budgets"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StartupError(f"{file} is no list of budgets as `qlens budgets --json` prints it: {error!r}") from error
+    sums = await asyncio.to_thread(_sums, Path(file)) if file else []
+    spent = sum(each[-1] for each in sums)
+
+    async def noted() -> None:
+        after = {"file": file or None, "budgets": len(sums), "spent_usd": usd(spent)}
+        await gateway.note("budgets.begin", plugin.name, after=after)
+
     async with _opened(plugin, gateway) as store:
         if not isinstance(store, RedisBudgets):
             raise StartupError("only a Redis loses what was spent: these budgets are kept elsewhere")
-        if not await store.begin(sums):
+        if not await store.begin(sums, noted):
             raise StartupError("Redis knows what was spent: nothing is to be set")
         seconds = store.gather_seconds
     return f"{len(sums)} budgets are set, all others have spent nothing; calls are admitted in {seconds:g} s\n"
 
 
-def _sum(each: dict[str, Any]) -> tuple[Account, int, int, int]:
+def _sums(path: Path) -> list[_Sum]:
+    """What a file says of budgets; raises StartupError for one that says nothing of them."""
+    try:
+        return [_sum(each) for each in json.loads(path.read_text("utf-8"))["budgets"]]
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read: {error.strerror}; name a file that {_PRINTED}") from error
+    except (ValueError, ArithmeticError, KeyError, TypeError, RecursionError) as error:
+        what = f"nothing is called {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise StartupError(f"{path} is no list of budgets ({what}); name a file that {_PRINTED}") from error
+
+
+def _sum(each: dict[str, Any]) -> _Sum:
     account = Account(each["id"], each["budget"], each["per"], each["owner"], each["tenant"], each["window"])
     start = 0 if each["starts_at"] is None else int(datetime.fromisoformat(each["starts_at"]).timestamp())
     spent = picos(Decimal(each["spent_usd"])) + picos(Decimal(each["reserved_usd"]))

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from datetime import UTC, datetime
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
 from decimal import Decimal, InvalidOperation
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import orjson
-from attrs import define
+from attrs import define, evolve
 
 from qlens import Call, Caller, CallError, Endpoint, Forbidden, InvalidRequest, Reply, picos, usd
 from qlens_plugins.cost.budgets import refusals
-from qlens_plugins.cost.budgets.lines import TENANTS, Line, is_allowance, lines_of_caller, may_use
+from qlens_plugins.cost.budgets.lines import TENANTS, Line, counting, is_allowance, lines_of_caller
 from qlens_plugins.cost.budgets.settings import MOST_USD
 from qlens_plugins.cost.budgets.store import Account, Increase, State, StoreAway
 from qlens_plugins.cost.budgets.windows import NEVER, window_of, written
@@ -22,6 +23,7 @@ from qlens_plugins.cost.budgets.windows import NEVER, window_of, written
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
 
+    from qlens import Gateway
     from qlens_plugins.cost.budgets.plugin import Budgets
 
 MOST_BYTES = 64 * 1024
@@ -29,6 +31,8 @@ MOST_REASON = 256
 MOST_ROWS = 1000
 """On one page of a list."""
 _FIELDS = ("usd", "expires_at", "reason")
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
+"""An amount as text. Decimal takes digits of other scripts, underscores and blanks as well."""
 
 
 class Missing(CallError):
@@ -55,7 +59,7 @@ class BudgetApi:
         caller, plugin = call.known, self.plugin
         known = {state.account.id: state for state in await self._states()}
         rows = []
-        for line, account in lines_of_caller(plugin.lines, caller, plugin.gateway.models):
+        for line, account in lines_of_caller(plugin.lines, caller, plugin.gateway):
             state = known.get(account.id) or State(account, 0, line.limit, 0, 0)
             rows.append(row(state, line, self._now, plugin.zone))
         return _json({"object": "list", "data": rows})
@@ -105,7 +109,7 @@ class BudgetApi:
             return caller.allowance is not None and caller.allowance.budget_picos is not None
         if line.per == "model":
             model = state.account.owner
-            if not may_use(caller, model):
+            if not any(each.counts_as == model for _, each in counting(caller, self.plugin.gateway)):
                 return False
         account = line.account(caller, model) if line.match.fits_caller(caller) else None
         return account is not None and account.id == state.account.id
@@ -115,20 +119,32 @@ class BudgetApi:
         return int(self.plugin.gateway.clock.time())
 
     async def _states(self, id_: str | None = None) -> list[State]:
-        tills = self.plugin.tills
+        plugin, tills = self.plugin, self.plugin.tills
         try:
             # What this process holds in advance is no reservation of anybody's.
             for till in list(tills.dirty):
                 till.want = 0
             await tills.rested()
             await tills.flush()
-            return await tills.through(lambda: tills.store.states(self._now, id_))
+            ids = [None] if id_ is None else self._with_beside(id_)
+            states = [each for one in ids for each in await tills.through(partial(tills.store.states, self._now, one))]
+            return by_model(states, plugin.lines, plugin.gateway)
         except StoreAway as away:
             raise refusals.away() from away
 
+    def _with_beside(self, id_: str) -> list[str | None]:
+        """The id of a budget, and those of the budgets that count in it."""
+        lines = [line for line in self.plugin.lines if line.per == "model"]
+        for model in self.plugin.gateway.models.values() if lines else ():
+            for line in lines if len(model.names) > 1 else ():
+                if line.of_model(model.counts_as).id == id_:
+                    return [line.of_model(name).id for name in model.names]
+        return [id_]
+
     async def _state(self, call: Call) -> State:
-        for state in await self._states(call.path_params["id"]):
-            if self._is_open(call, state):
+        id_ = call.path_params["id"]
+        for state in await self._states(id_):
+            if state.account.id == id_ and self._is_open(call, state):
                 return state
         raise Missing("No such budget.")
 
@@ -142,6 +158,28 @@ class BudgetApi:
 
     def _row(self, state: State) -> dict[str, Any]:
         return row(state, self._line(state), self._now, self.plugin.zone)
+
+
+def by_model(states: Sequence[State], lines: Iterable[Line], gateway: Gateway) -> list[State]:
+    """The same, where what was spent under other names of a model is in the budget of the one that it counts as."""
+    named = {line.name: line for line in lines if line.per == "model"}
+    found: dict[str, State] = {}
+    for state in states:
+        line, model = named.get(state.account.rule), gateway.models.named(state.account.owner)
+        its = state
+        if line is not None and model is not None and model.counts_as != state.account.owner:
+            its = evolve(state, account=line.of_model(model.counts_as), increases=())
+        other = found.get(its.account.id)
+        found[its.account.id] = its if other is None else _added(its, other)
+    return [found[id_] for id_ in sorted(found)]
+
+
+def _added(one: State, other: State) -> State:
+    """Two states of one budget as one, of the latest window."""
+    increases = (*one.increases, *other.increases)
+    if one.window != other.window:
+        return evolve(max(one, other, key=lambda each: each.window), increases=increases)
+    return evolve(one, spent=one.spent + other.spent, held=one.held + other.held, increases=increases)
 
 
 def row(state: State, line: Line | None, now: int, zone: ZoneInfo) -> dict[str, Any]:
@@ -187,9 +225,12 @@ def row(state: State, line: Line | None, now: int, zone: ZoneInfo) -> dict[str, 
 
 def _page(call: Call) -> tuple[int, str]:
     """How many budgets are asked for, and after which id."""
-    for name in call.query:
+    given = [name for name, _ in call.query.items()]
+    for name in given:
         if name not in {"limit", "after"}:
             raise InvalidRequest("Unknown parameter; known: limit, after.", param=name[:64], code="unknown_parameter")
+        if given.count(name) > 1:
+            raise InvalidRequest(f"`{name}` may be said once.", param=name, code="invalid_value")
     text = call.query.get("limit", str(MOST_ROWS))
     if not (text.isascii() and text.isdigit() and len(text) < 6 and 1 <= int(text) <= MOST_ROWS):
         raise _wrong("limit", f"a whole number from 1 to {MOST_ROWS}")
@@ -223,6 +264,8 @@ def _amount(value: object) -> int:
     must = f'an amount of USD as text, like "25.00", above 0 and up to {MOST_USD}'
     if type(value) is not str and type(value) is not int:
         raise _wrong("usd", must)  # a JSON number with a point is a float, and no exact money
+    if not _PLAIN.fullmatch(str(value)):
+        raise _wrong("usd", must)
     try:
         amount = Decimal(value)
         if not amount.is_finite() or not 0 < amount <= MOST_USD:
@@ -241,7 +284,7 @@ def _end(value: object, now: int) -> int:
             raise _wrong("expires_at", must) from None
         if at.tzinfo is None:
             raise _wrong("expires_at", must)
-        value = int(at.astimezone(UTC).timestamp())
+        value = int(at.timestamp())  # also of the last hours of the year 9999, which other zones do not have
     if type(value) is not int or not now < value < 32503680000:
         raise _wrong("expires_at", must)
     return value

@@ -147,12 +147,18 @@ class RedisBudgets:
                 await self._raise(account, row, now)
             self._untold.pop()
 
-    async def begin(self, sums: Sequence[tuple[Account, int, int, int]]) -> bool:
-        """Begin with what an operator says: budget, window, limit and what was spent. False: nothing was lost."""
+    async def begin(
+        self, sums: Sequence[tuple[Account, int, int, int]], noted: Callable[[], Awaitable[object]]
+    ) -> bool:
+        """Begin with what an operator says: budget, window, limit and what was spent. False: nothing was lost.
+
+        `noted` is awaited once it is sure that something was; when it raises, calls are refused as before.
+        """
         new = uuid4().hex
         await self._begin(_NEVER_SECONDS, is_all=True, new=new)
         if self.epoch != new:
             return False
+        await noted()
         for account, window, limit, spent in sums:
             await self._seed(account, window, limit, spent)
         await self._run(script.OPEN, [new, int(self.gather_seconds * 1000)])
@@ -230,8 +236,8 @@ class RedisBudgets:
 def _words(ask: Ask) -> list[str | int]:
     needs: list[str] = [str(amount) for need in ask.needs for amount in (need.likely, need.excess)]
     sums = [str(sum_) for sum_ in (ask.limit, ask.tolerance, ask.spent, ask.held, ask.excess, ask.floor)]
-    what: list[str | int] = [ask.part, int(ask.is_known), str(ask.spare), _what(ask.account), len(ask.needs)]
-    return [ask.account.id, ask.window, *sums, *what, *needs]
+    what: list[str | int] = [ask.part, int(ask.is_known), str(ask.spare), _what(ask.account), " ".join(ask.beside)]
+    return [ask.account.id, ask.window, *sums, *what, len(ask.needs), *needs]
 
 
 def _what(account: Account) -> str:
@@ -240,8 +246,11 @@ def _what(account: Account) -> str:
 
 
 def _told(row: Sequence[bytes]) -> Told:
-    granted, spare, spent, held, limit, until, _ = row
-    return Told([each == ord("1") for each in granted], int(spare), int(spent), int(held), int(limit), int(until))
+    granted, spare, spent, held, limit, until, beside, _ = row
+    return Told(
+        *([each == ord("1") for each in granted], int(spare), int(spent), int(held), int(limit), int(until)),
+        beside=int(beside),
+    )
 
 
 def _state(row: Sequence[bytes], now: int) -> State:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import count, islice
@@ -156,9 +156,9 @@ def copy_sqlite(source: Path, path: Path) -> Counts:
 @contextmanager
 def _whole(path: Path) -> Iterator[IO[bytes]]:
     """A new file for its owner alone, which gets its name when all of it is on the disk."""
-    if path.exists():
-        raise StartupError(f"{path} is there already: name another file, or move it away")
     try:
+        if path.exists():
+            raise StartupError(f"{path} is there already: name another file, or move it away")
         file = tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False)  # noqa: SIM115
     except OSError as error:
         raise StartupError(f"{path} cannot be written: {error.strerror}") from error
@@ -186,11 +186,12 @@ class Source:
 
     path: Path
 
-    def restore(self, store: Store) -> Counts:
+    def restore(self, store: Store, noted: Callable[[], None]) -> Counts:
         """Write all of it into an empty ledger, as a gateway writes it: roll-ups of its receipts come about anew.
 
-        After an interruption the same file may be given again: what is written already is left alone. Raises
-        StartupError for a file that is none of them, and for a ledger that is not empty.
+        After an interruption the same file may be given again: what is written already is left alone. `noted` is called
+        before anything is written. Raises StartupError for a file that is none of them, and for a ledger that is not
+        empty.
         """
         counts = Counts()
         try:
@@ -199,6 +200,7 @@ class Source:
                 writer = f"restore {self.path.resolve()}" if is_sqlite else f"restore {self._begin(file)}"
                 if not store.reading(60).run(partial(_may_take, writer)):
                     raise StartupError(f"the ledger {store} is not empty: restore into a new one")
+                noted()
                 for batch in self._of_sqlite() if is_sqlite else self._of_lines(file):
                     store.write(writer, batch)
                     counts.add(batch)

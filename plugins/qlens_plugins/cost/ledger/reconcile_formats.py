@@ -20,7 +20,8 @@ MOST_BEFORE, MOST_BEHIND = 30, 60
 """Digits on both sides of the point that an amount may have."""
 
 Row = Mapping[str, str]
-_UNIT = re.compile(r"(\d*)\s*([km]?)\s*(tokens?)?", re.IGNORECASE)
+_UNIT = re.compile(r"([0-9]*)\s*([km]?)\s*(tokens?)?", re.IGNORECASE)
+_AMERICAN = re.compile(r"([0-9]{1,2})/([0-9]{1,2})/([0-9]{4})( .*)?")
 _TIMES = {"": 1, "k": 1000, "m": 1_000_000}
 _BEDROCK = {
     *("AmazonBedrock", "AmazonBedrockService", "AmazonBedrockFoundationModels"),
@@ -63,6 +64,8 @@ class Format:
     unit: str = ""
     usd: str = ""
     """The amount in USD, for bills in another currency."""
+    must: tuple[str, ...] = ()
+    """The columns that no row lacks: those that are needed, and of those that tell the service what the table has."""
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -72,7 +75,9 @@ class Format:
     def of(self, columns: Sequence[str]) -> Format | None:
         """The format with those of its columns that a table has; None when one is missing that it needs."""
         there: dict[str, Any] = {name: _there(getattr(self, name), columns) for name in _COLUMNS}
-        return evolve(self, **there) if all(there[name] for name in _COLUMNS[:3]) else None
+        needed = tuple(there[name] for name in _COLUMNS[:3])
+        must = (*needed, *(column for column in self.told if column in columns))
+        return evolve(self, **there, must=must) if all(needed) else None
 
     @property
     def used(self) -> frozenset[str]:
@@ -81,11 +86,12 @@ class Format:
 
     def line(self, row: Row) -> Line | None:
         """What a row says, None when it is about another service; raises ValueError when it is faulty."""
+        for column in self.must:
+            if column not in row:
+                raise ValueError("the row ends before its columns do: is the file whole?")
         about = self.about([row.get(column, "") for column in self.told])
         if about is None:
             return None
-        if not (self.day in row and self.meter in row and self.amount in row):
-            raise ValueError("the row ends before its columns do: is the file whole?")
         kind, currency = row.get(self.kind, ""), row.get(self.currency, "") or "USD"
         meter = Meter(row.get(self.meter, ""), about, row.get(self.resource, ""))
         amount = self.amount
@@ -129,8 +135,8 @@ def _there(alternatives: str, columns: Sequence[str]) -> str:
 def _number(row: Row, column: str) -> Decimal:
     text = row.get(column, "")
     try:
-        number = Decimal(text)
-    except DecimalException:
+        number = Decimal(_plain(text))
+    except (DecimalException, ValueError):
         raise ValueError(f"{column}: {text[:40]!r} is no number") from None
     if number.is_finite() and not number:
         return Decimal(0)
@@ -140,14 +146,21 @@ def _number(row: Row, column: str) -> Decimal:
     return number
 
 
+def _plain(text: str) -> str:
+    """The same; raises ValueError for what Python reads as a number and no export writes: `1_000`, or other digits."""
+    if not text.isascii() or "_" in text:
+        raise ValueError
+    return text
+
+
 @lru_cache(maxsize=1024)
 def _day(text: str) -> date:
     """A day in UTC, of an ISO time, of `11/28/2026` as Azure has it, or of Unix seconds."""
     try:
-        if text.isdecimal() and len(text) > 8:
+        if _plain(text).isdecimal() and len(text) > 8:
             return datetime.fromtimestamp(int(text), UTC).date()
-        if "/" in text:
-            month, day, year = (int(part) for part in text.split(" ", maxsplit=1)[0].split("/"))
+        if american := _AMERICAN.fullmatch(text):
+            month, day, year = map(int, american.groups()[:3])
             return date(year, month, day)
         found = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
     except (ValueError, OverflowError, OSError):

@@ -13,6 +13,7 @@ from qlens import Command, Gateway, StartupError, usd
 from qlens_plugins.cost.ledger import backup, verifying
 from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Store, StoreAway
+from qlens_plugins.cost.ledger.versions import note_upgrade, version
 
 HELP = "Look after the ledger: upgrade its tables, back it up, restore it, verify its sums."
 _EXAMPLES = """\
@@ -26,15 +27,27 @@ examples:
 _COPIES = (".db", ".sqlite")
 
 NewStore = Callable[[Gateway], Store]
+Noted = Callable[[], None]
+"""Notes what is about to be done, from the thread that does it; raises StartupError when it cannot be noted."""
 
 
-def command(new_store: NewStore) -> Command:
-    """The command, given what makes the ledger's store."""
+def command(new_store: NewStore, found: Callable[[], int]) -> Command:
+    """The command, given what makes the ledger's store, and the version that its tables had at the beginning."""
 
     async def run(gateway: Gateway, args: argparse.Namespace) -> int:
         work = {"migrate": _migrate, "backup": _backup, "restore": _restore, "verify": _verify}[args.action]
-        store = new_store(gateway)
-        return await asyncio.to_thread(_run, work, store, args)
+        store, loop = new_store(gateway), asyncio.get_running_loop()
+
+        def noted() -> None:
+            noting = gateway.note(f"ledger.{args.action}", store.name, after={"file": str(args.file)})
+            asyncio.run_coroutine_threadsafe(noting, loop).result()
+
+        if not found():
+            await note_upgrade(gateway, store, 0)  # they were made a moment ago
+        before = await asyncio.to_thread(version, store)
+        code = await asyncio.to_thread(_run, work, store, args, noted)
+        await note_upgrade(gateway, store, before)
+        return code
 
     return Command("ledger", HELP, _add_arguments, run)
 
@@ -51,10 +64,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions.add_parser("verify", help="compare the roll-ups with the receipts; 1 when they differ")
 
 
-def _run(work: Callable[[Store, argparse.Namespace], int], store: Store, args: argparse.Namespace) -> int:
+_Work = Callable[[Store, argparse.Namespace, Noted], int]
+
+
+def _run(work: _Work, store: Store, args: argparse.Namespace, noted: Noted) -> int:
     try:
         store.connect()
-        return work(store, args)
+        return work(store, args, noted)
     except (StoreAway, StartupError) as error:
         sys.stderr.write(f"qlens: the ledger {store}: {str(error).removeprefix('ledger: ')}\n")
         return 1
@@ -62,12 +78,12 @@ def _run(work: Callable[[Store, argparse.Namespace], int], store: Store, args: a
         store.close()
 
 
-def _migrate(store: Store, args: argparse.Namespace) -> int:
+def _migrate(store: Store, _args: argparse.Namespace, _noted: Noted) -> int:
     sys.stdout.write(f"{store} has the tables of this version\n")
     return 0
 
 
-def _backup(store: Store, args: argparse.Namespace) -> int:
+def _backup(store: Store, args: argparse.Namespace, _noted: Noted) -> int:
     path: Path = args.file
     if path.suffix not in _COPIES:
         counts = store.reading(math.inf).run(lambda database: backup.write(database, path))
@@ -79,13 +95,13 @@ def _backup(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
-def _restore(store: Store, args: argparse.Namespace) -> int:
-    counts = backup.Source(args.file).restore(store)
+def _restore(store: Store, args: argparse.Namespace, noted: Noted) -> int:
+    counts = backup.Source(args.file).restore(store, noted)
     sys.stdout.write(f"{counts} are in {store}\n")
     return 0
 
 
-def _verify(store: Store, args: argparse.Namespace) -> int:
+def _verify(store: Store, _args: argparse.Namespace, _noted: Noted) -> int:
     verdict = store.reading(math.inf).run(verifying.verify)
     for line in verdict.told:
         sys.stdout.write(f"{line}\n")

@@ -13,13 +13,19 @@ from functools import partial
 
 from attrs import define, frozen
 
-from qlens import usd
+from qlens import unicode_argument, usd
 from qlens_plugins.cost.columns import aligned
 from qlens_plugins.cost.ledger.rollups import COUNTS
 from qlens_plugins.cost.ledger.rows import DAY_NS, LARGEST
 from qlens_plugins.cost.ledger.store import Database, Store, StoreAway
 
 HELP = "Show calls, tokens and cost from the ledger, by tenant, model, day and more."
+_EXAMPLES = """\
+examples:
+  qlens usage
+  qlens usage --by project,day --since 2026-11-01 --tenant acme
+  qlens usage --by model --json
+"""
 COLUMNS = {
     "tenant": "tenant",
     "project": "project",
@@ -99,6 +105,8 @@ Group = tuple[str | None, ...]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "--by",
         type=_names,
@@ -108,8 +116,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--since", type=_day, metavar="DAY", help="first day, YYYY-MM-DD in UTC")
     parser.add_argument("--until", type=_day, metavar="DAY", help="last day, YYYY-MM-DD in UTC")
-    parser.add_argument("--tenant", help="only this tenant")
-    parser.add_argument("--model", help="only this model, by its public name")
+    parser.add_argument("--tenant", type=unicode_argument, help="only this tenant")
+    parser.add_argument("--model", type=unicode_argument, help="only this model, by its public name")
     parser.add_argument("--json", action="store_true", help="print JSON; money as decimal text")
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import pwd
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -15,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
-from qlens import Actor, Command, Event, Gateway, Outbound, OutboundFailed, StartupError
+from qlens import Command, Event, Gateway, Outbound, OutboundFailed, StartupError, unicode_argument
 from qlens_plugins.observe.webhooks import statements
 from qlens_plugins.observe.webhooks.records import Bounds, Count, Delivery
 from qlens_plugins.observe.webhooks.route import Route
@@ -57,13 +55,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     testing = actions.add_parser("test", help="send an endpoint a test event and say how it answers")
     testing.add_argument("endpoint", metavar="NAME", help="an endpoint of the configuration")
     dead = actions.add_parser("dead", help="show what was given up")
-    dead.add_argument("endpoint", metavar="NAME", nargs="?", help="only for this endpoint")
+    dead.add_argument("endpoint", type=unicode_argument, metavar="NAME", nargs="?", help="only for this endpoint")
     for listed in (listing, dead):
         listed.add_argument("--json", action="store_true", help="print JSON")
     for name, what in (("resend", "try again what was given up, for a day"), ("drop", "forget what was given up")):
         action = actions.add_parser(name, help=what)
-        action.add_argument("endpoint", metavar="NAME", help="as `qlens webhooks dead` shows it")
-        action.add_argument("events", metavar="ID", nargs="*", help="of an event (default: all of this endpoint)")
+        action.add_argument("endpoint", type=unicode_argument, metavar="NAME", help="as `qlens webhooks dead` shows it")
+        action.add_argument(
+            "events", type=unicode_argument, metavar="ID", nargs="*", help="of an event (default: all of this endpoint)"
+        )
 
 
 @asynccontextmanager
@@ -173,18 +173,11 @@ async def _chosen(store: Store, args: argparse.Namespace) -> list[Delivery]:
 
 async def _note(gateway: Gateway, action: str, endpoint: str, chosen: Sequence[Delivery]) -> None:
     if chosen:
-        await gateway.audit.record(Actor(_user()), action, endpoint, before={"events": _ids(chosen)})
+        await gateway.note(action, endpoint, before={"events": _ids(chosen)})
 
 
 def _ids(chosen: Iterable[Delivery]) -> list[str]:
     return [each.event for each in chosen]
-
-
-def _user() -> str:
-    try:
-        return pwd.getpwuid(os.getuid()).pw_name  # what the environment says, anybody can set
-    except KeyError:  # a number that has no name, as in a container
-        return f"uid {os.getuid()}"
 
 
 def _moment(seconds: float | None) -> str | None:
