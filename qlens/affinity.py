@@ -14,6 +14,7 @@ from attrs import define, evolve, field, frozen
 
 from qlens import batches, kept_bodies
 from qlens.call import FREE, UNPRICED, Body, Call, Caller, Model, Outgoing, Reply, Request, Target
+from qlens.dialects import unnamed
 from qlens.dialects.uploads import UPLOADS
 from qlens.errors import (
     CallError,
@@ -25,6 +26,7 @@ from qlens.errors import (
     UpstreamRejected,
 )
 from qlens.forms import Form, FormBody
+from qlens.metering_passed import MOST_BYTES, passed_meter
 from qlens.metering_raw import RawMeter
 from qlens.object_ids import Kept, Origin
 from qlens.objects import Claims, Sealer, file_missing, missing
@@ -89,7 +91,7 @@ async def answer(pipeline: Pipeline, account: Account) -> Reply:
     elif errand.is_metered:
         call.bound_cost = FREE  # to keep and to give back what was made costs nothing more
     await pipeline.admit(account)
-    account.reply = await ask(pipeline, account, errand)
+    account.reply = account.picked(await ask(pipeline, account, errand))
     return account.reply
 
 
@@ -118,8 +120,8 @@ async def _attempt(pipeline: Pipeline, errand: Errand, account: Account, target:
     except mistakes() as error:
         account.failed(place, "provider_failed")
         raise pipeline.provider_failure(provider, error) from error
-    except asyncio.CancelledError:
-        account.cut_off(place)
+    except asyncio.CancelledError as error:
+        account.cut_off(place, error)
         raise
     account.answered(place, reply, meter)
     if not errand.is_metered:
@@ -396,7 +398,7 @@ def _passed(pipeline: Pipeline, call: Call) -> Errand:
     call.stream = True  # whatever it is, it is handed on as it comes
     # One token at least: limits correct at the end what they have taken something from.
     call.estimated_input, call.bound = 1, Usage(input=1, source="estimated")
-    target = Target(name, pattern, "")  # no model, so that no price is found
+    target = Target(name, pattern, "")  # no model and no price, unless the answer says what it used
     query = tuple((key, value) for key, value in call.query.items() if key != "api-version")
     request = Request(call.operation.method, escaped(path), query, _said(call, *_PASSED))
     gone = UpstreamRejected("The provider has nothing at this path.", status=404)
@@ -411,6 +413,22 @@ async def _given(call: Call) -> Spooled | None:
             await call.form.spool.write(piece)
     await call.form.spool.end()
     return Spooled(call.form.spool) if call.form.spool.size else None
+
+
+async def _model_asked(call: Call) -> str:
+    """The model that a request which passes names, in Azure's path or else in its JSON; empty: it names none."""
+    places = call.path_params["path"].split("/")
+    if "deployments" in places[:-1]:
+        return unnamed.a_model(places[places.index("deployments") + 1])
+    media_type = call.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json" or call.form is None or not 0 < call.form.spool.size <= MOST_BYTES:
+        return ""
+    try:
+        text = b"".join([piece async for piece in call.form.spool.pieces(0, call.form.spool.size)])
+        body = orjson.loads(text) if b'"model"' in text else None
+    except (CallError, orjson.JSONDecodeError):
+        return ""  # it has passed already, whatever it is
+    return unnamed.a_model(body.get("model")) if type(body) is dict else ""
 
 
 @define(eq=False)
@@ -476,7 +494,7 @@ def _limit(call: Call, kind: str) -> int:
     said = call.query.get("limit")
     if said is None:
         return usual
-    if not said.isdecimal() or len(said) > 6 or not 1 <= int(said) <= most:
+    if not (said.isascii() and said.isdigit()) or len(said) > 6 or not 1 <= int(said) <= most:
         raise InvalidRequest(f"'limit' must be a number from 1 to {most}.", param="limit", code="invalid_value")
     return int(said)
 
@@ -559,7 +577,15 @@ def _passing(pipeline: Pipeline, provider: Provider, call: Call, reply: Reply) -
     if reply.chunks is None:
         reply.complete = True
         return None
-    meter = RawMeter(call, reply, failed=lambda error: pipeline.provider_failure(provider, error))
+
+    def failed(error: BaseException) -> CallError:
+        return pipeline.provider_failure(provider, error)
+
+    if call.operation.name == "passthrough":
+        billed = partial(pipeline.models.billed, provider.name)
+        meter = passed_meter(call, reply, failed, partial(_model_asked, call), billed)
+    else:
+        meter = RawMeter(call, reply, failed)
     reply.replace(chunks=meter.watch(reply.chunks))
     return meter
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -98,8 +98,7 @@ class _Over:
         """The target that lines of a model would have been sent to; its model is empty where that is not known."""
         if type(model) is not str or not model:
             return evolve(self.keeper, model="", public="", base_model=None)
-        candidates = [each for known in self.pipeline.models.values() for each in known.candidates]
-        found = _named([each for each in candidates if each.provider == self.keeper.provider], model)
+        found = self.pipeline.models.called(self.keeper.provider, model)
         return found if found is not None else evolve(self.keeper, model=model, public="", base_model=None)
 
     def cost(self, target: Target, used: Usage) -> Cost:
@@ -251,22 +250,6 @@ async def _lines(reply: Reply) -> AsyncGenerator[bytes]:
         if size > MOST_LINE_BYTES:
             raise ValueError(f"a line has more than {MOST_LINE_BYTES} bytes")
     yield b"".join(pieces)
-
-
-def _named(targets: Iterable[Target], said: str) -> Target | None:
-    """The target whose model a provider calls so: by its name, by that of a snapshot of it, or behind a wildcard."""
-    targets = tuple(targets)
-    known = [each for each in targets if not each.model.endswith("*")]
-    for each in known:
-        if said in {each.model, each.base_model}:
-            return each
-    for each in known:
-        if any(name and said.startswith(f"{name}-20") for name in (each.model, each.base_model)):
-            return each
-    for each in targets:
-        if each.model.endswith("*") and said.startswith(each.model[:-1]):
-            return evolve(each, model=said)
-    return None
 
 
 def _id(ended: int, *whose: str) -> str:

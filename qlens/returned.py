@@ -68,8 +68,10 @@ def cost(value: Any) -> Cost | None:
     """What `price` returned; TypeError when it is no amount of money, or less than nothing."""
     if value is None:
         return None
-    if isinstance(value, Cost) and (value.picos is None or (type(value.picos) is int and value.picos >= 0)):
-        return value
+    if isinstance(value, Cost):
+        picos = value.picos
+        if picos is None or (type(picos) is int and picos >= 0):
+            return value
     raise TypeError(f"price returned {value!r}, not a Cost of whole picodollars")
 
 

@@ -34,6 +34,7 @@ def settings(
     more: str = "",
     key: str = PROVIDER_KEY,
     cache: str = "[]",
+    cost: str = "[]",
 ) -> str:
     """Two providers, each behind a model of its own, and both behind the model `both`."""
     return f"""
@@ -44,7 +45,7 @@ pipeline:
   guard: {guards}
   cache: {cache}
   route: [{{plugin: weighted}}]
-  cost: []
+  cost: {cost}
 providers:
   one: {{plugin: openai, base_url: "{first.url}", api_key: {key}{more}}}
   two: {{plugin: openai, base_url: "{second.url}", api_key: {key}}}

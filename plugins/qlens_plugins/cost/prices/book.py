@@ -59,6 +59,12 @@ class Rates:
     reasoning: int
     audio_in: int
     audio_out: int
+    has_both: bool = field(init=False)
+    """Whether what is sent and what comes back have prices: all that most calls need."""
+
+    @has_both.default
+    def _are_known(self) -> bool:
+        return self.input >= 0 and self.output >= 0
 
     @classmethod
     def of(cls, row: PriceRow, tier: str | None = None) -> Rates:
@@ -96,6 +102,18 @@ class Rates:
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
         # Spelled out: a loop over the names of the buckets takes twice as long, and few of them are used.
+        sent, got = usage.input, usage.output
+        if sent and got and self.has_both and not (
+            usage.cached_input
+            or usage.meters
+            or usage.reasoning
+            or usage.cache_write_5m
+            or usage.cache_write_1h
+            or usage.audio_in
+            or usage.audio_out
+        ):
+            each, other = self.input, self.output
+            return Cost(sent * each + got * other, state, self.id, (("input", sent, each), ("output", got, other)))
         lines: list[tuple[str, int, int]] = []
         if usage.input:
             lines.append(("input", usage.input, self.input))
@@ -208,9 +226,11 @@ class Sheet:
 
     def bound(self, usage: Usage) -> Cost | None:
         """What a usage can cost at most, while nobody knows which buckets and tier it will be counted in."""
-        dearest: Cost | None = None
-        if self.entries and self.entries[-1].above:
+        if not self.entries or self.entries[-1].above:
             return None  # the prompt may turn out to be a short one, which has no price
+        if len(self.entries) == 1:
+            return self.entries[0].dearest.cost(usage, "estimated")
+        dearest: Cost | None = None
         for entry in self.entries:
             if entry.above and usage.prompt <= entry.above:
                 continue
@@ -286,7 +306,8 @@ class Book:
 
     def _periods(self, provider: str, kind: str | None, region: str | None, model: str) -> Periods:
         """All prices of a target."""
-        found = self._matching((provider, kind, "*"), region, model)
+        # A request that passes through stands as its pattern, `GET /models`: a row for all models is none for that.
+        found = [] if " /" in model else self._matching((provider, kind, "*"), region, model)
         if self.catalogue is not None and kind in KINDS:
             found.append(self.catalogue().find(kind, model, region))
         days = {row.valid_from or "" for rows in found for row in rows} | {""}

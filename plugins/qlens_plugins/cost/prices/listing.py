@@ -18,11 +18,19 @@ from qlens_plugins.cost.prices.book import Book
 from qlens_plugins.cost.prices.rows import BUCKETS, PriceRow
 
 HELP = "Show the price table, and the row or UNPRICED for each configured target; or make a new catalogue."
+_EXAMPLES = """\
+examples:
+  qlens prices
+  qlens prices -c config/production.yaml --json
+  qlens prices update --out catalogue.json
+"""
 UNPRICED = "UNPRICED"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EXAMPLES
     parser.add_argument(
         "action",
         nargs="?",

@@ -165,7 +165,7 @@ class Prices:
         if sheet is None:
             sheet = book.find(target, call.wall_ns)
         is_bound = usage is call.bound
-        if sheet.by_request and call.operation.meters:
+        if sheet.by_request and (call.operation.meters or _has_passed(call, usage)):
             usage = evolve(usage, meters={**usage.meters, REQUESTS: 1})
         return sheet.bound(usage) if is_bound else sheet.cost(usage)
 
@@ -231,6 +231,11 @@ class Prices:
             return 0
 
         yield Command("prices", listing.HELP, listing.add_arguments, run)
+
+
+def _has_passed(call: Call, usage: Usage) -> bool:
+    """Whether a model has answered a call that passes through: what says nothing of usage is of no model."""
+    return call.operation.name == "passthrough" and usage.source != "none"
 
 
 def _state(file: Path) -> Seen:
