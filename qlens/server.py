@@ -119,7 +119,7 @@ async def served(
             yield server
         finally:
             try:
-                await server.stop(settings.drain_seconds)
+                await server.stop(settings.drain_seconds, settings.accept_seconds)
             finally:
                 await gateway.stop()
     finally:
@@ -201,17 +201,18 @@ class Server:
             self._http.append(http)
             self._listening.append(await loop.create_server(http, sock=taken, backlog=1024))
 
-    async def stop(self, drain_seconds: float) -> None:
-        """Stop taking calls, let running ones end, cut off those that take longer than `drain_seconds`."""
+    async def stop(self, drain_seconds: float, accept_seconds: float = 0) -> None:
+        """Stop taking calls after `accept_seconds`, let running ones end, cut off what takes `drain_seconds` more."""
         try:
-            await self._stop(drain_seconds)
+            await self._stop(drain_seconds, accept_seconds)
         finally:
             if self._access is not None:
                 await asyncio.to_thread(self._access.close)
 
-    async def _stop(self, drain_seconds: float) -> None:
+    async def _stop(self, drain_seconds: float, accept_seconds: float) -> None:
         self.gateway.draining = True
         if self._listening and self._listening[0].is_serving():
+            await asyncio.sleep(accept_seconds)
             await self._close_to_clients()
             await self._http[0].finish(min(LAST_SECONDS, drain_seconds))
             self._http[0].pre_shutdown()
@@ -244,8 +245,8 @@ class Server:
                 await loop.connect_accepted_socket(self._http[0], each)
 
     def running(self) -> set[asyncio.Task[None]]:
-        """The requests that run."""
-        return {task for http in self._http for task in http.running()}
+        """The requests that run, those without their client among them."""
+        return {task for http in self._http for task in http.running()} | self.gateway.drains.running()
 
     # --- one request ---------------------------------------------------------------------------
 
@@ -269,6 +270,7 @@ class Server:
         try:
             call, what = self._call(exchange, generation, paths)
             if isinstance(what, Operation):
+                exchange.connection.on_leaving = partial(generation.pipeline.left, call)
                 await generation.pipeline.run(
                     call, exchange.relay if what.runs != "session" else _joined(exchange, generation)
                 )

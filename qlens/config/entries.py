@@ -28,6 +28,10 @@ BuiltInRole = Literal["member", "viewer", "operator", "admin", "tenant_viewer", 
 BUILT_IN_ROLES: tuple[str, ...] = get_args(BuiltInRole)
 """`tenant_admin` is an admin within its caller's own tenant, and so are the others."""
 
+OnDisconnect = Literal["drain", "abort"]
+"""What becomes of an answer whose client has left: it is read to its end, unseen, or the connection is closed."""
+ON_DISCONNECT: tuple[str, ...] = get_args(OnDisconnect)
+
 LEAST_KEY_CHARS = 32
 """The shortest key that ids may be sealed with."""
 
@@ -96,6 +100,9 @@ class Server:
     """The largest request body that is read."""
     drain_seconds: float = field(default=30.0, validator=ge(0))
     """How long running calls may go on after the order to stop."""
+    accept_seconds: float = field(default=0.0, validator=ge(0))
+    """How long new calls are still taken after the order to stop, while `/readyz` says 503 already: as long as a load
+    balancer takes to learn of it. `drain_seconds` begin afterwards."""
     call_seconds: float = field(default=600.0, validator=gt(0))
     """How long one call may take, whatever it waits for."""
     session_seconds: float = field(default=3600.0, validator=gt(0))
@@ -129,6 +136,8 @@ class PluginEntry:
     settings: dict[str, Any] = field(repr=False, hash=False)
     path: str = field(eq=False)
     """Where it stands: `qlens.yaml:12 pipeline.cache[0]`."""
+    on_disconnect: OnDisconnect | None = None
+    """Of a provider; None leaves it to the plugin."""
 
     @property
     def missing_env(self) -> bool:

@@ -265,7 +265,7 @@ class Supervisor:
 
     async def _dismiss(self, child: Child) -> None:
         """Have a worker drain and end. One that does not hear of it in that time, or cannot end, is killed."""
-        seconds = self.crew.settings.drain_seconds
+        seconds = self.crew.settings.accept_seconds + self.crew.settings.drain_seconds
         try:
             async with asyncio.timeout(max(seconds, ANSWER_SECONDS)):
                 await child.stop()

@@ -145,6 +145,29 @@ def test_new_calls_are_refused_while_an_old_one_drains(tmp_path: Path) -> None:
         assert list(chunks)[-1].choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_calls_are_taken_for_a_while_after_the_order_to_stop_though_it_is_not_ready(
+    tmp_path: Path, workers: int
+) -> None:
+    """R16: whoever has not learned of it yet is served; then the door closes, and nobody is cut off."""
+    server = {"workers": workers, "accept_seconds": 1.5}
+    with serving(tmp_path, changes={"server": server, "pipeline": {"rate_limit": []}}) as served:
+        assert served.get("/readyz")[0] == 200
+        served.signal(signal.SIGTERM)
+        until(lambda: served.get("/readyz")[0] == 503, "the end of readiness")
+        answered: list[int] = []
+        ends = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < ends:
+            try:
+                answered.append(ask(served).status_code)  # on a connection of its own
+            except httpx2.ConnectError:
+                break
+        assert set(answered) == {200}
+        assert served.process.wait(WAIT_SECONDS) == 0
+        (row,) = receipts(served, "--model", "gpt-4o-mini")
+        assert row["calls"] == len(answered)
+
+
 def ready(served: Served) -> bool:
     """Whether /readyz says so; a closed socket is a no."""
     try:
