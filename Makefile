@@ -12,8 +12,15 @@ LLM   := $(TOOLS)/llm
 WORDS := $(TOOLS)/vocabularies
 ARGS  ?=
 
-# How many tests run at once: a file stays in one process, and with it the servers that its tests share.
-ON_ALL_CORES := --numprocesses=auto --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+# How many tests run at once: three for two cores, as many tests wait as compute; 8 at most.
+PROCESSES ?= $(shell cores=$$(getconf _NPROCESSORS_ONLN) && echo $$((cores < 6 ? cores + cores / 2 : 8)))
+# A file stays in one process, and with it the servers that its tests share.
+ON_ALL_CORES = --numprocesses=$(PROCESSES) --dist=loadfile --no-loadscope-reorder
+# The files with tests that run alone: to find those, the other thousands need not be collected again.
+ALONE = $(shell grep -rl 'mark\.alone' tests --include='test_*.py')
+
+# What Python compiles it keeps, whatever the environment says: everything here starts Python again and again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The Python that .venv is made with; the first that is new enough and can make virtual environments.
 PYTHON ?=
@@ -25,8 +32,8 @@ help: ## list the targets
 run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no server, no docker
 	@exec $(PY) -m qlens serve config/qlens.yaml
 
-test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests, a process for each core (ARGS="tests/core -k sse" for some of them, in one)
-	@$(if $(ARGS),$(PY) -m pytest $(ARGS),$(PY) -m pytest $(ON_ALL_CORES) -m "not alone" && $(PY) -m pytest -m alone)
+test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests, on all cores (ARGS="tests/core -k sse" for some of them, in one)
+	@$(if $(ARGS),$(PY) -m pytest $(ARGS),$(PY) -m pytest $(ON_ALL_CORES) -m "not alone" && $(PY) -m pytest -m alone $(ALONE))
 
 lint: $(VENV)/.dev ## check style and format
 	@$(PY) -m ruff check .

@@ -202,7 +202,8 @@ class Paths(Generic[T]):
     """Finds what is served at a method and a raw path; never looks at the Host header."""
 
     _exact: dict[str, dict[str, T]] = field(factory=dict)
-    _patterns: list[tuple[tuple[str, ...], dict[str, T]]] = field(factory=list)
+    _patterns: dict[tuple[str, ...], tuple[tuple[str, ...], dict[str, T]]] = field(factory=dict)
+    """By their shapes, in their order: patterns that differ in the names of parameters alone are the same."""
 
     @classmethod
     def of(cls, entries: Iterable[tuple[str, str, T]]) -> Paths[T]:
@@ -223,11 +224,7 @@ class Paths(Generic[T]):
         if "{" not in path:
             return self._exact.setdefault(path, {})
         parts = tuple(path.split("/"))
-        for known, methods in self._patterns:
-            if _shape(known) == _shape(parts):
-                return methods
-        self._patterns.append((parts, {}))
-        return self._patterns[-1][1]
+        return self._patterns.setdefault(_shape(parts), (parts, {}))[1]
 
     def exactly(self, method: str, path: str) -> T | None:
         """What is served at a path without parameters; None: `find` knows more."""
@@ -239,7 +236,7 @@ class Paths(Generic[T]):
         methods, params = self._exact.get(path), {}
         if methods is None:
             given = path.split("/")
-            for parts, candidates in self._patterns:
+            for parts, candidates in self._patterns.values():
                 found = _match(parts, given)
                 if found is not None:
                     methods, params = candidates, found
