@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from qlens.alternative import Alternative
+    from qlens.arguments import unicode_argument
     from qlens.audit import Actor, AuditEntry
     from qlens.call import (
         FREE,
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
 # Where each public name lives. Imported when first used, so that `import qlens` costs nothing.
 _HOMES = {
     "qlens.alternative": "Alternative",
+    "qlens.arguments": "unicode_argument",
     "qlens.audit": "Actor AuditEntry",
     "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
     "qlens.config": "Network Secret Url",
@@ -225,6 +227,7 @@ __all__ = [
     "sqlite_path",
     "sqlite_transaction",
     "trimmed",
+    "unicode_argument",
     "usd",
 ]
 

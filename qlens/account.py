@@ -9,12 +9,15 @@ import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attrs import define, field
+from attrs import define, evolve, field
 
-from qlens import returned
+from qlens import returned, vocabularies
 from qlens.call import FREE, Attempt, Call, Cost, Outcome, Receipt, Reply, Target
-from qlens.errors import Blocked, CallError, QuotaExceeded, SessionCut, frames
+from qlens.drains import read_on, stop
+from qlens.errors import Blocked, CallError, QuotaExceeded, SessionCut, Unavailable, frames
+from qlens.unsent import is_unsent
 from qlens.usage import NO_USAGE, Usage, together
+from qlens.watching import Watcher
 
 if TYPE_CHECKING:
     from qlens.pipeline import Pipeline
@@ -25,6 +28,10 @@ CLIENT_CLOSED = 499
 """The status of a call whose client left, as nginx logs it; nobody receives it."""
 CLOSE_SECONDS = 5
 """How long an upstream may take to close: the receipt waits for it."""
+
+
+_OPEN, _PICKED, _CLOSED = range(3)
+"""The stages of an account: an answer that comes is the call's; the call has another one; it is over."""
 
 
 class ClientLeft(Exception):
@@ -61,6 +68,8 @@ class Account:
     """What the client gets."""
     source: Reply | None = None
     """What the cache or the provider gave; a guard may have put another reply in front."""
+    asking: dict[int, asyncio.Task[Any] | None] = field(factory=dict)
+    """The tasks in which attempts wait for their answer, by the attempt's place."""
     meters: dict[int, Metering] = field(factory=dict)
     """What watches each attempt's stream or session, by the attempt's place."""
     first_byte: float | None = None
@@ -70,10 +79,13 @@ class Account:
     delivered: bool = False
     """Whether the client was handed the whole answer."""
     _opened: list[Reply] = field(factory=list, init=False)
+    _answers: dict[int, Reply] = field(factory=dict, init=False)
+    """What targets have answered, by the attempt's place."""
+    _stage: int = field(default=_OPEN, init=False)
 
     async def leave(self, error: BaseException | None) -> None:
         """Close what is open and settle; `error` is what ended the call, None its good end."""
-        if self.pipeline.settles_at_once and not self._holds_open():
+        if self.pipeline.settles_at_once and not self.asking and not self._holds_open():
             # Nothing in it waits, so nothing can cancel it half-way.
             await self._finish(error)
             return
@@ -97,7 +109,19 @@ class Account:
             self.call.form.close()
         await self.pipeline.settle(self, self._receipt(*ending))
 
+    async def read_on(self) -> None:
+        """Read to their end, for nobody, the answers of providers that bill them whole."""
+        for place, meter in self.meters.items():
+            if isinstance(meter, Watcher) and self.pipeline.is_drained(self.call.attempts[place].target):
+                try:
+                    await read_on(meter)
+                except CallError as error:
+                    log.debug("call %s: the answer is not read to its end: %s", self.call.id, error.code)
+
     async def _close(self) -> None:
+        self._stage = _CLOSED
+        if self.asking:
+            await self._stop_asking()
         for reply in self._opened:
             if not reply.is_open:
                 continue
@@ -106,6 +130,14 @@ class Account:
                     await reply.aclose()
             except (Exception, asyncio.CancelledError) as error:  # also of a task of the provider's own
                 log.error("call %s: closing the upstream failed: %s", self.call.id, frames(error))
+
+    async def _stop_asking(self) -> None:
+        """End the attempts that still run: the call has its answer from another one, or needs none any more."""
+        tasks = {task for task in self.asking.values() if task is not None and task is not asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=CLOSE_SECONDS)
 
     def hold_open(self, reply: Reply) -> Reply:
         """Take charge of a reply: it is closed with the account, whatever becomes of it."""
@@ -123,23 +155,43 @@ class Account:
         """Take a reply of a cache or a provider as the call's answer, whoever stands in front of it."""
         self.reply = self.source = self.hold_open(reply)
 
+    def picked(self, reply: Reply) -> Reply:
+        """Settle on the reply that a plugin returned: which answer it is, where targets give several."""
+        if reply is not self.source or self.asking:
+            self._stage = _PICKED
+            for answer in self._answers.values():
+                if answer is reply or _is_made_of(reply, answer):
+                    self.source = answer
+        return reply
+
     # --- attempts ------------------------------------------------------------------------------
 
     def begin(self, target: Target) -> int:
-        """Note that a target is asked from now on; returns the attempt's place."""
+        """Note that a target is asked from now on; returns the attempt's place. Raises Unavailable after the end."""
+        if self._stage == _CLOSED:
+            raise Unavailable("The call is over.")
         attempts = self.call.attempts
-        attempts.append(Attempt(len(attempts) + 1, target, time.monotonic()))
+        place = len(attempts)
+        attempt = Attempt(place + 1, target, time.monotonic())
+        if self.asking:
+            attempt.kind = "hedge"
+        attempts.append(attempt)
+        self.asking[place] = asyncio.current_task()
         if self.call.attempts_left is not None:
             self.call.attempts_left -= 1
-        return len(attempts) - 1
+        return place
 
     def failed(self, place: int, error: CallError | str) -> None:
-        """Note that an attempt ended without an answer; it is not billed."""
+        """Note that an attempt ended without an answer; it is billed only for what the provider says it used."""
+        del self.asking[place]
         attempt = self.call.attempts[place]
         attempt.ended = time.monotonic()
         if isinstance(error, str):
             attempt.error = error
             return
+        if error.usage is not None and (error.usage.total or error.usage.meters):
+            attempt.billed, attempt.usage = True, error.usage
+            attempt.cost = self.pipeline.cost(self.call, attempt.target, error.usage)
         attempt.error = error.code or error.type
         attempt.status = error.status
         attempt.retry_after = error.retry_after
@@ -147,17 +199,43 @@ class Account:
 
     async def rest(self, until: float) -> None:
         """Wait until a target may be asked again."""
+        if self.call.left is not None:
+            await stop()
         started = time.monotonic()
         await asyncio.sleep(until - started)
         self.rested += time.monotonic() - started
 
-    def cut_off(self, place: int) -> None:
-        """Note that an attempt was cancelled; why, is known when the call ends."""
-        self.call.attempts[place].ended = time.monotonic()
+    def cut_off(self, place: int, error: asyncio.CancelledError) -> None:
+        """Note that an attempt was cancelled; why, is known when the call ends.
+
+        One that nobody wants any more, because the client has left or another attempt was faster, is billed for the
+        most it can use: its provider may go on. One that was not sent is free, as is one that took too long.
+        """
+        del self.asking[place]
+        attempt = self.call.attempts[place]
+        attempt.ended = time.monotonic()
+        most = self._most()
+        if is_unsent(error) or most is None or not (self._answers or self.call.left is not None):
+            return
+        attempt.error = "unanswered" if self.call.left is None else "client_closed"
+        attempt.billed, attempt.usage = True, most
+        attempt.cost = self.pipeline.cost(self.call, attempt.target, most)
+
+    def _most(self) -> Usage | None:
+        """The most that one attempt can use; None where that is not bounded, or the provider makes nothing."""
+        call = self.call
+        if call.operation.runs != "full":
+            return None
+        return evolve(call.bound, input=vocabularies.estimated_input(call))
 
     def answered(self, place: int, reply: Reply, meter: Metering | None) -> None:
         """Note that a target answered: with a body, which is all of it, or with a stream that is still to come."""
-        self.open(reply)
+        del self.asking[place]
+        self._answers[place] = reply
+        if self._stage == _OPEN:
+            self.open(reply)
+        elif self._stage == _CLOSED:
+            self.pipeline.settle_later(reply.aclose())
         attempt = self.call.attempts[place]
         attempt.first_byte = now = time.monotonic()
         attempt.status, attempt.upstream_id = reply.status, reply.upstream_id
@@ -178,6 +256,14 @@ class Account:
                 if meter is None:
                     continue
                 attempt.usage = meter.usage()
+                if (
+                    not meter.reply.complete
+                    and self.pipeline.is_drained(attempt.target)
+                    and self._is_unwanted(meter.reply)
+                ):
+                    # Its provider goes on, and nobody hears how far.
+                    most = self._most()
+                    attempt.usage = most if most is not None and most.total > attempt.usage.total else attempt.usage
                 attempt.target = meter.reply.target or attempt.target
                 attempt.cost = self.pipeline.cost(self.call, attempt.target, attempt.usage)
                 attempt.error = error
@@ -186,6 +272,9 @@ class Account:
             else:
                 continue
             attempt.ended = attempt.ended or time.monotonic()
+
+    def _is_unwanted(self, answer: Reply) -> bool:
+        return self.call.left is not None or answer is not self.source
 
     # --- the receipt ---------------------------------------------------------------------------
 
@@ -249,7 +338,7 @@ class Account:
             usage=self._usage(),
             cost=self.cost(),
             saved_picos=self.saved() if outcome == "cached" else 0,
-            cache=call.cache,
+            cache=call.cache or "off",
             streamed=call.stream,
             attempts=tuple(call.attempts),
             tags={**call.known.tags, **call.tags} if call.tags else call.known.tags,
@@ -267,17 +356,19 @@ class Account:
             error = None  # who leaves after the last byte has had it all
         if error is None:
             return self._well_ended()
+        if self.call.left is not None:
+            return "abandoned", CLIENT_CLOSED, "client_closed"
         if isinstance(error, asyncio.CancelledError):
             if self.pipeline.deadlines.over(self.call):
-                return "failed", 504, "call_timeout"
+                return "failed", self._seen(504), "call_timeout"
             if self.pipeline.stopping():
-                return "failed", 503, "shutting_down"
+                return "failed", self._seen(503), "shutting_down"
             return "abandoned", CLIENT_CLOSED, "client_closed"
         if isinstance(error, ClientLeft):
             return "abandoned", CLIENT_CLOSED, "client_closed"
         if not isinstance(error, CallError):
-            return "failed", 500, "internal_error"
-        status = error.status if self.first_byte is None else 200
+            return "failed", self._seen(500), "internal_error"
+        status = self._seen(error.status)
         code = error.code or error.type
         if isinstance(error, Blocked):
             return "blocked", status, code
@@ -286,6 +377,10 @@ class Account:
         if not self.admitted and error.status < 500:
             return "rejected", status, code
         return "failed", status, code
+
+    def _seen(self, status: int) -> int:
+        """The status that the client sees of an error: once an answer has begun, it is that of the answer."""
+        return status if self.first_byte is None or self.reply is None else self.reply.status
 
     def _well_ended(self) -> tuple[Outcome, int, str | None]:
         status = self.reply.status if self.reply is not None else 200
@@ -299,6 +394,13 @@ class Account:
         if self.source is not None and self.source.cut:
             return "cut", status, "output_limit"
         return "failed", status, "upstream_truncated"
+
+
+def _is_made_of(reply: Reply, answer: Reply) -> bool:
+    """Whether a plugin's own reply hands on what is in an answer."""
+    if reply.chunks is not None:
+        return reply.chunks is answer.chunks
+    return reply.body is not None and reply.body is answer.body
 
 
 def _micros(seconds: float) -> int:

@@ -15,6 +15,7 @@ from qlens.call import Body, Reply
 from qlens.errors import CallError, UpstreamInvalid, UpstreamRejected, UpstreamTruncated
 from qlens.trimming import trimmed
 from qlens.upstream import Answer
+from qlens.usage import Usage
 
 ERROR_BODY_BYTES = 64 * 1024
 """The most that is read of an answer that is an error."""
@@ -32,6 +33,12 @@ def written(body: Body) -> bytes:
 def media_type_of(answer: Answer) -> str:
     """The media type of an answer, without its parameters."""
     return answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def having_used(error: CallError, usage: Usage | None) -> CallError:
+    """An error of a provider with what it says the attempt has used all the same."""
+    error.usage = usage
+    return error
 
 
 def no_answer(answer: Answer) -> UpstreamInvalid:

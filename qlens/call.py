@@ -319,7 +319,6 @@ class Call:
     pricing: Callable[[Call], Cost] | None = field(default=None, repr=False)
     """What works out `bound_cost`."""
     _bound_cost: Cost | None = field(default=None, init=False, repr=False)
-    _cache: CacheState | None = field(default=None, init=False)
 
     limits: list[Standing] = Factory(list)
     targets: tuple[Target, ...] = ()
@@ -328,6 +327,8 @@ class Call:
     """How many more sends the call may make, over all its targets and fallbacks; None: each target once."""
     kept: Kept | None = None
     """The objects that the call names: it may go nowhere but to the provider that keeps them."""
+    cache: CacheState | None = None
+    """What a cache says that it had for the call; one that says nothing is spoken for by what its `lookup` returns."""
     keep: int = 0
     """A cache that wants a stream's answer sets this to the most bytes to collect."""
     most_output: int | None = None
@@ -349,22 +350,6 @@ class Call:
     @bound_cost.setter
     def bound_cost(self, cost: Cost) -> None:
         self._bound_cost = cost
-
-    @property
-    def cache(self) -> CacheState:
-        """What a cache had for the call; a cache that says nothing of it is spoken for by what its `lookup` returns."""
-        return self._cache or "off"
-
-    @cache.setter
-    def cache(self, state: CacheState) -> None:
-        self._cache = state
-
-    def looked_up(self, known: Reply | None) -> None:
-        """Note what a lookup has found, where no cache has said more."""
-        if known is not None and self._cache not in ("hit", "semantic"):
-            self._cache = "hit"
-        elif self._cache is None:
-            self._cache = "miss"
 
     async def read(self) -> bytes:
         """Read the request body whole; raises BodyTooLarge, BodyTimedOut or UnsupportedMedia."""

@@ -9,12 +9,14 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import qlens
+from qlens.advice import warnings
 from qlens.call import Caller, Target
 from qlens.config import Draft, draft, text_of
 from qlens.crashes import Lines, guard_loop, guard_output
@@ -23,6 +25,7 @@ from qlens.gateway import Gateway
 from qlens.money import usd
 from qlens.operations import OPERATIONS, Operation
 from qlens.paths import own_endpoints, plugin_endpoints
+from qlens.paths import served as paths_of
 from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
 from qlens.server import served, spare_the_collector
 from qlens.signals import ignore_stops, on_stop
@@ -200,8 +203,20 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
 
 def _check(args: argparse.Namespace) -> int:
     registration = register(drafted(args.config, check_env=not args.no_env))
+    asyncio.run(_check_paths(registration))
+    for warning in warnings(registration):
+        print(f"warning: {args.config}: {warning}", file=sys.stderr)
     print(f"{args.config}: good: {len(registration.instances)} plugins, {len(registration.models)} models")
     return 0
+
+
+async def _check_paths(registration: Registration) -> None:
+    gateway = Gateway()
+    gateway.view(registration)
+    try:
+        paths_of(gateway, registration)
+    finally:
+        await gateway.http.aclose()
 
 
 def _plugins(args: argparse.Namespace) -> int:
@@ -223,6 +238,7 @@ def _plugins(args: argparse.Namespace) -> int:
 
 def _routes(args: argparse.Namespace) -> int:
     registration = register(drafted(args.config))
+    asyncio.run(_check_paths(registration))
     _show(args.json, asyncio.run(_route_rows(registration)))
     return 0
 
@@ -309,6 +325,7 @@ async def _explaining(registration: Registration, raw: bytes, args: argparse.Nam
     lines = [
         f"operation  {operation.name} ({operation.method} {operation.path}), {'stream' if call.stream else 'one body'}",
         f"model      {model.name}, max_output_tokens {model.max_output_tokens or 'not set'}",
+        *([f"counts as  {model.counts_as}"] if model.counts_as != model.name else ()),
         *(f"target     {_target(target)}" for target in model.candidates),
         *(f"fallback   {kind}: {', '.join(names)}" for kind, names in model.fallbacks.items()),
         f"bound      {call.bound.input} input tokens at most ({call.estimated_input} by estimate), "
@@ -341,6 +358,11 @@ def _target(target: Target) -> str:
 
 def _plugin_command(words: list[str]) -> int:
     path, rest = _config_path(words)
+    if not path.exists():
+        raise StartupError(
+            f"{path}: No such file or directory. Commands other than {', '.join(sorted(_CORE))}, and their help, come "
+            "from the plugins of a configuration: say which with -c CONFIG, or in $QLENS_CONFIG"
+        )
     registration = register(drafted(path, check_env=False))
     chosen, rest = _chosen_plugin(rest)
     commands = _commands(registration, chosen)
@@ -385,10 +407,26 @@ async def _running(registration: Registration, key: str, command: Command, args:
     guard_loop()
     gateway = Gateway()
     try:
-        async with gateway.only(registration, key):
-            return await command.run(gateway, args)
+        with _audit_lines():
+            async with gateway.only(registration, key):
+                return await command.run(gateway, args)
     finally:
         await gateway.http.aclose()
+
+
+@contextmanager
+def _audit_lines() -> Iterator[None]:
+    """Write what no plugin keeps to standard error: a command sets up no log."""
+    log, lines = logging.getLogger("qlens.audit"), logging.StreamHandler(sys.stderr)
+    lines.setFormatter(Lines("%(name)s %(message)s"))
+    level = log.level
+    log.addHandler(lines)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(lines)
+        log.setLevel(level)
 
 
 def _config_path(words: list[str]) -> tuple[Path, list[str]]:

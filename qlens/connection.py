@@ -48,6 +48,9 @@ PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
 
+Leaving = Callable[[asyncio.Task[None]], bool]
+"""Called with a request's task when the client is gone; whether it goes on all the same, and is not to be cancelled."""
+
 Refused = Callable[[str, str | None, int], object]
 """Called with the id, the client's address and the status of what was refused because it is not HTTP."""
 
@@ -68,7 +71,7 @@ class Connection(web.RequestHandler):
     a request is one task, so that the context of one call is no part of the next one's, and its answer one write.
     """
 
-    __slots__ = ("_last", "_refused", "_serve")
+    __slots__ = ("_last", "_refused", "_serve", "on_leaving")
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class Connection(web.RequestHandler):
         super().__init__(manager, keepalive_timeout=KEEPALIVE_SECONDS, **options)
         self._serve, self._refused = serve, refused
         self._last = False
+        self.on_leaving: Leaving | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
@@ -108,6 +112,13 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if self._messages and not self._request_in_progress:
             self._next()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """End the request that runs, because its client is gone; or let it go on, if it is to be read to its end."""
+        task = self._task_handler
+        if task is not None and self.on_leaving is not None and self.on_leaving(task):
+            self._task_handler = None
+        super().connection_lost(exc)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on; aiohttp asks for it with every body, though hardly one was large enough to make it pause."""
@@ -191,7 +202,7 @@ class Connection(web.RequestHandler):
 
     def _ended(self, keep_alive: bool) -> None:
         self._request_in_progress = False
-        self._task_handler = None
+        self._task_handler = self.on_leaving = None
         if self._handler_waiter is not None and not self._handler_waiter.done():
             self._handler_waiter.set_result(None)
         if not keep_alive or self.is_closing:
@@ -323,6 +334,8 @@ class Exchange:
 
     async def relay(self, account: Account, reply: Reply) -> None:
         """Write a reply to the client as it comes; nothing is sent before the first good byte is in hand."""
+        if account.call.left is not None:
+            raise ClientLeft
         if reply.chunks is None:
             body = reply.body or b""
             account.first_byte = time.monotonic()
@@ -391,6 +404,8 @@ class Exchange:
 
     async def fail(self, error: CallError, call: Call | None) -> None:
         """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
+        if self.connection.transport is None:
+            raise ClientLeft
         if call is not None:
             dialect = call.operation.dialect
         else:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from attrs import frozen
+
+if TYPE_CHECKING:
+    from qlens.usage import Usage
 
 
 class CallError(Exception):
@@ -26,6 +30,8 @@ class CallError(Exception):
     """The kind of fallback this error may take: any, context_length, content_filter or rate_limit."""
     upstream_id: str | None = None
     """The provider's own id of the request that failed; for the receipt, not for the client."""
+    usage: Usage | None = None
+    """What the provider says the attempt used though it failed: it is billed."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from urllib.parse import urlencode
 
@@ -11,6 +11,7 @@ import orjson
 from qlens import dialects, sse
 from qlens.answers import (
     ERROR_BODY_BYTES,
+    having_used,
     identified,
     media_type_of,
     no_answer,
@@ -25,6 +26,7 @@ from qlens.errors import CallError, UpstreamError, UpstreamInvalid
 from qlens.forms import FormBody
 from qlens.provider_errors import error_from
 from qlens.upstream import Answer, Deadlines, Upstream
+from qlens.usage import Usage, larger
 
 __all__ = ["FORWARDED", "error_from", "post_openai", "send_request"]
 
@@ -53,6 +55,8 @@ _ITEMS = {
     "responses": "output",
 }
 """Under which key a dialect's answer has its list, without which no client can read it."""
+_NEVER_EMPTY = frozenset({"chat", "completions", "embeddings", "moderations"})
+"""The dialects for which an answer with an empty list is none."""
 _OBJECTS = frozenset({dict})
 
 
@@ -181,7 +185,7 @@ def _asked(outgoing: Outgoing, ask_usage: bool) -> Body:
 
 async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
     if not 200 <= answer.status < 300:
-        raise await _refusal(answer)
+        raise await _refusal(answer, outgoing.dialect)
     if not outgoing.stream:
         return _full(await answer.read(), outgoing)
     media_type = media_type_of(answer)
@@ -209,14 +213,17 @@ async def _raw(answer: Answer, outgoing: Outgoing) -> Reply | None:
     return reply
 
 
-async def _refusal(answer: Answer) -> CallError:
+async def _refusal(answer: Answer, dialect: str = "") -> CallError:
+    """The error that an answer is; with a dialect, what it says was used is billed."""
     if answer.status < 400:
         return no_answer(answer)
     try:
         payload = orjson.loads(await answer.read(ERROR_BODY_BYTES))
     except (UpstreamError, orjson.JSONDecodeError):
         payload = {}  # the status says enough
-    return error_from(payload if isinstance(payload, dict) else {}, answer.status, retry_after(answer.headers))
+    said = payload if isinstance(payload, dict) else {}
+    error = error_from(said, answer.status, retry_after(answer.headers))
+    return having_used(error, dialects.named(dialect).usage(said)) if dialect and said.get("usage") else error
 
 
 def _full(body: bytes, outgoing: Outgoing) -> Reply:
@@ -229,11 +236,13 @@ def _full(body: bytes, outgoing: Outgoing) -> Reply:
     key = _ITEMS.get(outgoing.dialect)
     items = parsed.get(key) if key else None
     error = _error_in(parsed, outgoing.dialect)
-    if error is not None and (not items or parsed.get("status") == "failed"):
-        raise error_from(error)
-    if key and not (isinstance(items, list) and _OBJECTS.issuperset(map(type, items))):
-        raise UpstreamInvalid(f"The provider's answer has no list of {key}.")
     dialect = dialects.named(outgoing.dialect)
+    if error is not None and (not items or parsed.get("status") == "failed"):
+        raise having_used(error_from(error), dialect.usage(parsed))
+    if key and not (isinstance(items, list) and _OBJECTS.issuperset(map(type, items))):
+        raise having_used(UpstreamInvalid(f"The provider's answer has no list of {key}."), dialect.usage(parsed))
+    if not items and outgoing.dialect in _NEVER_EMPTY:
+        raise having_used(UpstreamInvalid(f"The provider's answer has no {key}."), dialect.usage(parsed))
     return Reply(
         body=body,
         dialect=outgoing.dialect,
@@ -251,17 +260,25 @@ def _error_in(payload: Body, dialect: str) -> Body | None:
 
 
 async def _stream(answer: Answer, outgoing: Outgoing) -> Reply:
-    answer.put_back(await to_first_event(answer, partial(_is_good, dialect=outgoing.dialect)))
+    before: list[Body] = []
+    try:
+        answer.put_back(await to_first_event(answer, partial(_is_good, dialect=outgoing.dialect, before=before)))
+    except CallError as error:
+        error.usage = _used(before, outgoing.dialect)
+        raise
     return Reply(chunks=answer.chunks(), dialect=outgoing.dialect, close=answer.close)
 
 
-def _is_good(event: bytes, dialect: str) -> bool:
-    """Whether this event is an answer's beginning (a comment is not); raises what the provider says is wrong."""
+def _is_good(event: bytes, dialect: str, before: list[Body]) -> bool:
+    """Whether an answer begins with this event; raises what the provider says is wrong.
+
+    What is no comment and still not its beginning is added to what came `before` it.
+    """
     data = sse.data(event)
     if data is None or not data.strip():
         return False
     if data.startswith(b"[DONE]"):
-        return True
+        raise UpstreamInvalid("The provider's stream ends without an answer.")
     try:
         payload = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -270,6 +287,21 @@ def _is_good(event: bytes, dialect: str) -> bool:
         raise UpstreamInvalid("The provider's stream begins with an event that is not a JSON object.")
     error = _error_in(payload, dialect)
     if error is not None or event.startswith(b"event: error"):
+        before.append(payload)
         raise error_from(error or payload)
-    # A response is said to be created before anything has been tried.
-    return dialect != "responses" or responses.event_begins(payload)
+    # Azure says first what it found in the prompt, and a response is said to be created before anything has been tried.
+    if payload.get("choices") or (_ITEMS.get(dialect) != "choices" and dialect != "responses"):
+        return True
+    if dialect == "responses" and responses.event_begins(payload):
+        return True
+    before.append(payload)
+    return False
+
+
+def _used(said: Iterable[Body], dialect: str) -> Usage | None:
+    """What these events say was used."""
+    used: Usage | None = None
+    for payload in said:
+        if (usage := dialects.named(dialect).usage(payload)) is not None:
+            used = larger(used, usage)
+    return used

@@ -9,6 +9,7 @@ import orjson
 from qlens import sse
 from qlens.answers import (
     ERROR_BODY_BYTES,
+    having_used,
     identified,
     media_type_of,
     no_answer,
@@ -83,11 +84,11 @@ async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
 def _full(content: bytes, dialect: str) -> Reply:
     body = _parsed(content)
     if (error := messages.event_error(body)) is not None:
-        raise error_from(error)
+        raise having_used(error_from(error), messages.usage(body))
     if dialect == "count_tokens":
         return _count(content, body)
     if not isinstance(body.get("content"), list):
-        raise UpstreamInvalid("The provider's answer has no content.")
+        raise having_used(UpstreamInvalid("The provider's answer has no content."), messages.usage(body))
     usage, finish = messages.usage(body), messages.finish(body)
     return Reply(body=content, dialect="messages", usage=usage, finish=finish, complete=True)
 
@@ -105,8 +106,8 @@ def _is_good(event: bytes) -> bool:
         return False
     payload = _parsed(data)
     if (error := messages.event_error(payload)) is not None:
-        raise error_from(error)
-    return payload.get("type") != "ping"
+        raise having_used(error_from(error), messages.usage(payload))
+    return payload.get("type") not in {"message_stop", "ping"}
 
 
 def _parsed(content: bytes) -> Body:
@@ -132,4 +133,4 @@ async def _refusal(answer: Answer) -> CallError:
     error = messages.event_error(body) or {"error": {}}
     # What the operator has spent may come as a 400, as if the client were wrong.
     status = 429 if error["error"].get("code") == "insufficient_quota" else answer.status
-    return error_from(error, status, retry_after(answer.headers))
+    return having_used(error_from(error, status, retry_after(answer.headers)), messages.usage(body))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 from collections import Counter
@@ -26,11 +27,16 @@ MEDIA_TYPE = "multipart/form-data"
 MOST_PARTS = 128
 MOST_FIELD_BYTES = 1024 * 1024
 """Of all fields that are no files together: they are kept in memory."""
+MOST_PREAMBLE_BYTES = 4096
+"""Of what may stand in front of the first part."""
 
 _NUMBER = re.compile(r"-?\d{1,18}(\.\d{1,18})?")
 _ANY_TYPE = "application/octet-stream"
 _TYPE = re.compile(r"[\x21-\x7e]+/[\x20-\x7e]+")
 _ESCAPED = {'"': "%22", "\r": "%0D", "\n": "%0A"}
+
+# What is wrong with a client's form is the client's to hear; the library would write it to stderr as well.
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL + 1)
 
 
 @frozen
@@ -149,6 +155,30 @@ class _Reader:
         self.ended = True
 
 
+@define(eq=False)
+class _Preamble:
+    """Skips what stands in front of the first part (RFC 2046, section 5.1.1), which the parser does not know."""
+
+    mark: bytes
+    """How the line begins that ends it."""
+    over: bool = field(default=False, init=False)
+    _start: bytes = field(default=b"", init=False)
+
+    def after(self, piece: bytes) -> bytes:
+        """The part of a piece that is the form's; raises InvalidRequest where none begins."""
+        if self.over:
+            return piece
+        start = self._start + piece
+        place = 0 if start.lstrip(b"\r\n").startswith(self.mark) else start.find(b"\r\n" + self.mark)
+        if place < 0 and len(start) <= MOST_PREAMBLE_BYTES:
+            self._start = start
+            return b""
+        if not 0 <= place <= MOST_PREAMBLE_BYTES:
+            raise _malformed()
+        self.over = True
+        return start[place:]
+
+
 def meters_of(call: Call) -> dict[str, int]:
     """What is counted of the files, as far as they bound it."""
     return _dialect(call).file_meters(call.files)
@@ -167,11 +197,12 @@ async def read_form(call: Call) -> Body:
     """
     dialect, reader = _dialect(call), _Reader(Spool())
     call.form = Form(spool=reader.spool)  # at once, so that it is closed with the account
-    parser = reader.parser(_boundary(call.headers.get("content-type", "")))
+    boundary = _boundary(call.headers.get("content-type", ""))
+    parser, preamble = reader.parser(boundary), _Preamble(b"--" + boundary)
     try:
         async with aclosing(call.pieces()) as pieces:
             async for piece in pieces:
-                parser.write(piece)
+                parser.write(preamble.after(piece))
                 await reader.spool.write(b"".join(reader.unwritten))
                 reader.unwritten.clear()
         parser.finalize()

@@ -88,7 +88,7 @@ def _told(account: Account) -> str:
     provider = "" if source is None or source.target is None else _line("x-qlens-provider", source.target.provider)
     model = "" if call.model is None else _line("x-qlens-model", call.model.name)
     return (
-        f"{lines}{provider}{model}x-qlens-cache: {call.cache}\r\nx-qlens-attempts: {len(call.attempts)}\r\n"
+        f"{lines}{provider}{model}x-qlens-cache: {call.cache or 'off'}\r\nx-qlens-attempts: {len(call.attempts)}\r\n"
         f"x-qlens-overhead-ms: {own:.3f}\r\n"
     )
 

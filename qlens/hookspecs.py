@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "admit",
     "adopt",
+    "audit_log",
     "authenticate",
     "banner",
     "choose",
@@ -96,6 +97,17 @@ def commands() -> Iterable[Command]:  # type: ignore[empty-body]
     Asked when the command line is read; only this instance's lifespan is open while a command runs.
     Return Command objects; where two plugins have one name, `--plugin NAME` says whose is meant.
     Raising stops the command.
+    """
+
+
+@hookspec
+def audit_log(gateway: Gateway) -> AbstractAsyncContextManager[None]:  # type: ignore[empty-body]
+    """Keep what is done at the command line, where no lifespan of this plugin is open.
+
+    Entered each time a command of any plugin notes what it is about to do, and left when that is noted.
+    Return an async context manager that holds `gateway.audit.into(sink)` open, as the lifespan does while calls are
+    served.
+    Raising stops the command before it does anything.
     """
 
 
@@ -197,10 +209,10 @@ def retry(call: Call, attempt: Attempt) -> float | None:
 
 @hookspec
 async def wrap_send(call: Call, target: Target, proceed: Callable[[Target], Awaitable[Reply]]) -> Reply:  # type: ignore[empty-body]
-    """Stand around one send: circuit breaker, deadline, timing.
+    """Stand around one send: circuit breaker, deadline, timing, hedge.
 
-    Runs for every attempt; the plugin listed first is outermost.
-    Return the reply of `await proceed(target)`.
+    Runs for every attempt; the plugin listed first is outermost. To hedge, call `proceed` more than once.
+    Return the reply of `await proceed(target)`; of several, the one that the client is to get.
     Raise a CallError before `proceed` to refuse: that is no attempt, and the next target is asked.
     """
 

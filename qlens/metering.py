@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import orjson
-from attrs import define, field
+from attrs import define, evolve, field
 
 from qlens import dialects, sse, vocabularies
+from qlens.bridges.counts import as_openai
 from qlens.call import Call, Cost, Reply
 from qlens.dialects.plain import Plain
 from qlens.errors import CallError, UpstreamTruncated
@@ -17,7 +18,7 @@ from qlens.exchange import error_from
 from qlens.metering_cut import within
 from qlens.metering_length import Length
 from qlens.money import usd
-from qlens.usage import Usage, larger
+from qlens.usage import Usage, counts_of, larger
 from qlens.watching import EventWatcher
 
 # What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches; and
@@ -44,6 +45,12 @@ class Meter(EventWatcher):
     """The bytes of the first event, which carries the role and hardly any text."""
     _finished: set[int] = field(init=False, factory=set)
     _usage_event: dict[str, Any] | None = field(init=False, default=None)
+    _counts_there: tuple[int, ...] = field(init=False, default=())
+    """The tokens that it says."""
+    _hears_usage: bool = field(init=False, default=False)
+    """Whether the event that is looked into says what was used."""
+    _told_early: tuple[int, int] | None = field(init=False, default=None)
+    """The events and the bytes that had passed when the stream last said what was used, before it was over."""
     _head: dict[str, Any] = field(init=False, factory=dict)
     _before: bytes = field(init=False, default=b"", repr=False)
     """How an event began that was not notable, up to its text."""
@@ -113,12 +120,16 @@ class Meter(EventWatcher):
             raise self._error
         if self.reply.cut:
             return self._cut_short()
-        if not self._done and len(self._finished) < dialects.named(self.reply.dialect).returned(self.call.body):
+        if not self._done and not self._is_finished():
             raise UpstreamTruncated("The provider's answer stopped before its end.")
         # A finish reason followed by the end of the stream is complete: some servers send no [DONE].
         self.reply.complete = True
         await self._hand_over()
         return self._usage() + sse.DONE
+
+    def _is_finished(self) -> bool:
+        """Whether every choice has its finish reason."""
+        return len(self._finished) >= dialects.named(self.reply.dialect).returned(self.call.body)
 
     def _look(self, block: bytes) -> bytes:
         """What of a block of whole events goes to the client: all of it, most of the time."""
@@ -140,11 +151,11 @@ class Meter(EventWatcher):
             size, events = self._alike(block)
         return b"".join(passing)
 
-    def _pass(self, block: bytes, events: int) -> bytes:
-        """Count what goes to the client as it is."""
+    def _pass(self, block: bytes, events: int, size: int = -1) -> bytes:
+        """Count what goes to the client as it is: so many events, of all its bytes or of `size`."""
         self._keep(block)
         self.events += events
-        self.passed += len(block)
+        self.passed += len(block) if size < 0 else size
         return block
 
     def _alike(self, block: bytes) -> tuple[int, int]:
@@ -173,8 +184,8 @@ class Meter(EventWatcher):
             begin = _start_of_the_notable(block)
             return (self._scan(block[:begin]) if begin else b"") + self._sift(sse.cut(block[begin:]))
         if self._noted < _MOST_NOTED:
-            self._note(sse.first(block))
-        return self._pass(block, sse.count(block))
+            self._note(_first_said(block))
+        return self._pass(block, *_counted(block))
 
     def _note(self, event: bytes) -> None:
         """Remember what surrounds the text of an event that is not notable."""
@@ -203,14 +214,22 @@ class Meter(EventWatcher):
             for event in events:
                 if seen := self._see(event):
                     passing.append(seen)
+                if self._hears_usage:
+                    self._hears_usage = False
+                    count, size = _counted(b"".join(passing))
+                    passed = self.events + count, self.passed + size
+                    self._told_early = None if self._is_finished() else passed
         except CallError as error:
             self._ended, self._error = True, error
+            if self._hears_usage:
+                self._told_early = None
         self._ended = self._ended or self._done
         if passing and not self._envelope:
-            self._envelope = len(passing[0])
+            self._envelope = len(_first_said(b"".join(passing)))
         block = b"".join(passing)
-        self.events += len(passing)
-        self.passed += len(block)
+        count, size = _counted(block)
+        self.events += count
+        self.passed += size
         return block
 
     def _see(self, event: bytes) -> bytes:
@@ -225,19 +244,23 @@ class Meter(EventWatcher):
             return b""
         payload = sse.parsed(data)
         if payload.get("error"):
+            self._heard(dialects.named(self.reply.dialect).usage(payload))
             raise error_from(payload, None)
         return self._read(event, payload)
 
+    def _heard(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self.reply.usage, self._hears_usage = larger(self.reply.usage, usage), True
+
     def _read(self, event: bytes, payload: dict[str, Any]) -> bytes:
         dialect = dialects.named(self.reply.dialect)
-        if usage := dialect.usage(payload):
-            self.reply.usage = larger(self.reply.usage, usage)
+        self._heard(usage := dialect.usage(payload))
         choices = payload.get("choices")
         if not choices:
             # OpenAI's usage event, or Azure's first event with its filter results: the first is kept for the end, the
             # second would break clients that read choices[0].
             if usage:
-                self._usage_event = payload
+                self._usage_event, self._counts_there = payload, counts_of(usage)
             return b""
         self._head = {key: payload[key] for key in ("id", "object", "created", "model") if key in payload}
         self._finished.update(dialect.event_ends(payload))
@@ -252,7 +275,8 @@ class Meter(EventWatcher):
             return b""
         usage = self.usage()
         event = self._usage_event
-        if event is None or usage.source != "provider":
+        # What is shown is what is priced: an event may say less than one before it, or than what was delivered.
+        if event is None or usage.source != "provider" or counts_of(usage) != self._counts_there:
             event = {**self._head, "choices": [], "usage": as_openai(usage)}
         event["usage"]["cost_usd"] = cost_text(self.price(usage))
         return sse.write(event)
@@ -266,21 +290,43 @@ class Meter(EventWatcher):
         return within(used, self.call.most_output or 0) if self.reply.cut else used
 
     def _used(self) -> Usage:
-        said = self.said()
-        if said is not None and (said.total or not self.events):
-            return said
-        text = max(0, self.passed - self.events * self._envelope)
-        return Usage(
-            input=vocabularies.estimated_input(self.call),
-            # Most servers send a token an event; those that send more are caught by the size of the text.
-            output=max(self.events - 1, text // _BYTES_PER_TOKEN, 0),
-            source="estimated" if self.reply.complete else "partial",
-        )
+        said, guess = self.said(), self._guess(self.events, self.passed)
+        source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
+        if said is None or (not said.total and self.events):
+            return Usage(input=vocabularies.estimated_input(self.call), output=guess, source=source)
+        if said.source != "estimated" and (said.completion or not guess):
+            if self._told_early is None:
+                return said
+            events, passed = self._told_early
+            if not self._guess(self.events - events, self.passed - passed):
+                return said if self.reply.complete else evolve(said, source=source)
+        # What was delivered is charged at least, whatever was said of it before it was over.
+        return evolve(said, output=max(said.output, guess - said.reasoning - said.audio_out), source=source)
+
+    def _guess(self, events: int, passed: int) -> int:
+        """The tokens of so many events with so many bytes, about."""
+        text = max(0, passed - events * self._envelope)
+        # Most servers send a token an event; those that send more are caught by the size of the text.
+        return max(events - 1, text // _BYTES_PER_TOKEN, 0)
 
     def _assembled(self) -> dict[str, Any]:
         found = [sse.data(event) for event in merged(sse.cut(b"".join(self._kept)))]
         payloads = [sse.parsed(data) for data in found if data and not data.startswith(b"[DONE")]
         return dialects.named(self.reply.dialect).assemble(payloads)
+
+
+def _counted(block: bytes) -> tuple[int, int]:
+    """How many events a block has that say something, and their bytes: keep-alives are comments, and cost nothing."""
+    if not block.startswith(b":") and b"\n:" not in block:
+        return sse.count(block), len(block)
+    told = [event for event in sse.cut(block) if sse.data(event) is not None]
+    return len(told), sum(map(len, told))
+
+
+def _first_said(block: bytes) -> bytes:
+    """The first event of a block that is no comment; empty when all are."""
+    event = sse.first(block)
+    return next((each for each in sse.cut(block) if each[:1] != b":"), b"") if event.startswith(b":") else event
 
 
 def _around_text(event: bytes) -> tuple[bytes, bytes] | None:
@@ -342,17 +388,6 @@ def _start_of_the_notable(block: bytes) -> int:
     return boundary + 2 if boundary >= 0 else 0
 
 
-def as_openai(usage: Usage) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": usage.prompt,
-        "completion_tokens": usage.completion,
-        "total_tokens": usage.total,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_input, "audio_tokens": usage.audio_in},
-        "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": usage.audio_out},
-    }
-
-
 def cost_text(cost: Cost) -> str | None:
     """A cost as clients see it: a decimal text, null when the price is unknown."""
     return None if cost.picos is None else usd(cost.picos)
@@ -376,7 +411,16 @@ def exploded(call: Call, reply: Reply, cost: Cost) -> list[bytes]:
     events = [sse.write(payload) for payload in payloads if payload.get("choices")]
     if call.wants_usage and payloads:
         head = {key: payloads[0][key] for key in ("id", "object", "created", "model") if key in payloads[0]}
-        said = next((payload["usage"] for payload in payloads if payload.get("usage")), None)
-        usage = {**(said or as_openai(reply.usage or Usage())), "cost_usd": cost_text(cost)}
+        usage = {**_shown(reply, payloads), "cost_usd": cost_text(cost)}
         events.append(sse.write({**head, "choices": [], "usage": usage}))
     return [*events, sse.DONE]
+
+
+def _shown(reply: Reply, payloads: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """What these events say was used, as the provider wrote it where that is what is priced."""
+    said = next((payload for payload in payloads if payload.get("usage")), None)
+    if said is not None:
+        read = dialects.named(reply.dialect).usage(said)
+        if reply.usage is None or (read is not None and counts_of(read) == counts_of(reply.usage)):
+            return dict(said["usage"])
+    return as_openai(reply.usage or Usage())

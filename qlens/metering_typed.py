@@ -17,7 +17,7 @@ from qlens.metering import estimated
 from qlens.metering_cut import Ending, ending, within, written
 from qlens.metering_length import Length
 from qlens.provider_errors import error_from
-from qlens.usage import Usage, grown
+from qlens.usage import Usage
 from qlens.watching import EventWatcher
 
 _BYTES_PER_TOKEN = 4
@@ -34,6 +34,10 @@ class TypedMeter(EventWatcher):
     _spoken: int = field(init=False, default=0)
     """The deltas that passed, and below their bytes: these hold the answer's texts."""
     _spoken_bytes: int = field(init=False, default=0)
+    _told_at: int | None = field(init=False, default=None)
+    """How many of these had passed when the stream last said what was used; None: it has not said so."""
+    _failed_knowing: bool = field(init=False, default=False)
+    """Whether the error that ends the stream says what was used."""
     _failed: bool = field(init=False, default=False)
     """Whether there is, or was, an error that ends the stream."""
     _last_event: bytes = field(init=False, default=b"", repr=False)
@@ -128,16 +132,19 @@ class TypedMeter(EventWatcher):
             size = self._said_in(payload)
             self._envelope = len(event) - size if size else 0
             return False
+        before, said = self.reply.usage, self._dialect.event_usage(payload, self.reply.usage)
+        self.reply.usage = said
         if (error := self._dialect.event_error(payload)) is not None:
+            self._failed_knowing = said is not before
             raise error_from(error)
-        if (said := self._dialect.event_usage(payload)) is not None:
-            self.reply.usage = grown(self.reply.usage, said)
         self.reply.finish = self._dialect.finish(payload) or self.reply.finish
         if event.startswith(b"data:") and (size := self._said_in(payload)):
             # Without a name every event is looked into.
             self._spoken += 1
             self._spoken_bytes += len(event)
             self._envelope = self._envelope or len(event) - size
+        if said is not before:
+            self._told_at = self._spoken
         return self._dialect.event_ends_stream(payload)
 
     def _said_in(self, payload: dict[str, Any]) -> int:
@@ -159,7 +166,7 @@ class TypedMeter(EventWatcher):
         said, guess = self.said(), self._guess()
         if self._goes_on():
             guess = max(guess, self.call.bound.output)
-        if said is not None and self.reply.complete and (said.completion or not guess):
+        if said is not None and self._is_last_word() and (said.completion or not guess):
             return said
         source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
         if said is None or not said.prompt:
@@ -167,6 +174,12 @@ class TypedMeter(EventWatcher):
             return evolve(unsaid, output=guess, source=source)
         # An answer that stops in the middle has used as much as was said of it, or as was heard.
         return evolve(said, output=max(said.output, guess - said.reasoning), source=source)
+
+    def _is_last_word(self) -> bool:
+        """Whether what was said of usage is all, because the answer is over and nothing was delivered after that."""
+        if self._failed_knowing:
+            return True
+        return self.reply.complete and (self._told_at is None or self._spoken == self._told_at)
 
     def _goes_on(self) -> bool:
         """Whether the provider goes on with the answer though nobody reads this stream any more."""

@@ -84,6 +84,11 @@ def own_endpoints(gateway: Gateway) -> tuple[Endpoint, ...]:
         Endpoint("HEAD", "/healthz", None, healthz),
         Endpoint("GET", "/readyz", None, readyz),
         Endpoint("HEAD", "/readyz", None, readyz),
+        *(
+            Endpoint(method, path, None, answer, "admin")
+            for path, answer in (("/healthz", healthz), ("/readyz", readyz))
+            for method in ("GET", "HEAD")
+        ),
         Endpoint("GET", "/metrics", None if open_metrics else "viewer", metrics, "admin"),
         Endpoint("GET", "/admin/health", "viewer", health, "admin"),
         Endpoint("GET", "/admin/whoami", "member", whoami, "admin", scoped=True),

@@ -15,14 +15,17 @@ import orjson
 from attrs import evolve, field, frozen
 
 from qlens import affinity, dialects, objects, realtime, returned, sse
-from qlens.account import Account, run_apart
+from qlens.account import Account, ClientLeft, run_apart
 from qlens.bridges import Bridge, params
+from qlens.bridges.counts import as_openai
 from qlens.bridges.messages_over_chat import without_extensions
 from qlens.bridges.responses_over_chat.thoughts import without_closed
 from qlens.call import FREE, UNPRICED, Attempt, Call, Caller, Cost, Model, Outgoing, Receipt, Reply, Target
 from qlens.deadlines import Deadlines
 from qlens.dialects import count_tokens, input_tokens, responses, typed
 from qlens.dialects.fields import missing
+from qlens.dialects.texts import has_tokens
+from qlens.drains import Drains, stop
 from qlens.errors import (
     CallError,
     CallTimedOut,
@@ -37,7 +40,7 @@ from qlens.errors import (
     frames,
 )
 from qlens.forms import meters_of, read_form
-from qlens.metering import Meter, as_openai, estimated, exploded
+from qlens.metering import Meter, estimated, exploded
 from qlens.metering_raw import raw_meter
 from qlens.metering_typed import TypedMeter
 from qlens.metering_typed import exploded as typed_events
@@ -45,9 +48,11 @@ from qlens.metrics import CallMetrics
 from qlens.models import Models
 from qlens.object_ids import ObjectIds
 from qlens.operations import model_not_found
+from qlens.raised import Raised, raise_bound, raises_of
 from qlens.registry import Bound, Hooks, Provider
 from qlens.returned import mistakes
 from qlens.translated import bridge_for, translate
+from qlens.unsent import Unsent
 from qlens.usage import NO_USAGE, Usage, counts_of
 from qlens.watching import Watcher
 
@@ -88,6 +93,10 @@ class Pipeline:
     metrics: CallMetrics
     stopping: Callable[[], bool]
     """Whether calls are being cut off because the gateway stops."""
+    drains: Drains
+    """The calls that go on without their client."""
+    unsent: Unsent
+    """Who waits for a connection to a provider."""
     settling: set[asyncio.Task[None]] = field(factory=set)
     """What still accounts or stores on its own; shutdown and reload wait for it."""
     deadlines: Deadlines = field(factory=Deadlines)
@@ -97,6 +106,8 @@ class Pipeline:
     """Whether no cache waits for anything when it keeps an answer: no task is needed then, nor a bound on its time."""
     settles_at_once: bool = field(init=False)
     """The same of those that settle."""
+    raised: Mapping[str, tuple[Raised, ...]] = field(init=False)
+    """By model, what the params of its targets may add to the bound of a call."""
     _wrapped: Step = field(init=False)
     _sent: Ask = field(init=False)
     _connected: Ask = field(init=False)
@@ -108,6 +119,10 @@ class Pipeline:
     @settles_at_once.default
     def _settles_at_once(self) -> bool:
         return not any(hook.waits for hook in self.hooks.settle)
+
+    @raised.default
+    def _raised(self) -> Mapping[str, tuple[Raised, ...]]:
+        return {name: found for name, model in self.models.items() if (found := raises_of(model))}
 
     @_wrapped.default
     def _around_found(self) -> Step:
@@ -147,7 +162,12 @@ class Pipeline:
             # From here on every exit settles, whatever it is and wherever it happens.
             account = Account(self, call)
             try:
-                await relay(account, await self.answer(account))
+                try:
+                    await relay(account, await self.answer(account))
+                except ClientLeft:
+                    if call.left is not None:
+                        await account.read_on()
+                    raise
             except BaseException as error:
                 await account.leave(error)
                 raise
@@ -160,6 +180,23 @@ class Pipeline:
             self.deadlines.end(call)
             self.metrics.running -= 1
             del task  # a cancelled task keeps its error, whose traceback keeps this frame: a cycle
+
+    def left(self, call: Call, task: asyncio.Task[None]) -> bool:
+        """Note that the client of a call is gone; whether the call goes on, because its provider bills it whole."""
+        if call.operation.runs == "session":
+            return False  # which of its sides has left, the session knows
+        call.left = time.monotonic()
+        if task in self.unsent or self.stopping():
+            return False
+        for attempt in call.attempts:
+            if attempt.ended is None and self.is_drained(attempt.target):
+                return self.drains.begin(task)
+        return False
+
+    def is_drained(self, target: Target) -> bool:
+        """Whether an answer of this target is read to its end when the client has left."""
+        provider = self.providers.get(target.provider)  # a plugin may say another name for what has answered
+        return provider is not None and provider.drains
 
     async def authenticate(self, call: Call) -> Caller:
         """Who is it: the first plugin that answers wins; only the head was read so far."""
@@ -187,6 +224,8 @@ class Pipeline:
         await self.open(call)
         await self.admit(account)
         reply = account.reply = await self._wrapped(account)
+        if reply is not account.source:
+            account.picked(reply)
         if (reply.chunks is None) is call.stream and not reply.raw:
             reply = await self.shaped(account, reply)
         return reply
@@ -234,12 +273,19 @@ class Pipeline:
         await self.admit(account)
         return await self.ask(account, self._connected)
 
-    def refuse_unseen(self, refusal: str) -> None:
-        """Refuse what no guard can look into, where there is one that does not let it pass unseen."""
+    def refuse_unseen(self, refusal: str, *, of_request: str | None = None) -> None:
+        """Refuse what no guard can look into, where there is one that does not let it pass unseen.
+
+        With `of_request`, the name of a field, only guards count that look at requests.
+        """
         for hook in self.hooks.wrap_call:
-            if hook.instance.startswith("guard.") and not getattr(hook.owner, "passes_sessions", False):
+            if not hook.instance.startswith("guard.") or getattr(hook.owner, "passes_sessions", False):
+                continue
+            if of_request is None or getattr(hook.owner, "reads_requests", True):
                 raise InvalidRequest(
-                    f"{refusal} here: the guard {hook.plugin} cannot look into them.", code="unsupported_operation"
+                    f"{refusal} here: the guard {hook.plugin} cannot look into them.",
+                    param=of_request,
+                    code="unsupported_operation",
                 )
 
     async def open(self, call: Call) -> None:
@@ -249,6 +295,8 @@ class Pipeline:
             call.body["model"] = named  # Azure's clients name it in the path, whatever the body says
         dialect = dialects.named(call.operation.dialect)
         dialect.validate(call.body)
+        if self.hooks.wrap_call and (field := _TOKENS.get(call.operation.dialect)) and has_tokens(call.body.get(field)):
+            self.refuse_unseen("Arrays of tokens are not taken", of_request=field)
         name = call.asked_model = call.body["model"]
         model = self.models.resolve(name)
         caller = call.known
@@ -270,6 +318,9 @@ class Pipeline:
             if call.form is not None:
                 media = {**media, **meters_of(call)}
         call.bound = Usage(input=hard, output=output, meters=media, source="estimated")
+        if self.raised:  # by what operators have set for some targets; most set nothing that does it
+            raises = [each for reached in self.reachable(call) for each in self.raised.get(reached.name, ())]
+            raise_bound(call, dialect, raises, most)
         call.pricing = self.bound_cost
 
     def responds(self, target: Target) -> bool:
@@ -342,8 +393,11 @@ class Pipeline:
         if self.hooks.lookup and account.call.form is None:
             known = await self.lookup(account.call)
             if known is not None:
+                if account.call.cache != "semantic":
+                    account.call.cache = "hit"
                 account.open(known)
                 return known
+            account.call.cache = account.call.cache or "miss"
         reply = await self.ask(account)
         # What says only that it was begun in the background is no answer to the next who asks the same.
         is_answer = reply.body is not None and account.call.body.get("background") is not True
@@ -392,7 +446,7 @@ class Pipeline:
                     raise error or Unavailable(f"No target of the model `{call.model.name}` may be asked.")
                 target, before = waiting.pop(0), len(call.attempts)
                 try:
-                    return await (sent or self._sent)(account, target)
+                    return account.picked(await (sent or self._sent)(account, target))
                 except CallError as raised:
                     if len(call.attempts) == before:  # refused before it was sent: no attempt
                         error = error if call.attempts else _latest(error, raised)
@@ -467,6 +521,8 @@ class Pipeline:
     async def attempt(self, account: Account, target: Target) -> Reply:
         """One attempt: from here to its end the account knows about it."""
         call, provider = account.call, self.providers[target.provider]
+        if call.left is not None:
+            await stop()
         outgoing, bridge = self.outgoing(call, target, provider)
         place = account.begin(target)
         try:
@@ -485,8 +541,8 @@ class Pipeline:
         except mistakes() as error:
             account.failed(place, "provider_failed")
             raise self.provider_failure(provider, error) from error
-        except asyncio.CancelledError:
-            account.cut_off(place)
+        except asyncio.CancelledError as error:
+            account.cut_off(place, error)
             raise
         account.answered(place, reply, meter)
         return reply
@@ -522,8 +578,9 @@ class Pipeline:
         assert target is not None
         said = returned.usage(reply.usage)
         if reply.chunks is None:
-            if said is None or not (any(counts_of(said)) or said.meters):
-                reply.usage = _usage_of(call, reply)
+            if said is None or not (said.output or _is_all(said, reply)):
+                reply.usage = _usage_of(call, reply, said)
+            reply.complete = True  # all of it is here
             return None
 
         async def keep(body: bytes) -> None:
@@ -687,6 +744,8 @@ _LIMITS: Mapping[str, str] = {
     "responses": "max_output_tokens",
 }
 """The field of a dialect that bounds an answer; Messages always have theirs."""
+_TOKENS: Mapping[str, str] = {"completions": "prompt", "embeddings": "input"}
+"""The field of a dialect that may hold tokens instead of texts."""
 _READERS: Mapping[str, Callable[[Call], Awaitable[dialects.Body]]] = {"json": _json_body, "form": _form_body}
 """What reads a body of each kind."""
 
@@ -709,8 +768,15 @@ def _most_output(models: Iterable[Model]) -> int | None:
     return None if None in limits else max(limit for limit in limits if limit is not None)
 
 
-def _usage_of(call: Call, reply: Reply) -> Usage:
-    """The usage a whole answer states, or else an estimate: never a silent zero."""
+def _is_all(said: Usage, reply: Reply) -> bool:
+    """Whether usage without output can be true: it has something else, and of what is generated, there is some."""
+    if not reply.raw and dialects.named(reply.dialect).GENERATES:
+        return said.source != "estimated" and bool(said.completion)
+    return any(counts_of(said)) or bool(said.meters)
+
+
+def _usage_of(call: Call, reply: Reply, said: Usage | None) -> Usage:
+    """The usage a whole answer states, as far as it was not `said` yet, or else an estimate: never a silent zero."""
     if reply.raw:
         return estimated(call, reply.dialect, {"text": (reply.body or b"").decode(errors="ignore")})
     try:
@@ -720,13 +786,18 @@ def _usage_of(call: Call, reply: Reply) -> Usage:
     if not isinstance(body, dict):
         raise UpstreamInvalid("The provider's answer is not a JSON object.")
     dialect = dialects.named(reply.dialect)
-    said = dialect.usage(body)
+    if said is None or not (said.total or said.meters):
+        said = dialect.usage(body)
     reply.finish = reply.finish or dialect.finish(body)
     guess = estimated(call, reply.dialect, body)
     if reply.dialect == "responses" and responses.goes_on(body):
         # It is asked for once more when it is over, or never, and nobody could tell which: the most it can use counts.
         return evolve(guess, output=max(guess.output, call.bound.output))
-    return said if said is not None and (said.total or said.meters or not guess.output) else guess
+    if said is None or not (said.total or said.meters or not guess.output):
+        return guess
+    if not dialect.GENERATES or (said.completion and said.source != "estimated") or not guess.output:
+        return said
+    return evolve(said, output=max(0, guess.output - said.completion), source="estimated")
 
 
 def _local(body: dialects.Body) -> Reply:

@@ -152,8 +152,8 @@ async def attempt(pipeline: Pipeline, account: Account, target: Target) -> Reply
     except mistakes() as error:
         account.failed(place, "provider_failed")
         raise _mistake(pipeline, target, error) from error
-    except asyncio.CancelledError:
-        account.cut_off(place)
+    except asyncio.CancelledError as error:
+        account.cut_off(place, error)
         raise
     reply = account.hold_open(Reply(status=101, body=b"", dialect="", target=target, close=opened.close))
     account.answered(place, reply, Conversation(call, reply, opened))

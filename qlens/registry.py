@@ -18,7 +18,7 @@ import pluggy
 from attrs import define, field, fields, frozen
 
 from qlens import hookspecs
-from qlens.config import Config, Draft, PluginEntry, convert, draft, text_of
+from qlens.config import ON_DISCONNECT, Config, Draft, PluginEntry, convert, draft, text_of
 from qlens.crashes import censored
 from qlens.errors import ConfigError, Fault, StartupError
 from qlens.models import Models, models_of
@@ -94,6 +94,7 @@ class Hooks:
     lifespan: tuple[Bound, ...] = ()
     endpoints: tuple[Bound, ...] = ()
     commands: tuple[Bound, ...] = ()
+    audit_log: tuple[Bound, ...] = ()
     banner: tuple[Bound, ...] = ()
     health: tuple[Bound, ...] = ()
     adopt: tuple[Bound, ...] = ()
@@ -123,6 +124,8 @@ class Provider:
     """The dialects it speaks for each target known at start-up, by target key."""
     connect: Bound | None = None
     """None: it has no realtime sessions."""
+    drains: bool = False
+    """Whether an answer whose client has left is read to its end."""
 
     def dialects(self, target: Target) -> tuple[str, ...]:
         """The dialects this provider speaks for a target; one behind a wildcard is asked when it is met."""
@@ -213,7 +216,7 @@ def register(found: Draft, previous: Registration | None = None) -> Registration
         raise ConfigError(faults)
     models = models_of(config, _kinds(instances))
     hooks = _hooks(instances)
-    providers = _providers(instances, hooks, models, faults)
+    providers = _providers(config.providers, instances, hooks, models, faults)
     faults.extend(_misplaced(config, instances))
     if faults:
         raise ConfigError(faults)
@@ -279,13 +282,26 @@ def find(entry: PluginEntry, select: Select | None = None) -> type:
     try:
         loaded = points[0].load()
     except (ImportError, AttributeError) as error:
-        extra = (
-            f"; is its extra installed? pip install 'qlens[{entry.plugin}]'" if isinstance(error, ImportError) else ""
-        )
-        raise _fault(entry, f"plugin {entry.plugin!r} cannot be imported: {error}{extra}") from error
+        raise _fault(entry, f"{_of(entry, points[0])} cannot be imported: {error}{_extra(points[0], error)}") from error
     except (Exception, SystemExit) as error:
-        raise _fault(entry, f"plugin {entry.plugin!r} cannot be imported: {_named(error)}") from error
+        raise _fault(entry, f"{_of(entry, points[0])} cannot be imported: {_named(error)}") from error
     return _class(entry, loaded)
+
+
+def _of(entry: PluginEntry, point: EntryPoint) -> str:
+    """A plugin, and whose it is where it is not one of ours."""
+    owner = _distribution(point)
+    return f"plugin {entry.plugin!r}" + ("" if owner in {"qlens", "?"} else f" of the package {owner}")
+
+
+def _extra(point: EntryPoint, error: Exception) -> str:
+    """Where that may come from which cannot be imported: an extra that is called like the plugin, or the package."""
+    if point.dist is None or not isinstance(error, ImportError):
+        return ""
+    extra = point.name.replace("_", "-")
+    if extra in (point.dist.metadata.get_all("Provides-Extra") or ()):
+        return f"; is its extra installed? pip install '{point.dist.name}[{extra}]'"
+    return f"; is all there that {point.dist.name} needs? pip install --upgrade {point.dist.name}"
 
 
 def _import(entry: PluginEntry) -> type:
@@ -474,7 +490,9 @@ def _adapted(function: Callable[..., Any], given: tuple[str, ...], taken: tuple[
     return lambda *args: function(*pick(args))
 
 
-def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faults: list[Fault]) -> dict[str, Provider]:
+def _providers(
+    entries: Mapping[str, PluginEntry], instances: Iterable[Instance], hooks: Hooks, models: Models, faults: list[Fault]
+) -> dict[str, Provider]:
     senders = {hook.instance: hook for hook in hooks.send}
     connectors = {hook.instance: hook for hook in hooks.connect}
     providers = {}
@@ -491,7 +509,17 @@ def _providers(instances: Iterable[Instance], hooks: Hooks, models: Models, faul
             for message in getattr(instance.plugin, "check", lambda _: ())(target):
                 faults.append(Fault(f"models.{target.public}", message))
         spoken = {target.key: spoken_by(instance.plugin, target) for target in targets}
+        # The file's own entry: an instance that did not change is that of the configuration before.
+        chosen = entries[instance.entry.name].on_disconnect or getattr(instance.plugin, "on_disconnect", "abort")
+        if chosen not in ON_DISCONNECT:
+            said = f"{instance.entry.plugin}.on_disconnect is {chosen!r}"
+            faults.append(Fault(instance.entry.path, f"{said}, expected one of: {', '.join(ON_DISCONNECT)}"))
         providers[instance.entry.name] = Provider(
-            instance.entry.name, instance.plugin, senders[instance.key], spoken, connectors.get(instance.key)
+            instance.entry.name,
+            instance.plugin,
+            senders[instance.key],
+            spoken,
+            connectors.get(instance.key),
+            drains=chosen == "drain",
         )
     return providers

@@ -52,7 +52,11 @@ def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> None:
     else:
         body = _object(reply.body or b"")
         reply.usage = reply.usage or dialects.named(reply.dialect).usage(body)
-        answer = bridge.answer(body, asked)
+        try:
+            answer = bridge.answer(body, asked)
+        except CallError as error:
+            error.usage = reply.usage  # it was made all the same
+            raise
         reply.body = orjson.dumps(answer)
         reply.finish = dialects.named(dialect).finish(answer)
     reply.dialect = dialect

@@ -21,6 +21,7 @@ from qlens.errors import (
     UpstreamTruncated,
     UpstreamUnreachable,
 )
+from qlens.unsent import Unsent
 from qlens.upstream_connection import Connection, Headers, Upload
 from qlens.upstream_dialer import Dialer, Origin, Resolve, invalid_url
 
@@ -106,6 +107,8 @@ class Upstream:
     """For requests that say nothing else."""
     resolve: Resolve | None = field(default=None, repr=False)
     """What gives the addresses of hosts for `open`; None: the system's resolver."""
+    unsent: Unsent = field(factory=Unsent, repr=False)
+    """Who waits for a connection."""
     _dialer: Dialer = field(init=False, repr=False)
     _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
     _known: dict[tuple[object, ...], _Known] = field(init=False, factory=dict, repr=False)
@@ -116,9 +119,9 @@ class Upstream:
         self._dialer = Dialer(self.proxy, self.resolve)
 
     @classmethod
-    async def through(cls, network: Network) -> Upstream:
+    async def through(cls, network: Network, unsent: Unsent) -> Upstream:
         """Connections that are made so; raises StartupError when the files of its `tls` cannot be used."""
-        http = cls(network.max_connections, network.proxy, network.tls)
+        http = cls(network.max_connections, network.proxy, network.tls, unsent=unsent)
         if network.tls is not None:
             try:
                 await http._dialer.context(network.tls)
@@ -217,7 +220,7 @@ class Upstream:
         if self._closed:
             raise _stopping()
         self._peers = {origin: peer for origin, peer in self._peers.items() if not peer.is_unused()}
-        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections)
+        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections, self.unsent)
         return peer
 
 
@@ -386,6 +389,7 @@ class _Peer:
     _origin: Origin
     _dialer: Dialer
     _limit: int | None
+    _unsent: Unsent
     _users: int = field(init=False, default=0)
     _connections: set[Connection] = field(init=False, factory=set)
     _idle: dict[Connection, None] = field(init=False, factory=dict)
@@ -445,8 +449,12 @@ class _Peer:
 
     async def _take_slot(self, slots: asyncio.Semaphore, deadlines: Deadlines) -> None:
         try:
-            async with asyncio.timeout(deadlines.connect_seconds):
+            if not slots.locked():
                 await slots.acquire()
+                return
+            with self._unsent.waiting():
+                async with asyncio.timeout(deadlines.connect_seconds):
+                    await slots.acquire()
         except BaseException as error:
             self._users -= 1
             if isinstance(error, TimeoutError):
@@ -468,8 +476,9 @@ class _Peer:
     async def _dial(self, deadlines: Deadlines) -> Connection:
         until = asyncio.get_running_loop().time() + deadlines.connect_seconds
         try:
-            async with asyncio.timeout_at(until):
-                connection = await self._dialer.dial(self._origin, self._lost, until)
+            with self._unsent.waiting():
+                async with asyncio.timeout_at(until):
+                    connection = await self._dialer.dial(self._origin, self._lost, until)
         except TimeoutError:
             raise _unconnected(deadlines) from None
         if self._closed:

@@ -17,6 +17,7 @@ import httptools
 from attrs import Factory, define, field
 
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamTruncated, UpstreamUnreachable
+from qlens.unsent import marked
 
 __all__ = ["READ_BYTES", "Connection", "Headers", "Upload"]
 
@@ -183,12 +184,14 @@ class Connection(asyncio.BufferedProtocol):
         self._begin(bare)
         if not isinstance(body, bytes):
             self._write(head)
-            await self._write_pieces(body, until)
+            with marked():
+                await self._write_pieces(body, until)
         elif len(body) <= _WRITE_BYTES:
             self._write(head + body)
         else:
             self._write(head)
-            await self._write_in_parts(body, until)
+            with marked():
+                await self._write_in_parts(body, until)
         while self._is_unanswered():
             await self.wait(until)
         if self.fault is not None and not self.status:

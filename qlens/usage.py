@@ -79,18 +79,29 @@ def _rest(whole: int, parts: int) -> int:
     return whole - parts if whole >= parts else whole
 
 
-def from_openai(raw: object, tier: object = None) -> Usage | None:
+def from_openai(raw: object, tier: object = None, *, generates: bool = True) -> Usage | None:
     """Read the `usage` object of OpenAI's chat, completions and embeddings; None when it states no sane counts.
 
-    OpenAI counts cached and audio tokens inside prompt_tokens, reasoning and audio inside completion_tokens.
+    OpenAI counts cached and audio tokens inside prompt_tokens, reasoning and audio inside completion_tokens. Where it
+    does not count what was generated, the total says it; with neither, the source is `estimated`: somebody who has the
+    answer must guess. What does not `generate` has no completion.
     """
     if not _is_object(raw):
         return None
     prompt, said = _count(raw.get("prompt_tokens")), raw.get("completion_tokens")
-    completion = 0 if said is None else _count(said)
-    # Embeddings have no completion. A count that is there and is nonsense makes the whole unbelievable.
-    if prompt is None or completion is None:
+    # A count that is there and is nonsense makes the whole unbelievable.
+    if prompt is None:
         return None
+    source: Literal["provider", "estimated"] = "provider"
+    if said is not None:
+        completion = _count(said)
+        if completion is None:
+            return None
+    else:
+        total = _count(raw.get("total_tokens")) if generates else prompt
+        if total is None or total < prompt:
+            total, source = prompt, "estimated"
+        completion = total - prompt
     cached = written = hour = audio_in = reasoning = audio_out = 0
     inside, outside = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
     if inside and _is_object(inside):
@@ -109,16 +120,16 @@ def from_openai(raw: object, tier: object = None) -> Usage | None:
         reasoning=reasoning,
         audio_in=audio_in,
         audio_out=audio_out,
-        source="provider",
+        source=source,
         tier=tier if isinstance(tier, str) else None,
     )
 
 
-def from_anthropic(raw: object) -> Usage | None:
+def from_anthropic(raw: object, before: Usage | None = None) -> Usage | None:
     """Read the `usage` object of Anthropic's messages; None when it states no sane counts.
 
     Anthropic counts what was read from a cache or written to one apart from input_tokens, and thinking inside
-    output_tokens. The later events of a stream leave out what has not changed.
+    output_tokens. The later events of a stream leave out what has not changed: they say it `before`.
     """
     if not _is_object(raw):
         return None
@@ -126,28 +137,30 @@ def from_anthropic(raw: object) -> Usage | None:
     counts = {name: _count(value) for name, value in known.items()}
     if not counts or None in counts.values():
         return None
-    output, written = counts.get("output_tokens") or 0, counts.get("cache_creation_input_tokens") or 0
+    known_before = before or NO_USAGE
+    output = counts.get("output_tokens", known_before.completion) or 0
+    written = counts.get("cache_creation_input_tokens", known_before.cache_write_5m + known_before.cache_write_1h) or 0
     split, details, tier = raw.get("cache_creation"), raw.get("output_tokens_details"), raw.get("service_tier")
-    tools, searches = raw.get("server_tool_use"), 0
-    hour = fresh = thought = 0
-    if tools and _is_object(tools):
-        searches = _part(tools, "web_search_requests")
+    tools, meters = raw.get("server_tool_use"), known_before.meters
+    hour, fresh, thought = min(written, known_before.cache_write_1h), 0, min(output, known_before.reasoning)
+    if tools and _is_object(tools) and (searches := _part(tools, "web_search_requests")):
+        meters = {"web_searches": searches}
     if split and _is_object(split):
         hour, fresh = _part(split, "ephemeral_1h_input_tokens"), _part(split, "ephemeral_5m_input_tokens")
     if details and _is_object(details):
         thought = min(output, _part(details, "thinking_tokens"))
     written = max(written, hour + fresh)
     return Usage(
-        input=counts.get("input_tokens") or 0,
-        cached_input=counts.get("cache_read_input_tokens") or 0,
+        input=counts.get("input_tokens", known_before.input) or 0,
+        cached_input=counts.get("cache_read_input_tokens", known_before.cached_input) or 0,
         cache_write_5m=written - hour,
         cache_write_1h=hour,
         output=output - thought,
         reasoning=thought,
-        meters={"web_searches": searches} if searches else {},
+        meters=meters,
         source="provider",
         # A mode of its own, at a price of its own.
-        tier="fast" if raw.get("speed") == "fast" else tier if isinstance(tier, str) else None,
+        tier="fast" if raw.get("speed") == "fast" else tier if isinstance(tier, str) else known_before.tier,
     )
 
 
@@ -163,6 +176,7 @@ def from_responses(raw: object, tier: object = None) -> Usage | None:
         "completion_tokens": raw.get("output_tokens"),
         "prompt_tokens_details": raw.get("input_tokens_details"),
         "completion_tokens_details": raw.get("output_tokens_details"),
+        "total_tokens": raw.get("total_tokens"),
     }
     return from_openai(renamed, tier)
 
@@ -208,29 +222,54 @@ def _details(raw: Mapping[str, object], name: str) -> Mapping[str, object]:
     return found if _is_object(found) else {}
 
 
+_IN_PROMPT = ("image_tokens", "cached_image_tokens")
+"""The meters that are a part of the prompt."""
+
+
+def _read(usage: Usage) -> int:
+    """All that a model has read."""
+    return usage.prompt + sum(usage.meters.get(name, 0) for name in _IN_PROMPT) if usage.meters else usage.prompt
+
+
+def prompt_stays(one: Usage, other: Usage) -> bool:
+    """Whether what one report says of the prompt still holds: the later one says less of it, or does not split it."""
+    before, after = _read(one), _read(other)
+    return before > after or (before == after == other.input)
+
+
+def completion_stays(one: Usage, other: Usage) -> bool:
+    """The same of the completion."""
+    before, after = one.completion, other.completion
+    return before > after or (before == after == other.output)
+
+
 def larger(one: Usage | None, other: Usage) -> Usage:
-    """The field-wise maximum: providers that report usage several times send running totals, not parts."""
+    """The larger of two running totals, the prompt and the completion each as one: parts of both are never mixed.
+
+    What a provider first counts as input is partly cached, and what it counts as output partly reasoning, once it says
+    how the whole is split.
+    """
     if one is None:
         return other
+    prompt = one if prompt_stays(one, other) else other
+    completion = one if completion_stays(one, other) else other
+    meters = {**one.meters, **other.meters}
+    if meters:
+        meters = {name: count for name, count in meters.items() if name not in _IN_PROMPT or name in prompt.meters}
+        meters.update({name: prompt.meters[name] for name in _IN_PROMPT if name in meters})
     return Usage(
-        input=max(one.input, other.input),
-        cached_input=max(one.cached_input, other.cached_input),
-        cache_write_5m=max(one.cache_write_5m, other.cache_write_5m),
-        cache_write_1h=max(one.cache_write_1h, other.cache_write_1h),
-        output=max(one.output, other.output),
-        reasoning=max(one.reasoning, other.reasoning),
-        audio_in=max(one.audio_in, other.audio_in),
-        audio_out=max(one.audio_out, other.audio_out),
-        meters={**one.meters, **other.meters},
-        source=other.source,
+        input=prompt.input,
+        cached_input=prompt.cached_input,
+        cache_write_5m=prompt.cache_write_5m,
+        cache_write_1h=prompt.cache_write_1h,
+        output=completion.output,
+        reasoning=completion.reasoning,
+        audio_in=prompt.audio_in,
+        audio_out=completion.audio_out,
+        meters=meters,
+        source=completion.source,
         tier=other.tier or one.tier,
     )
-
-
-def grown(one: Usage | None, other: Usage) -> Usage:
-    """The larger of two running totals; the later may not say again which cache writes are kept for an hour."""
-    unsaid = max(0, one.cache_write_1h - other.cache_write_1h) if one is not None else 0
-    return larger(one, evolve(other, cache_write_5m=max(0, other.cache_write_5m - unsaid)) if unsaid else other)
 
 
 def together(usages: Sequence[Usage]) -> Usage:

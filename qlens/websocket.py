@@ -16,7 +16,7 @@ import orjson
 # Its home is private, but the parser takes no other queue.
 from aiohttp._websocket.reader import WebSocketDataQueue
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import WSMsgType
+from aiohttp.http import WSCloseCode, WSMsgType
 from aiohttp.http_websocket import WebSocketError, WebSocketReader, WebSocketWriter
 from aiohttp.streams import EofStream
 from attrs import define, field
@@ -63,12 +63,63 @@ def _frame(message: Any) -> Frame:
 
 
 @define(eq=False)
+class _Masked:
+    """Looks at the heads of a client's frames on their way to aiohttp's reader, which takes unmasked ones as well.
+
+    A server must not (RFC 6455, section 5.1): a page could make what lies between believe that it is HTTP.
+    """
+
+    queue: WebSocketDataQueue
+    reader: WebSocketReader
+    _skip: int = field(default=0, init=False)
+    """How many bytes come before the next head."""
+    _head: bytes = field(default=b"", init=False)
+    """The beginning of a head."""
+    _broken: bool = field(default=False, init=False)
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """Take what has arrived; whether nothing more can be read."""
+        size = len(data)
+        if size <= self._skip:
+            self._skip -= size
+        elif self._broken:
+            return True, b""
+        elif (unmasked := self._look(data)) is not None:
+            self._broken = True
+            self.reader.feed_data(data[:unmasked])
+            self.queue.set_exception(WebSocketError(WSCloseCode.PROTOCOL_ERROR, "A client's frames must be masked"))
+            return True, b""
+        return self.reader.feed_data(data)
+
+    def feed_eof(self) -> None:
+        """Nothing more will arrive."""
+        self.reader.feed_eof()
+
+    def _look(self, data: bytes) -> int | None:
+        """Go from head to head; where a frame begins that is not masked."""
+        before, place = len(self._head), self._skip
+        seen = self._head + data if before else data
+        while place + 1 < len(seen):
+            length = seen[place + 1] - 128
+            if length < 0:
+                return max(0, place - before)
+            more = 0 if length < 126 else 2 if length == 126 else 8
+            if place + 2 + more > len(seen):
+                break
+            if more:
+                length = int.from_bytes(seen[place + 2 : place + 2 + more], "big")
+            place += 6 + more + length
+        self._head, self._skip = seen[place:], max(0, place - len(seen))
+        return None
+
+
+@define(eq=False)
 class ClientSocket:
     """A client's connection that has left HTTP."""
 
     protocol: BaseProtocol
     _queue: WebSocketDataQueue = field(init=False, repr=False)
-    _parser: WebSocketReader = field(init=False, repr=False)
+    _parser: _Masked = field(init=False, repr=False)
     """Kept: while the client waits to be read, nobody else holds it."""
     _writer: WebSocketWriter = field(init=False, repr=False)
     _closed: SessionClosed | None = field(init=False, default=None)
@@ -80,11 +131,12 @@ class ClientSocket:
             raise SessionClosed
         self._queue = WebSocketDataQueue(self.protocol, QUEUE_BYTES, loop=loop)
         # Compression is not offered: audio hardly gets smaller, and a small frame cannot become a large one.
-        self._parser = WebSocketReader(self._queue, FRAME_BYTES, compress=False, decode_text=False)
+        reader = WebSocketReader(self._queue, FRAME_BYTES, compress=False, decode_text=False)
+        self._parser = _Masked(self._queue, reader)
         self._writer = WebSocketWriter(self.protocol, transport)
 
     @property
-    def parser(self) -> WebSocketReader:
+    def parser(self) -> Any:
         """What the connection's bytes are for from now on."""
         return self._parser
 
@@ -100,7 +152,12 @@ class ClientSocket:
         if self._closed is not None:
             raise self._closed
         try:
-            return _frame(await self._queue.read())
+            frame = _frame(await self._queue.read())
+            if frame.kind == "text" and not frame.data.isascii():
+                frame.data.decode()
+            return frame
+        except UnicodeDecodeError:
+            self._closed = SessionClosed(WSCloseCode.INVALID_TEXT, "Invalid UTF-8 text message")
         except SessionClosed as closed:
             self._closed = closed
         except WebSocketError as error:

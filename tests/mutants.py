@@ -437,8 +437,8 @@ MUTANTS = (
     Mutant(
         "an event without choices is passed on",
         "qlens/metering.py",
-        '            if usage:\n                self._usage_event = payload\n            return b""\n',
-        "            if usage:\n                self._usage_event = payload\n            return event\n",
+        '= payload, counts_of(usage)\n            return b""\n',
+        "= payload, counts_of(usage)\n            return event\n",
         ("tests/core/test_metering.py::test_at_every_cut_no_client_sees_an_event_without_choices_unless_it_asked",),
     ),
     Mutant(
@@ -489,6 +489,13 @@ MUTANTS = (
         "        return max(events - 1, text // _BYTES_PER_TOKEN, 0)\n",
         "        return 0\n",
         ("tests/core/test_metering.py::test_missing_or_empty_usage_is_estimated_never_zero",),
+    ),
+    Mutant(
+        "a server's keep-alives are paid for",
+        "qlens/metering.py",
+        'if not block.startswith(b":") and b"\\n:" not in block:',
+        "if block:",
+        ("tests/core/test_metering_said.py::test_comments_between_events_are_not_counted",),
     ),
     Mutant(
         "parts of a usage that is said twice are added up",
@@ -584,8 +591,8 @@ MUTANTS = (
     Mutant(
         "an answer that is not read to its end costs what came of it",
         "qlens/account.py",
-        "if not meter.reply.complete and self._is_drained(attempt)",
-        "if False and self._is_drained(attempt)",
+        "                    not meter.reply.complete\n",
+        "                    meter is None\n",
         ("tests/core/test_drains.py::test_a_drained_stream_that_breaks_is_charged_the_most",),
     ),
     Mutant(
@@ -619,8 +626,8 @@ MUTANTS = (
     Mutant(
         "the last answer is the call's, whichever its client gets",
         "qlens/account.py",
-        "        if self._is_picked:\n",
-        "        if False:\n",
+        "        if self._stage == _OPEN:\n",
+        "        if True:\n",
         ("tests/core/test_hedges.py::test_a_stream_is_the_receipts_though_another_answers_while_it_runs",),
     ),
     Mutant(
@@ -1227,6 +1234,33 @@ MUTANTS = (
         '            self._parts[block] = _Part("helper")\n            self._calls += 1\n            return b""\n',
         (
             "tests/plugins/provider/bedrock/test_pitfalls.py::test_pitfall_29_the_tool_by_which_a_model_fits_a_schema_is_not_among_the_calls",
+        ),
+    ),
+    Mutant(
+        "what a model says beside the tool that gives its answer is in the answer of a stream",
+        "plugins/qlens_plugins/provider/bedrock/converse_stream.py",
+        '            return b"" if self._helped else chunk\n',
+        "            return chunk\n",
+        (
+            "tests/plugins/provider/bedrock/test_formats.py::test_what_the_model_says_beside_the_tool_is_not_in_the_answer",
+        ),
+    ),
+    Mutant(
+        "a property that is called like a keyword is lost from a schema with references",
+        "plugins/qlens_plugins/provider/bedrock/schemas.py",
+        "        if name in _NAMED and isinstance(value, dict):\n            self._grow(1, depth)\n",
+        "        if False:\n            self._grow(1, depth)\n",
+        (
+            "tests/plugins/provider/bedrock/test_formats.py::test_a_property_may_be_called_like_what_holds_definitions_and_values_are_not_rewritten",
+        ),
+    ),
+    Mutant(
+        "a mistake in a provider's plugin closes its target to everybody",
+        "plugins/qlens_plugins/route/circuit_breaker.py",
+        "    if isinstance(error.__cause__, _OF_CODE) and call.attempts and call.attempts[-1].error == _FAILED:\n",
+        "    if False:\n",
+        (
+            "tests/plugins/route/test_circuit_breaker.py::test_a_mistake_in_a_providers_plugin_does_not_close_its_target_to_everybody",
         ),
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from qlens.config.aside import read_yaml
 from qlens.config.entries import (
     FALLBACK_KINDS,
+    ON_DISCONNECT,
     STAGES,
     Admin,
     Config,
@@ -20,6 +21,7 @@ from qlens.config.strict import convert
 
 __all__ = [
     "FALLBACK_KINDS",
+    "ON_DISCONNECT",
     "STAGES",
     "Admin",
     "Config",

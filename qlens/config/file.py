@@ -9,8 +9,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from attrs import evolve
+
 from qlens.config.entries import (
     FALLBACK_KINDS,
+    ON_DISCONNECT,
     STAGES,
     Config,
     Draft,
@@ -22,7 +25,7 @@ from qlens.config.entries import (
 )
 from qlens.config.environment import MissingText
 from qlens.config.faults import suggestion, unknown_key
-from qlens.config.scalars import found, quoted
+from qlens.config.scalars import Mismatch, choice, found, quoted
 from qlens.config.strict import Strict
 from qlens.config.tree import Place, YamlDict
 from qlens.config.yaml import MAX_BYTES, Document, load
@@ -178,12 +181,25 @@ class _Drafter:
         elif not isinstance(plugin, str) or not plugin:
             self._fault(place.step("plugin"), f"found {found(plugin)}, expected a plugin's name or import path")
         elif name is not None:
-            return self._named_entry(stage, place, name, settings.without("plugin"))
+            return self._provider(place, name, settings)
         elif "name" in settings:
             return self._named_entry(stage, place, settings["name"], settings.without("plugin", "name"))
         else:
             return self._named_entry(stage, place, plugin.rpartition(":")[2], settings.without("plugin"))
         return None
+
+    def _provider(self, place: Place, name: str, settings: YamlDict) -> PluginEntry | None:
+        """The entry of a provider, and the setting that all of them have."""
+        entry = self._named_entry("provider", place, name, settings.without("plugin", "on_disconnect"))
+        if entry is None or "on_disconnect" not in settings:
+            return entry
+        said = place.step("on_disconnect")
+        try:
+            chosen = choice(said.value, {name: name for name in ON_DISCONNECT})
+        except Mismatch as error:
+            self._fault(said, str(error))
+            return entry
+        return entry if isinstance(chosen, MissingText) else evolve(entry, on_disconnect=chosen)
 
     def _named_entry(self, stage: str, place: Place, name: Any, settings: YamlDict) -> PluginEntry | None:
         if _is_name(name):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import attrs
 
-from qlens.config.entries import STAGES, ModelSettings, Server
+from qlens.config.entries import ON_DISCONNECT, STAGES, ModelSettings, Server
 from qlens.config.shapes import (
     choices_of,
     default_of,
@@ -23,6 +23,10 @@ from qlens.config.shapes import (
 )
 
 _ENV = {"$ref": "#/$defs/env"}
+_ON_DISCONNECT = {
+    "anyOf": [{"enum": list(ON_DISCONNECT)}, _ENV],
+    "description": "Whether an answer whose client has left is read to its end, to learn what it costs, or cut off.",
+}
 _SCALARS: Mapping[Any, Mapping[str, Any]] = {
     bool: {"type": "boolean"},
     int: {"type": "integer"},
@@ -85,7 +89,9 @@ def _plugin_schema(stage: str, name: str, cls: type) -> dict[str, Any]:
     empty: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
     result = _class_schema(config) if config else empty
     own: dict[str, Any] = {"plugin": {"const": name}}
-    if stage != "provider":
+    if stage == "provider":
+        own["on_disconnect"] = _ON_DISCONNECT
+    else:
         own["name"] = {"type": "string", "description": "The instance's name; needed for a second one of its kind."}
     return {**result, "properties": {**own, **result["properties"]}}
 

@@ -39,7 +39,7 @@ def convert(value: Any, cls: type[T], path: str, *, folder: Path) -> T:
     """Make an instance of an attrs class from a mapping; raises ConfigError with every fault in it.
 
     Relative files are taken from `folder`. A text whose variable has no value is not checked: its field takes its
-    default, or keeps the text as written where there is none.
+    default, or keeps the text as written where there is none, or where the class wants one of several fields.
     """
     return Strict(folder).convert(value, cls, path)
 
@@ -49,6 +49,8 @@ class Strict:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
+        self._keeps = False
+        """Whether an optional text whose variable has no value is kept as written, instead of left out."""
         self._converter = Converter(forbid_extra_keys=True, detailed_validation=True, use_alias=True)
         self._readers: Mapping[Any, Callable[[Any], Any]] = {
             **scalars.READERS,
@@ -107,7 +109,18 @@ class Strict:
                 return build({**files, **value}, cls)
             # Each field was validated on its own already, but for those of which nothing is known.
             with attrs.validators.disabled():
-                return build({**files, **value}, cls)
+                try:
+                    return build({**files, **value}, cls)
+                except BaseValidationError:
+                    if self._keeps:
+                        raise
+            # What looks at several fields may miss one that is written, as "exactly one of url and cluster" does.
+            self._keeps = True
+            try:
+                with attrs.validators.disabled():
+                    return build({**files, **value}, cls)
+            finally:
+                self._keeps = False
 
         return structure
 
@@ -125,7 +138,7 @@ class Strict:
     def _default(self, field: attrs.Attribute[Any], written: MissingText) -> Any:
         """What stands for a text of which nothing is known."""
         default: Any = field.default
-        if default is attrs.NOTHING:
+        if default is attrs.NOTHING or (default is None and self._keeps):
             return written
         if isinstance(default, Path | Url):
             return self._converter.structure(str(default), cast(Any, field.type))

@@ -11,6 +11,17 @@ from qlens.usage import Usage
 Body = dict[str, Any]
 Ref = tuple[str | int, ...]
 """Where a text stands in a body: the keys and indices that lead to it."""
+
+
+class Fixed(tuple[str | int, ...]):
+    """A Ref to what is read and cannot be another text: a name, a value of an enum, a signed thought.
+
+    The last step may be a key that is such a name itself.
+    """
+
+    __slots__ = ()
+
+
 Strand = tuple[str | int, ...]
 """Which of a stream's interleaved texts a delta belongs to: choice index, field, tool index. An empty one stands for a
 text that is whole in its event."""
@@ -26,7 +37,7 @@ class Dialect(Protocol):
         """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
 
     def request_texts(self, body: Body) -> list[tuple[Ref, str]]:
-        """List the texts a model will read."""
+        """List the texts a model will read; the ref of one that nobody may rewrite is Fixed."""
 
     def input_bound(self, body: Body) -> tuple[int, int]:
         """The most input tokens this body can have, and an estimate of them."""

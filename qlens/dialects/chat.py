@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from qlens import usage as usages
-from qlens.dialects import Body, Ref, Strand, chunks, fields, texts
+from qlens.dialects import Body, Fixed, Ref, Strand, chunks, fields, texts
 from qlens.usage import Usage
 
 GENERATES = True
@@ -147,23 +147,48 @@ def validate(body: Body) -> None:
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
-    """List the texts a model will read: messages with their tool calls, and the prediction; no names, no tools."""
+    """List the texts a model will read: messages, the prediction, tools, and the form that the answer is to have.
+
+    Names, the values of enums and signed thoughts are Fixed.
+    """
     found: list[tuple[Ref, str]] = []
     for position, message in enumerate(body.get("messages") or ()):
         if message.keys() == _PLAIN and type(text := message["content"]) is str:
             found.append((("messages", position, "content"), text))  # most are, and there is nothing to search
         else:
-            texts.gather(message, ("messages", position), found)
+            _gather(message, ("messages", position), found)
     prediction = body.get("prediction")
     if type(prediction) is dict:
         texts.gather(prediction.get("content"), ("prediction", "content"), found)
+    for name in _DESCRIBED:
+        if value := body.get(name):
+            texts.describe(value, (name,), found)
     return found
+
+
+_DESCRIBED = ("functions", "response_format", "tools", "web_search_options")
+_OPAQUE = texts.OPAQUE | {"thinking_blocks"}
+
+
+def _gather(message: dict[str, Any], ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    texts.gather(message, ref, found, _OPAQUE)
+    name = message.get("name")
+    if type(name) is str:  # of who speaks, or of the function that did
+        found.append(((*ref, "name") if message.get("role") in _SPEAKERS else Fixed((*ref, "name")), name))
+    texts.named(message.get("function_call"), (*ref, "function_call"), found)
+    calls = message.get("tool_calls")
+    for position, call in enumerate(calls if type(calls) is list else ()):
+        for kind in ("function", "custom") if type(call) is dict else ():
+            texts.named(call.get(kind), (*ref, "tool_calls", position, kind), found)
+    thoughts = message.get("thinking_blocks")
+    for position, block in enumerate(thoughts if type(thoughts) is list else ()):
+        if type(block) is dict and type(thought := block.get("thinking")) is str:
+            found.append((Fixed((*ref, "thinking_blocks", position, "thinking")), thought))
 
 
 # --- its bounds --------------------------------------------------------------------------------
 
-# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
-_SETTINGS = frozenset(
+SETTINGS = frozenset(
     {
         *fields.SAMPLING,
         "audio",
@@ -182,8 +207,15 @@ _SETTINGS = frozenset(
         "verbosity",
     }
 )
-_COUNTED_APART = _SETTINGS | {"messages"}
+"""What the model never sees. Any other field counts with all its JSON, so that the bound stays one."""
+_COUNTED_APART = SETTINGS | {"messages"}
 _MEDIA = {"image_url": "images", "input_audio": "audio", "file": "files"}
+_WORDS = frozenset({"text", "refusal", "thinking"})
+"""The parts that are text; any other is counted as a medium, a known or an unknown one."""
+_OWN_TOOLS = frozenset({"function", "custom"})
+"""The tools that the client runs."""
+_SEARCHES = "web_search"
+"""How the types of tools begin whose use the answer counts."""
 
 
 def input_bound(body: Body) -> tuple[int, int]:
@@ -220,17 +252,27 @@ def _json_size(value: Any) -> int:
 
 
 def media(body: Body) -> dict[str, int]:
-    """Count what a model reads beside text, by kind: images, audio, files."""
+    """Count what a model reads beside text, by kind: images, audio, files; what is unknown, and hosted tools."""
     counts: dict[str, int] = {}
     for message in body["messages"]:
         content = message.get("content")
         if type(content) is list:
-            for kind in [_MEDIA[name] for part in content for name in part if name in _MEDIA]:
-                counts[kind] = counts.get(kind, 0) + 1
+            for part in content:
+                for kind in _media_of(part):
+                    counts[kind] = counts.get(kind, 0) + 1
         # An earlier spoken answer is read again.
         if message.get("audio"):
             counts["audio"] = counts.get("audio", 0) + 1
+    if tools := body.get("tools"):
+        kinds = [tool["type"] for tool in tools]
+        if hosted := sum(kind not in _OWN_TOOLS and not kind.startswith(_SEARCHES) for kind in kinds):
+            counts[texts.HOSTED_TOOLS] = hosted
     return counts
+
+
+def _media_of(part: dict[str, Any]) -> list[str]:
+    known = [_MEDIA[name] for name in part if name in _MEDIA]
+    return known if known or part["type"] in _WORDS else [texts.UNKNOWN]
 
 
 def output_bound(body: Body) -> tuple[str | None, int | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from qlens import usage as usages
 from qlens.dialects import Body
 
 Choice = dict[str, Any]
@@ -119,10 +120,19 @@ def joined(values: Iterable[Any]) -> Any:
     return real[-1] if real else None
 
 
-def larger(old: Any, new: Any) -> Any:
-    """The larger of two usages, field by field: providers that report several times send running totals, not parts."""
-    if type(old) is dict and type(new) is dict:
-        return {**old, **{name: larger(old.get(name), value) for name, value in new.items()}}
-    if type(old) is int and type(new) is int:
-        return max(old, new)
-    return old if new is None else new
+def larger(old: Body | None, new: Body) -> Body:
+    """The larger of two running totals, as they are written; prompt and completion are each taken as one."""
+    one, other = usages.from_openai(old), usages.from_openai(new)
+    if old is None or one is None or other is None:
+        return new if old is None or one is None else old
+    both = {**old, **{name: value for name, value in new.items() if value is not None}}
+    stays = {"prompt": usages.prompt_stays(one, other), "completion": usages.completion_stays(one, other)}
+    for side, is_kept in stays.items():
+        for name in (f"{side}_tokens", f"{side}_tokens_details"):
+            if (said := (old if is_kept else new).get(name)) is not None:
+                both[name] = said
+            else:
+                both.pop(name, None)
+    if any(stays.values()) or new.get("total_tokens") is None:
+        both["total_tokens"] = usages.larger(one, other).total
+    return both

@@ -63,7 +63,7 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
 
 def usage(body: Body) -> Usage | None:
     """Read the usage of an answer."""
-    return usages.from_openai(body.get("usage"), body.get("service_tier"))
+    return usages.from_openai(body.get("usage"), body.get("service_tier"), generates=False)
 
 
 def finish(body: Body) -> str | None:

@@ -10,7 +10,7 @@ import orjson
 from attrs import evolve
 
 from qlens import usage as usages
-from qlens.dialects import Body, Ref, Strand, fields, texts
+from qlens.dialects import Body, Fixed, Ref, Strand, fields, texts
 from qlens.usage import Usage
 
 GENERATES = True
@@ -126,15 +126,31 @@ def validate(body: Body) -> None:
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
-    """List the texts a model will read: system prompts and messages, with what tools are called with and give back.
+    """List the texts a model will read: system prompts and messages, tools, what these are called with and give back.
 
-    Thoughts are left out: they are the model's own, signed, and worth nothing once a letter of them is changed.
+    Names and the values of enums are Fixed, and so are thoughts: they are the model's own, signed, and worth nothing
+    once a letter of them is changed.
     """
     found: list[tuple[Ref, str]] = []
     _gather(body.get("system"), ("system",), found)
     for position, message in enumerate(body.get("messages") or ()):
-        _gather(message.get("content"), ("messages", position, "content"), found)
+        ref, content = ("messages", position, "content"), message.get("content")
+        _gather(content, ref, found)
+        if type(content) is list:
+            _gather_fixed(content, ref, found)
+    texts.describe(body.get("tools"), ("tools",), found)
+    wanted = body.get("output_config")
+    if type(wanted) is dict:
+        texts.describe(wanted.get("format"), ("output_config", "format"), found)
     return found
+
+
+def _gather_fixed(content: list[Any], ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    for position, block in enumerate(content):
+        if type(block) is dict:
+            texts.named(block, (*ref, position), found)
+            if block.get("type") == "thinking" and type(thought := block.get("thinking")) is str:
+                found.append((Fixed((*ref, position, "thinking")), thought))
 
 
 def _gather(content: Any, ref: Ref, found: list[tuple[Ref, str]]) -> None:
@@ -192,21 +208,33 @@ def _strings(node: Any, ref: Ref) -> Iterator[tuple[Ref, str]]:
 
 # --- its bounds --------------------------------------------------------------------------------
 
-# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
-_SETTINGS = frozenset(
+SETTINGS = frozenset(
     {
         *("cache_control", "max_tokens", "metadata", "model", "service_tier", "stop_sequences", "stream"),
         *("temperature", "thinking", "top_k", "top_p"),
     }
 )
-_MEDIA = {"image": "images", "document": "files"}
+"""What the model never sees. Any other field counts with all its JSON, so that the bound stays one."""
+_MEDIA = {"container_upload": "files", "document": "files", "image": "images"}
+_WORDS = frozenset(
+    {
+        *("compaction", "redacted_thinking", "search_result", "text", "thinking", "tool_reference"),
+        *("mcp_tool_use", "server_tool_use", "tool_use"),
+    }
+)
+_RESULTS = ("_result", "_error")
+"""How the types of other blocks end whose texts stand in the body; any other is counted as an unknown medium."""
+_OWN_TOOLS = ("bash_", "computer_", "memory_", "text_editor_", "tool_search_tool_")
+"""How the types of Anthropic's tools begin that the client runs, or that cost no more than their tokens."""
+_SEARCHES = "web_search_"
+"""The same of tools whose use the answer counts."""
 
 
 def input_bound(body: Body) -> tuple[int, int]:
     """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
     size, items = 0, 1
     for name, value in body.items():
-        if name in _SETTINGS or value is None:
+        if name in SETTINGS or value is None:
             continue
         items += len(value) if type(value) is list else 1
         if name == "messages":
@@ -240,20 +268,32 @@ def _json_size(value: Any) -> int:
 
 
 def media(body: Body) -> dict[str, int]:
-    """Count what a model reads beside text, by kind: images, files."""
+    """Count what a model reads beside text, by kind: images, files; what is unknown, and tools Anthropic runs."""
     counts: dict[str, int] = {}
     for message in body["messages"]:
-        for kind in _media_of(message.get("content")):
-            counts[kind] = counts.get(kind, 0) + 1
-    return counts
+        if type(content := message.get("content")) is list:
+            for kind in _media_of(content):
+                counts[kind] = counts.get(kind, 0) + 1
+    hosted = sum(map(_is_hosted, tools)) if (tools := body.get("tools")) else 0
+    if type(servers := body.get("mcp_servers")) is list:
+        hosted += len(servers)
+    return {**counts, texts.HOSTED_TOOLS: hosted} if hosted else counts
+
+
+def _is_hosted(tool: Block) -> bool:
+    kind = tool.get("type")
+    return type(kind) is str and kind != "custom" and not kind.startswith((*_OWN_TOOLS, _SEARCHES))
 
 
 def _media_of(content: Any) -> Iterator[str]:
-    blocks = content if type(content) is list else ()
+    blocks = content if type(content) is list else (content,)
     for block in (block for block in blocks if type(block) is dict):
         kind, source = block.get("type"), block.get("source")
-        if type(kind) is str and kind in _MEDIA and type(source) is dict and source.get("type") != "text":
-            yield _MEDIA[kind]
+        if type(kind) is str and kind in _MEDIA:
+            if type(source) is not dict or source.get("type") != "text":
+                yield _MEDIA[kind]
+        elif type(kind) is str and kind not in _WORDS and not kind.endswith(_RESULTS):
+            yield texts.UNKNOWN
         # A document may be made of blocks, as a tool's result may.
         yield from _media_of(block.get("content"))
         yield from _media_of(source.get("content") if type(source) is dict else None)
@@ -296,10 +336,10 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
 # --- the answer --------------------------------------------------------------------------------
 
 
-def usage(body: Body) -> Usage | None:
-    """Read the usage of an answer, or of one event of a stream."""
+def usage(body: Body, before: Usage | None = None) -> Usage | None:
+    """Read the usage of an answer, or of one event of a stream, which may leave out what was said `before` it."""
     message = body.get("message")
-    return usages.from_anthropic((message if type(message) is dict else body).get("usage"))
+    return usages.from_anthropic((message if type(message) is dict else body).get("usage"), before)
 
 
 def finish(body: Body) -> str | None:
@@ -362,12 +402,16 @@ def text_event(event: Body, strand: Strand, text: str) -> Body:
     }
 
 
-def event_usage(payload: Body) -> Usage | None:
-    """What an event says was used so far: of its first event only the input is believed, little has been said yet."""
-    found = usage(payload) if payload.get("type") in {"message_start", "message_delta"} else None
-    if found is not None and payload["type"] == "message_start":
-        return evolve(found, output=0, reasoning=0)
-    return found
+def event_usage(payload: Body, before: Usage | None) -> Usage | None:
+    """What was used so far, by an event and those before it.
+
+    Of the first event only the input is believed: little has been said yet.
+    """
+    kind = payload.get("type")
+    found = usage(payload, before) if kind in {"message_start", "message_delta"} else None
+    if found is None:
+        return before
+    return usages.larger(before, evolve(found, output=0, reasoning=0) if kind == "message_start" else found)
 
 
 def event_ends_stream(payload: Body) -> bool:

@@ -37,7 +37,7 @@ def _as_bound(bound: Mapping[str, int], _texts: list[str]) -> Meters:
 def tokens_of(body: Body) -> Usage | None:
     """The tokens that an answer says it used, under either of OpenAI's two sets of names."""
     said, tier = body.get("usage"), body.get("service_tier")
-    return usages.from_openai(said, tier) or usages.from_responses(said, tier)
+    return usages.from_openai(said, tier, generates=False) or usages.from_responses(said, tier)
 
 
 @frozen
@@ -138,9 +138,10 @@ class Plain:
             raise LookupError(f"no event has a text at {strand}")
         return {"type": event["type"], str(strand[-1]): text}
 
-    def event_usage(self, payload: Body) -> Usage | None:
-        """What an event says was used so far."""
-        return self.used(payload) if payload.get("usage") else None
+    def event_usage(self, payload: Body, before: Usage | None) -> Usage | None:
+        """What was used so far, by an event and those before it; None when none of them says so."""
+        said = self.used(payload) if payload.get("usage") else None
+        return before if said is None else usages.larger(before, said)
 
     def event_ends_stream(self, payload: Body) -> bool:
         """Whether this event is the last one of a stream that came to its end."""

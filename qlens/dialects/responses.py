@@ -163,13 +163,23 @@ _OPAQUE = texts.OPAQUE | {
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
-    """List the texts a model will read: instructions, input, variables of a stored prompt; no names, no tools."""
+    """List the texts a model will read: instructions, input, variables of a stored prompt, tools, the answer's form.
+
+    Names and the values of enums are Fixed.
+    """
     found: list[tuple[Ref, str]] = []
     for name in ("instructions", "input"):
         texts.gather(body.get(name), (name,), found, _OPAQUE)
     prompt = body.get("prompt")
     if type(prompt) is dict:
         texts.gather(prompt.get("variables"), ("prompt", "variables"), found, _OPAQUE)
+    items = body.get("input")
+    for position, item in enumerate(items if type(items) is list else ()):
+        texts.named(item, ("input", position), found)
+    texts.describe(body.get("tools"), ("tools",), found)
+    wanted = body.get("text")
+    if type(wanted) is dict:
+        texts.describe(wanted.get("format"), ("text", "format"), found)
     return found
 
 
@@ -195,8 +205,7 @@ def without_reasoning(items: list[Body], unreadable: list[Body]) -> list[Body]:
 
 # --- its bounds --------------------------------------------------------------------------------
 
-# What the model never sees. Any other field counts with all its JSON, so that the bound stays one.
-_SETTINGS = frozenset(
+SETTINGS = frozenset(
     {
         "background",
         "background_options",
@@ -224,12 +233,36 @@ _SETTINGS = frozenset(
         "user",
     }
 )
-_MEDIA = {"input_image": "images", "input_audio": "audio", "input_file": "files", "computer_screenshot": "images"}
+"""What the model never sees. Any other field counts with all its JSON, so that the bound stays one."""
+_MEDIA = {
+    "computer_screenshot": "images",
+    "image_generation_call": "images",
+    "input_audio": "audio",
+    "input_file": "files",
+    "input_image": "images",
+    "item_reference": "history",
+}
 _MEDIA_DATA = frozenset({"image_url", "file_data", "file_url", "file_id", "input_audio"})
 # What stands around a text: no model reads these values, and the allowance for each item is more than the names take.
 _FRAME_VALUES = frozenset({"id", "phase", "role", "status", "type"})
 _FRAME_NAMES = frozenset({"arguments", "call_id", "content", "input", "name", "output", "summary", "text"})
 _REMEMBERED = ("previous_response_id", "conversation", "prompt")
+_WORDS = frozenset(
+    {
+        *("input_text", "output_text", "reasoning_text", "refusal", "summary_text", "text"),
+        *("compaction", "custom_tool_call", "custom_tool_call_output", "function_call", "function_call_output"),
+        *("message", "reasoning"),
+        *("apply_patch_call", "apply_patch_call_output", "computer_call", "computer_call_output"),
+        *("local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output"),
+        *("code_interpreter_call", "file_search_call", "tool_search_call", "tool_search_output", "web_search_call"),
+        *("mcp_approval_request", "mcp_approval_response", "mcp_call", "mcp_list_tools"),
+    }
+)
+"""Items and parts whose texts stand in the body; any other is counted as a medium, a known or an unknown one."""
+_OWN_TOOLS = ("apply_patch", "computer", "computer_use_preview", "custom", "function", "local_shell", "tool_search")
+"""The tools that the client runs, or that cost no more than their tokens."""
+_SEARCHES = "web_search"
+"""How the types of tools begin whose use the answer counts."""
 
 
 def input_bound(body: Body) -> tuple[int, int]:
@@ -239,7 +272,7 @@ def input_bound(body: Body) -> tuple[int, int]:
     """
     size, items = 0, 1
     for name, value in body.items():
-        if value is None or name in _SETTINGS:
+        if value is None or name in SETTINGS:
             continue
         size += _size(value) if name == "input" else len(orjson.dumps(value))
         items += len(value) if type(value) is list else 1
@@ -261,12 +294,16 @@ def _size(node: Any) -> int:
 
 
 def media(body: Body) -> dict[str, int]:
-    """Count what a model reads beside the body's text, by kind: images, audio, files; history that was kept."""
+    """Count what a model reads beside the body's text, by kind: images, audio, files; history that was kept.
+
+    What is unknown, and tools that the provider runs, are counted too.
+    """
     counts: dict[str, int] = {}
-    for kind in _media_below(body.get("input")):
+    kept = ["history" for name in _REMEMBERED if body.get(name) is not None]
+    hosted = _hosted(tools) if type(tools := body.get("tools")) is list else ()
+    for kind in (*_media_below(body.get("input")), *kept, *hosted):
         counts[kind] = counts.get(kind, 0) + 1
-    kept = sum(1 for name in _REMEMBERED if body.get(name) is not None)
-    return {**counts, "history": kept} if kept else counts
+    return counts
 
 
 def _media_below(node: Any) -> Iterator[str]:
@@ -275,10 +312,23 @@ def _media_below(node: Any) -> Iterator[str]:
             yield from _media_below(entry)
     elif type(node) is dict:
         kind = node.get("type")
-        if type(kind) is str and kind in _MEDIA:
-            yield _MEDIA[kind]
+        if type(kind) is str and kind not in _WORDS:
+            yield _MEDIA.get(kind, texts.UNKNOWN)
+        elif kind is None and "id" in node and "role" not in node:
+            yield "history"  # a reference to an item; its type may be left out
         for name in ("content", "output"):
             yield from _media_below(node.get(name))
+
+
+def _hosted(tools: list[Any]) -> Iterator[str]:
+    for tool in tools:
+        kind = tool.get("type") if type(tool) is dict else None
+        if kind == "namespace" and type(inner := tool.get("tools")) is list:
+            yield from _hosted(inner)
+        elif kind == "shell" and type(place := tool.get("environment")) is dict and place.get("type") == "local":
+            continue
+        elif kind not in _OWN_TOOLS and not str(kind).startswith(_SEARCHES):
+            yield texts.HOSTED_TOOLS
 
 
 def output_bound(body: Body) -> tuple[str | None, int | None]:
@@ -403,9 +453,10 @@ def text_event(event: Body, strand: Strand, text: str) -> Body:
     return {**frame, "delta": text, **spelled}
 
 
-def event_usage(payload: Body) -> Usage | None:
-    """The usage that an event of a stream states: a running total."""
-    return usage(payload) if type(payload.get("response")) is dict else None
+def event_usage(payload: Body, before: Usage | None) -> Usage | None:
+    """What was used so far, by an event and those before it: each that says it states a running total."""
+    said = usage(payload) if type(payload.get("response")) is dict else None
+    return before if said is None else usages.larger(before, said)
 
 
 def event_begins(payload: Body) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qlens.dialects import Ref, Strand
+from qlens.dialects import Fixed, Ref, Strand
 
 MESSAGE_TOKENS = 16
 """More than any chat template puts around one message or tool."""
@@ -35,6 +35,25 @@ OPAQUE = frozenset(
         "url",
     }
 )
+
+_DESCRIBES = frozenset({"$comment", "description", "instructions", "server_description", "title"})
+"""What is told in words of a tool, a parameter or a form of answer: it may be told in others."""
+_NAMING = frozenset({"$defs", "definitions", "dependentSchemas", "patternProperties", "properties"})
+"""The parts of a JSON schema whose keys are names."""
+_SET_UP = frozenset(
+    {
+        *("$ref", "$schema", "authorization", "background", "cache_control", "connector_id", "container", "effort"),
+        *("environment", "file_ids", "headers", "image_url", "input_fidelity", "mode", "model", "moderation"),
+        *("output_format", "quality", "require_approval", "search_context_size", "server_url", "size", "syntax"),
+        *("type", "vector_store_ids"),
+    }
+)
+"""What says how a tool is run, and no model reads."""
+
+UNKNOWN = "unknown"
+"""The kind of what this API is not known to have: nobody can say how much a model reads there."""
+HOSTED_TOOLS = "hosted_tools"
+"""The kind of tools that the provider runs: they cost beside tokens, or bring in texts of any length."""
 
 
 def size(text: str) -> int:
@@ -76,6 +95,35 @@ def gather(node: Any, ref: Ref, found: list[tuple[Ref, str]], opaque: frozenset[
         found.append((ref, node))
 
 
+def describe(node: Any, ref: Ref, found: list[tuple[Ref, str]], *, names: bool = False) -> None:
+    """Add what a model reads of tools or of the form its answer is to have: descriptions, and Fixed all else.
+
+    `names` says that the keys of this node are names.
+    """
+    if type(node) is dict:
+        for key, child in node.items():
+            if names:
+                found.append((Fixed((*ref, key)), key))
+            elif key in _SET_UP:
+                continue
+            if type(child) is str:
+                found.append(((*ref, key) if key in _DESCRIBES else Fixed((*ref, key)), child))
+            else:
+                describe(child, (*ref, key), found, names=key in _NAMING and not names)
+    elif type(node) is list:
+        for position, child in enumerate(node):
+            if type(child) is str:
+                found.append((Fixed((*ref, position)), child))
+            else:
+                describe(child, (*ref, position), found)
+
+
+def named(node: Any, ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    """Add the name that this object has, where it has one."""
+    if type(node) is dict and type(name := node.get("name")) is str:
+        found.append((Fixed((*ref, "name")), name))
+
+
 def only(body: Any, ref: Ref, start: int, text: str) -> Any:
     """A copy of what stands at the first `start` steps of a ref, with nothing in it but this text at the ref.
 
@@ -101,6 +149,11 @@ def prompts(body: dict[str, Any], field: str) -> list[tuple[Ref, str]]:
     if type(value) is not list:
         return []
     return [((field, index), item) for index, item in enumerate(value) if type(item) is str]
+
+
+def has_tokens(value: Any) -> bool:
+    """Whether such a field holds tokens."""
+    return type(value) is list and bool(value) and type(value[0]) is not str
 
 
 def prompts_bound(value: Any) -> tuple[int, int]:

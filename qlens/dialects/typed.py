@@ -19,8 +19,8 @@ class TypedDialect(Dialect, Protocol):
     QUIET: tuple[bytes, ...]
     """How events begin that need no look: they say nothing of usage, errors or the end."""
 
-    def event_usage(self, payload: Body) -> Usage | None:
-        """What an event says was used so far."""
+    def event_usage(self, payload: Body, before: Usage | None) -> Usage | None:
+        """What was used so far, by an event and those before it; None when none of them says so."""
 
     def event_ends_stream(self, payload: Body) -> bool:
         """Whether this event is the last one of a stream that came to its end."""

@@ -111,7 +111,7 @@ async def test_a_stream_that_outlives_the_deadline_ends_with_an_error_event_and_
         assert answer.events()[-1]["error"]["code"] == "call_timeout"
         assert "[DONE]" not in answer.text
         (receipt,) = await gateway.settled(1)
-        assert (receipt.outcome, receipt.error) == ("failed", "call_timeout")
+        assert (receipt.outcome, receipt.status, receipt.error) == ("failed", 200, "call_timeout")
 
 
 async def test_a_stream_cut_off_by_shutdown_ends_with_an_error_event_and_settles() -> None:
@@ -124,7 +124,7 @@ async def test_a_stream_cut_off_by_shutdown_ends_with_an_error_event_and_settles
         answer = await asking
         assert answer.events()[-1]["error"]["code"] == "shutting_down"
         (receipt,) = await gateway.settled(1)
-        assert (receipt.outcome, receipt.error) == ("failed", "shutting_down")
+        assert (receipt.outcome, receipt.status, receipt.error) == ("failed", 200, "shutting_down")
 
 
 async def test_a_local_operation_is_admitted_and_settled_too() -> None:

@@ -239,6 +239,8 @@ async def test_lists_show_a_tenant_its_own_alone(gateway: Running, one: FakeKeep
         mine = await stranger.files.create(file=("mine.txt", b"x"), purpose="user_data", extra_body=named)
         assert [each.filename async for each in stranger.files.list(extra_query=named)] == ["mine.txt"]
         assert mine.filename == "mine.txt"
+        for limit in ("0", "%D9%A1", "%EF%BC%91", "1.5", "10001"):
+            assert (await gateway.get(f"/v1/files?model=first&limit={limit}", key=OTHER)).status == 400, limit
 
 
 async def test_long_lists_are_found_page_by_page(gateway: Running, one: FakeKeeper) -> None:

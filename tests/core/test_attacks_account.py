@@ -369,3 +369,46 @@ async def test_a_guard_that_fails_in_a_stream_is_not_taken_for_the_calls_deadlin
         assert answer.events()[-1]["error"]["code"] == "internal_error"
         (receipt,) = await gateway.settled(1)
         assert (receipt.outcome, receipt.error, one.closed) == ("failed", "internal_error", 1)
+
+
+async def test_a_body_is_complete_whether_its_provider_says_so_or_not_and_is_cached() -> None:
+    async with running(config({"cache": [{"plugin": "exact"}]}, SPEAKERS, MODELS)) as gateway:
+        said = {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}
+        body = orjson.dumps({"id": "1", "object": "chat.completion", "choices": [said]})
+        used = Usage(input=5, output=3, source="provider")
+        gateway.plugin("provider", "one").answer = lambda *_: Reply(body=body, dialect="chat", usage=used)
+        assert [(await gateway.post(CHAT, HELLO)).headers["x-qlens-cache"] for _ in "12"] == ["miss", "hit"]
+        first, second = await gateway.settled(2)
+        assert (first.outcome, first.error, first.usage) == ("complete", None, used)
+        assert second.outcome == "cached"
+
+
+@pytest.mark.parametrize(
+    ("says", "known", "told"),
+    [
+        (None, True, "hit"),
+        (None, False, "miss"),
+        ("semantic", True, "semantic"),
+        ("miss", True, "hit"),
+        ("off", False, "off"),
+    ],
+)
+@pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
+async def test_what_a_cache_has_found_is_told_though_it_does_not_say_so(
+    says: str | None, known: bool, told: str, body: dict[str, Any]
+) -> None:
+    async with running(config({"cache": [PUPPET]}, SPEAKERS, MODELS)) as gateway:
+        said = {"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}
+        kept = orjson.dumps({"id": "1", "object": "chat.completion", "choices": [said]})
+        _speak(gateway, "one", *WHOLE)
+
+        def look(call: Any) -> Reply | None:
+            if says is not None:
+                call.cache = says
+            return Reply(body=kept, complete=True) if known else None
+
+        gateway.plugin("cache", "puppet").does["lookup"] = look
+        answer = await gateway.post(CHAT, body)
+        (receipt,) = await gateway.settled(1)
+        assert (answer.headers["x-qlens-cache"], receipt.cache) == (told, told)
+        assert receipt.outcome == ("cached" if known else "complete")

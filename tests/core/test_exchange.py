@@ -120,7 +120,8 @@ async def test_body_that_cannot_be_written_is_the_clients_mistake(http: Upstream
 
 
 async def test_full_answer_is_passed_as_it_came(http: Upstream, up: FakeUpstream) -> None:
-    body = b'{ "choices": [{"message": {"content": "x"}, "finish_reason": "length"}],\n "usage": {"prompt_tokens": 3} }'
+    said = b'"usage": {"prompt_tokens": 3, "completion_tokens": 1}'
+    body = b'{ "choices": [{"message": {"content": "x"}, "finish_reason": "length"}],\n %b }' % said
     up.script(Scripted(body=body, headers={"content-type": "application/json", "x-request-id": "req-1"}))
     reply = await ask(http, up)
     assert (reply.body, reply.finish, reply.complete, reply.upstream_id) == (body, "length", True, "req-1")
@@ -129,8 +130,8 @@ async def test_full_answer_is_passed_as_it_came(http: Upstream, up: FakeUpstream
 
 
 async def test_json_is_read_whatever_its_content_type_says(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(body=b'{"choices": []}', headers={"content-type": "text/plain"}))
-    assert (await ask(http, up)).body == b'{"choices": []}'
+    up.script(Scripted(body=b'{"choices": [{}]}', headers={"content-type": "text/plain"}))
+    assert (await ask(http, up)).body == b'{"choices": [{}]}'
 
 
 async def test_only_listed_headers_of_the_provider_are_kept(http: Upstream, up: FakeUpstream) -> None:
@@ -140,14 +141,14 @@ async def test_only_listed_headers_of_the_provider_are_kept(http: Upstream, up: 
         "openai-organization": "org-1",
         "set-cookie": "a",
     }
-    up.script(Scripted(body={"choices": []}, headers={**headers, "apim-request-id": "azure-1"}))
+    up.script(Scripted(body={"choices": [{}]}, headers={**headers, "apim-request-id": "azure-1"}))
     reply = await ask(http, up)
     assert reply.headers == {"openai-processing-ms": "12"}
     assert reply.upstream_id == "azure-1"
 
 
 async def test_headers_to_keep_may_be_named_in_any_case(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(body={"choices": []}, headers={"x-region": "eu"}))
+    up.script(Scripted(body={"choices": [{}]}, headers={"x-region": "eu"}))
     reply = await ask(http, up, forward=["X-Region"])
     assert reply.headers == {"x-region": "eu"}
 
@@ -169,7 +170,7 @@ async def test_embeddings_stay_packed(http: Upstream, up: FakeUpstream) -> None:
 )
 async def test_absurd_usage_neither_fails_nor_counts_below_zero(http: Upstream, up: FakeUpstream, usage: Any) -> None:
     # Not by orjson, which does not write such large numbers.
-    up.script(Scripted(body=json.dumps({"choices": [], "usage": usage}).encode()))
+    up.script(Scripted(body=json.dumps({"choices": [{}], "usage": usage}).encode()))
     reply = await ask(http, up)
     assert reply.usage is None or min(reply.usage.prompt, reply.usage.completion) >= 0
 
@@ -188,6 +189,7 @@ async def test_absurd_usage_neither_fails_nor_counts_below_zero(http: Upstream, 
         b'{"message": "ok"}',
         b'{"choices": null}',
         b'{"choices": {}}',
+        b'{"choices": []}',
         b'{"choices": ["text"]}',
         b'data: {"choices": []}\n\n',
     ],
@@ -203,7 +205,7 @@ async def test_error_within_a_200_is_that_error(http: Upstream, up: FakeUpstream
 
 
 async def test_error_that_is_null_is_no_error(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(body={"choices": [], "error": None}))
+    up.script(Scripted(body={"choices": [{}], "error": None}))
     assert (await ask(http, up)).complete
 
 
@@ -311,9 +313,8 @@ async def test_wait_until_a_date_is_counted_from_now(http: Upstream, up: FakeUps
 
 @pytest.mark.parametrize("split", [None, 1, 7])
 async def test_stream_passes_byte_for_byte(http: Upstream, up: FakeUpstream, split: int | None) -> None:
-    raw = (
-        b': comment\r\n\r\nevent: message\ndata: {"choices":[]}\r\n\r\ndata: {"choices":\ndata: []}\n\ndata: [DONE]\n\n'
-    )
+    raw = b': comment\r\n\r\nevent: message\ndata: {"choices":[]}\r\n\r\n'
+    raw += b'data: {"choices":\ndata: [{}]}\n\ndata: [DONE]\n\n'
     up.script(Scripted(events=[raw], split=split))
     reply = await ask(http, up, outgoing(stream=True))
     assert (reply.body, reply.complete) == (None, False)
@@ -354,6 +355,9 @@ async def test_comments_alone_are_no_first_event(http: Upstream, up: FakeUpstrea
         (b"data: 7\n\n", UpstreamInvalid),
         (b"", UpstreamTruncated),
         (b": only a comment\n\n", UpstreamTruncated),
+        (b"data: [DONE]\n\n", UpstreamInvalid),
+        (b'data: {"choices": [], "prompt_filter_results": []}\n\ndata: [DONE]\n\n', UpstreamInvalid),
+        ({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 0}}, UpstreamTruncated),
     ],
 )
 async def test_stream_that_begins_badly_fails_before_a_byte_is_passed_on(
@@ -377,13 +381,8 @@ async def test_stream_that_is_cut_later_breaks_in_the_callers_hands(http: Upstre
 
 
 async def test_event_without_its_blank_line_at_the_end_is_an_event(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(events=[b'data: {"choices": []}']))
-    assert await drained(await ask(http, up, outgoing(stream=True))) == b'data: {"choices": []}'
-
-
-async def test_end_mark_alone_is_a_stream(http: Upstream, up: FakeUpstream) -> None:
-    up.script(Scripted(events=["[DONE]"]))
-    assert await drained(await ask(http, up, outgoing(stream=True))) == b"data: [DONE]\n\n"
+    up.script(Scripted(events=[b'data: {"choices": [{}]}']))
+    assert await drained(await ask(http, up, outgoing(stream=True))) == b'data: {"choices": [{}]}'
 
 
 @pytest.mark.parametrize("media_type", ["text/html", "text/plain", "application/x-ndjson", ""])

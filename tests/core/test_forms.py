@@ -162,6 +162,11 @@ _FILE = _part('content-disposition: form-data; name="file"; filename="a"', "x")
         ("", None),
         ("--xyz--\r\n", "file"),
         ("no form at all", None),
+        ("--xyz\r\nbad header: x\r\n\r\nx\r\n--xyz--\r\n", None),
+        ("--xyz and more\r\n\r\n", None),
+        ("x" * 5000, None),
+        ("x" * 5000 + "\r\n" + _MODEL + _FILE + "--xyz--\r\n", None),
+        ("not a line" + _MODEL + "--xy--\r\n", None),
         (_MODEL + _FILE, None),
         (_part("content-type: text/plain", "x") + "--xyz--\r\n", None),
         (_part('content-disposition: attachment; name="model"', "x") + "--xyz--\r\n", None),
@@ -178,13 +183,33 @@ _FILE = _part('content-disposition: form-data; name="file"; filename="a"', "x")
         (_MODEL + _FILE + _part('content-disposition: form-data; name="stream"', "maybe") + "--xyz--\r\n", "stream"),
     ],
 )  # fmt: skip
-async def test_a_form_that_is_wrong_is_openais_400(body: str, param: str | None) -> None:
+async def test_a_form_that_is_wrong_is_openais_400(
+    body: str, param: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     async with _gateway() as (gateway, up):
         raw = body.encode("utf-8", "surrogateescape")
         answer = await gateway.request("POST", PATH, body=raw, headers=BOUNDARY)
         told = answer.json()["error"]
         assert (answer.status, told["type"], told["param"]) == (400, "invalid_request_error", param)
         assert not up.requests
+        assert not [record for record in caplog.records if record.name.startswith("python_multipart")]
+
+
+@pytest.mark.parametrize("step", [1, 7, 10**6])
+@pytest.mark.parametrize(
+    "preamble", ["", "\r\n", "A message in several parts.\r\n", "--xy\r\na --xyz in a line\r\n", "x" * 4096 + "\r\n"]
+)
+async def test_what_stands_in_front_of_the_first_part_is_skipped(preamble: str, step: int) -> None:
+    whole = f"{preamble}{_MODEL}{_FILE}--xyz--\r\n".encode()
+
+    async def pieces() -> AsyncIterator[bytes]:
+        for place in range(0, len(whole), step):
+            yield whole[place : place + step]
+
+    async with _gateway() as (gateway, up):
+        async with gateway.session.post(gateway.url + PATH, data=pieces(), headers=BOUNDARY) as answer:
+            assert answer.status == 200
+        assert [part.content for part in up.requests[0].form] == [b"real-model", b"x"]
 
 
 @pytest.mark.parametrize(

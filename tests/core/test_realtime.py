@@ -753,6 +753,63 @@ async def test_frames_that_come_with_the_request_are_not_lost() -> None:
         assert (await only_receipt(gateway)).outcome == "abandoned"
 
 
+TEXT = b'{"type":"nonsense"}'
+
+
+def _sent(data: bytes, *, mask: bool = True, opcode: int = 0x81) -> bytes:
+    """A frame as a client sends it, or as none may."""
+    flag, size = 0x80 if mask else 0, len(data)
+    if size < 126:
+        length = bytes([flag | size])
+    else:
+        length = (
+            bytes([flag | 127]) + size.to_bytes(8, "big") if size > 999 else bytes([flag | 126, size >> 8, size & 255])
+        )
+    return bytes([opcode]) + length + (bytes(4) if mask else b"") + data
+
+
+@pytest.mark.parametrize("step", [1, 3, 70_000, 10**6])
+@pytest.mark.parametrize(
+    ("good", "bad", "code"),
+    [
+        ([], _sent(TEXT, mask=False), 1002),
+        ([_sent(TEXT), _sent(b" " * 300 + TEXT), _sent(TEXT)], _sent(TEXT, mask=False), 1002),
+        ([_sent(b" " * 70_000 + TEXT)], _sent(b"", mask=False), 1002),
+        ([], _sent(b"{\xff\xfe}"), 1007),
+        (
+            [_sent('{"type":"\u00e4"}'.encode()), _sent(TEXT)],
+            _sent(b"\xc3", opcode=1) + _sent(b"(", opcode=0x80),
+            1007,
+        ),
+    ],
+    ids=["unmasked", "unmasked later", "unmasked after a long one", "no UTF-8", "no UTF-8 in pieces"],
+)
+async def test_frames_that_no_client_may_send_end_the_session_and_are_the_clients(
+    good: list[bytes], bad: bytes, code: int, step: int
+) -> None:
+    step = 997 if len(b"".join(good)) > 1000 and step < 100 else step
+    async with realtime() as up, running(yaml(up)) as gateway:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        lines = "".join(f"{name}: {value}\r\n" for name, value in UPGRADE.items())
+        writer.write(f"GET /v1/realtime?model=voice HTTP/1.1\r\nhost: x\r\n{lines}\r\n".encode())
+        await reader.readuntil(b"\r\n\r\n")
+        received = b""
+        for wire, awaited, times in (b"".join(good), b'"invalid_value"', len(good)), (bad, code.to_bytes(2, "big"), 1):
+            for place in range(0, len(wire), step):
+                writer.write(wire[place : place + step])
+                await asyncio.sleep(0.001)
+            while received.count(awaited) < times:
+                more = await asyncio.wait_for(reader.read(65536), 5)
+                assert more, received[-200:]
+                received += more
+        writer.transport.abort()
+        receipt = await only_receipt(gateway)
+        assert (receipt.outcome, receipt.status, receipt.error) == ("abandoned", 499, "client_closed")
+        (session,) = up.sessions
+        await asyncio.wait_for(session.closed.wait(), 5)
+
+
 async def test_an_upgrade_in_http_1_0_is_refused_and_no_session_left_open() -> None:
     async with realtime() as up, running(yaml(up)) as gateway:
         host, port = gateway.url.removeprefix("http://").split(":")

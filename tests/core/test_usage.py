@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import NO_USAGE, Usage
-from qlens.usage import BUCKETS, from_anthropic, from_openai, from_realtime, grown, larger, together
+from qlens.usage import BUCKETS, from_anthropic, from_openai, from_realtime, from_responses, larger, together
 
 COUNTS = st.integers(0, 10**7)
 NONSENSE = st.recursive(
@@ -78,9 +78,9 @@ def test_whatever_a_provider_says_no_bucket_is_negative_or_absurd(raw: object, t
     if usage is None:
         return
     assert all(type(count) is int and 0 <= count < 2**31 for count in buckets(usage))
-    assert usage.source == "provider"
-    assert usage.tier is None or isinstance(usage.tier, str)
     assert isinstance(raw, dict)
+    assert usage.source == "provider" or raw.get("completion_tokens") is None
+    assert usage.tier is None or isinstance(usage.tier, str)
     assert usage.prompt >= raw["prompt_tokens"]
 
 
@@ -134,11 +134,104 @@ def test_the_tier_is_kept_when_it_is_a_text() -> None:
 USAGES = st.builds(Usage, **dict.fromkeys(BUCKETS, COUNTS), meters=st.dictionaries(st.sampled_from("ab"), COUNTS))
 
 
-@given(USAGES, USAGES)
-def test_running_totals_are_not_added_up(one: Usage, other: Usage) -> None:
-    both = larger(one, other)
-    assert buckets(both) == list(map(max, buckets(one), buckets(other)))
-    assert larger(None, other) == other
+def prompt_of(usage: Usage) -> list[int]:
+    return [usage.input, usage.cached_input, usage.cache_write_5m, usage.cache_write_1h, usage.audio_in]
+
+
+def completion_of(usage: Usage) -> list[int]:
+    return [usage.output, usage.reasoning, usage.audio_out]
+
+
+@given(st.lists(USAGES, min_size=1, max_size=5))
+def test_running_totals_are_not_added_up_nor_are_the_parts_of_two_of_them_mixed(said: list[Usage]) -> None:
+    so_far: Usage | None = None
+    for usage in said:
+        so_far = larger(so_far, usage)
+    assert so_far is not None
+    assert so_far.prompt == max(usage.prompt for usage in said)
+    assert so_far.completion == max(usage.completion for usage in said)
+    assert prompt_of(so_far) in [prompt_of(usage) for usage in said]
+    assert completion_of(so_far) in [completion_of(usage) for usage in said]
+
+
+@st.composite
+def growing(draw: st.DrawFn) -> list[Usage]:
+    """Reports of which each says as much as the one before it or more, split in its own way."""
+    prompt = completion = 0
+    said = []
+    for _ in range(draw(st.integers(1, 5))):
+        prompt, completion = prompt + draw(st.integers(0, 1000)), completion + draw(st.integers(0, 1000))
+        cached = draw(st.integers(0, prompt))
+        written = draw(st.integers(0, prompt - cached))
+        thought = draw(st.integers(0, completion))
+        raw = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
+            "completion_tokens_details": {"reasoning_tokens": thought},
+        }
+        usage = from_openai(raw)
+        assert usage is not None
+        said.append(usage)
+    return said
+
+
+@given(growing())
+def test_of_reports_that_grow_the_last_one_is_the_whole(said: list[Usage]) -> None:
+    so_far: Usage | None = None
+    for usage in said:
+        so_far = larger(so_far, usage)
+    last = said[-1]
+    assert so_far is not None
+    assert (so_far.prompt, so_far.completion, so_far.total) == (last.prompt, last.completion, last.total)
+    if last.input < last.prompt:
+        assert prompt_of(so_far) == prompt_of(last)
+    if last.output < last.completion:
+        assert completion_of(so_far) == completion_of(last)
+
+
+def test_a_report_that_splits_nothing_does_not_undo_one_that_does() -> None:
+    split = Usage(input=100, cached_input=900, output=50, reasoning=450, source="provider")
+    assert larger(split, Usage(input=1000, output=500, source="provider")) == split
+    assert larger(Usage(input=1000, output=500, source="provider"), split) == split
+
+
+def test_images_of_a_prompt_that_are_told_later_are_not_counted_twice() -> None:
+    early = Usage(input=100, output=1, source="provider")
+    later = Usage(input=40, output=9, meters={"image_tokens": 60}, source="provider")
+    assert larger(early, later) == later
+    assert larger(later, early) == later
+
+
+def test_what_the_vendor_leaves_out_of_a_later_event_has_not_changed() -> None:
+    first = from_anthropic({"input_tokens": 1000, "output_tokens": 1, "service_tier": "priority"})
+    told = {"input_tokens": 100, "cache_read_input_tokens": 900, "output_tokens": 200}
+    second = larger(first, from_anthropic(told, first) or NO_USAGE)
+    assert (second.input, second.cached_input, second.output, second.tier) == (100, 900, 200, "priority")
+    said = {"output_tokens": 500, "output_tokens_details": {"thinking_tokens": 450}}
+    third = larger(second, from_anthropic(said, second) or NO_USAGE)
+    assert (third.input, third.cached_input, third.output, third.reasoning) == (100, 900, 50, 450)
+    zeros = {"input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 600}
+    assert larger(third, from_anthropic(zeros, third) or NO_USAGE).prompt == 1000
+
+
+@pytest.mark.parametrize(
+    ("raw", "completion", "source"),
+    [
+        ({"prompt_tokens": 10, "completion_tokens": None, "total_tokens": 15}, 5, "provider"),
+        ({"prompt_tokens": 10, "total_tokens": 15}, 5, "provider"),
+        ({"prompt_tokens": 10, "total_tokens": 9}, 0, "estimated"),
+        ({"prompt_tokens": 10, "completion_tokens": None, "total_tokens": None}, 0, "estimated"),
+        ({"prompt_tokens": 10}, 0, "estimated"),
+    ],
+)
+def test_a_completion_that_is_not_counted_is_told_by_the_total_or_not_believed(
+    raw: dict[str, Any], completion: int, source: str
+) -> None:
+    for usage in (from_openai(raw), from_responses({name.replace("prompt", "input"): raw[name] for name in raw})):
+        assert usage is not None
+        assert (usage.prompt, usage.completion, usage.source) == (10, completion, source)
+    assert from_openai(raw, generates=False) == Usage(input=10, source="provider")
 
 
 def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() -> None:
@@ -186,11 +279,9 @@ def test_nonsense_from_anthropic_is_no_usage_or_a_sane_one(raw: Any) -> None:
 def test_a_later_total_of_writes_does_not_count_those_of_an_hour_again() -> None:
     split = {"ephemeral_5m_input_tokens": 10, "ephemeral_1h_input_tokens": 20}
     first = from_anthropic({"input_tokens": 5, "cache_creation_input_tokens": 30, "cache_creation": split})
-    later = from_anthropic({"cache_creation_input_tokens": 34, "output_tokens": 9})
-    assert later is not None
-    both = grown(first, later)
+    both = from_anthropic({"cache_creation_input_tokens": 34, "output_tokens": 9}, first)
+    assert both is not None
     assert (both.cache_write_5m, both.cache_write_1h, both.input, both.output) == (14, 20, 5, 9)
-    assert grown(None, later) == later
 
 
 def test_anthropics_web_searches_are_a_meter() -> None:

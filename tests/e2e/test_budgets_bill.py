@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from decimal import Decimal
@@ -84,6 +84,8 @@ class Biller(FakeUpstream):
     bill: Counter[str] = field(factory=Counter)
     """In picodollars, by model."""
     answered_again: set[str] = field(factory=set)
+    silent: dict[str, asyncio.Event] = field(factory=lambda: defaultdict(asyncio.Event))
+    """Which calls have arrived whose clients leave before an answer, by their number."""
     waiting: int = 0
     """How many calls wait until there is an `end`."""
     end: asyncio.Event = field(factory=asyncio.Event)
@@ -99,6 +101,9 @@ class Biller(FakeUpstream):
         first = number not in self.answered_again
         self.answered_again.add(number)
         if fate == "silent":
+            # It works all the same, and wants the most that it was allowed for what nobody waits for.
+            self.bill[request.body["model"]] += int(request.body["max_tokens"]) * MICRO
+            self.silent[number].set()
             return Scripted(hang=True)
         if fate == "down" or (fate == "flaky" and first):
             return Scripted(status=500)
@@ -184,11 +189,31 @@ class Storm:
                 return
 
     async def _try(self, served: Served, body: Mapping[str, Any], fate: str) -> int:
+        if fate == "silent":
+            return await self._leave(served, body)
+        return await self._ask(served, body, fate)
+
+    async def _leave(self, served: Served, body: Mapping[str, Any]) -> int:
+        """Ask, and leave some time after the call has arrived at the provider."""
+        arrived = self.provider.silent[body["messages"][0]["content"].split()[1]]
+        arrived.clear()
+        asking, hearing = (
+            asyncio.create_task(self._ask(served, body, "silent")),
+            asyncio.create_task(arrived.wait()),
+        )
+        await asyncio.wait({asking, hearing}, return_when=asyncio.FIRST_COMPLETED)
+        hearing.cancel()
+        if not asking.done():
+            await asyncio.sleep(self.dice.random() * 0.08)
+            asking.cancel()
+            await asyncio.wait({asking})
+        return 0 if asking.cancelled() else asking.result()
+
+    async def _ask(self, served: Served, body: Mapping[str, Any], fate: str) -> int:
         headers = {"authorization": f"Bearer {served.key}"}
-        patience = self.dice.random() * 0.08 if fate == "silent" else 30
         try:
             async with (
-                asyncio.timeout(patience),
+                asyncio.timeout(30),
                 self.session.post(f"{served.url}/v1/chat/completions", json=body, headers=headers) as answer,
             ):
                 async for line in answer.content:

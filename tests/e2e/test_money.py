@@ -19,10 +19,10 @@ from typing import Any
 import aiohttp
 import pytest
 from attrs import define, field
-from e2e.tills import BUCKETS, METERS, TIERS, UNITS, Bill, Till, price_rows
+from e2e.tills import BUCKETS, METERS, TIERS, UNITS, Bill, Till, Used, price_rows
 from ledgers import Place, PostgresPlace, SqlitePlace
 
-from qlens import Receipt
+from qlens import Attempt, Receipt
 from qlens.cli import main
 from qlens.testing import Running, running
 from qlens.testing.postgres import postgres_server
@@ -211,6 +211,8 @@ def picos_of(usd: str | Decimal) -> int:
     return int(number)
 
 
+MOST_OUTPUT = 4096
+"""What the models may say."""
 EXPECTED = {None, "client_closed", "invalid_request_error", "upstream_truncated", "upstream_unavailable"}
 """What attempts end with here."""
 
@@ -253,13 +255,25 @@ class Settled:
             else:
                 self.tokens.update({name: getattr(receipt.usage, name) for name in BUCKETS})
             for attempt in receipt.attempts:
-                if attempt.billed:
+                if attempt.billed and attempt.status is None:
+                    self._goes_on(bill, receipt, attempt)
+                elif attempt.billed:
                     served = bill.unclaimed.pop(attempt.upstream_id or "", None)
                     assert served is not None, f"nothing was charged for this, or twice: {_told(receipt)}"
                     of_text[served.text] = receipt
         lost = [f"{served}, of {_told(of_text.get(served.text))}" for served in bill.unclaimed.values()]
         assert lost == [], f"charged, and no receipt has it; attempts that went wrong: {self.odd or 'none'}"
         receipts.clear()
+
+    @staticmethod
+    def _goes_on(bill: Bill, receipt: Receipt, attempt: Attempt) -> None:
+        """Let a provider bill the most for what its client did not wait for."""
+        used, asked = attempt.usage, receipt.model
+        assert used is not None
+        assert asked is not None
+        assert (receipt.outcome, used.source, used.output) == ("abandoned", "estimated", MOST_OUTPUT), _told(receipt)
+        assert used.input > 0
+        bill.charge(attempt.target.model, asked, receipt.caller.tenant, Used((used.input, 0, used.output, 0)))
 
 
 def _told(receipt: Receipt | None) -> str:

@@ -164,8 +164,7 @@ class Exact:
             self._lookups[self._hit] += 1
             return _reply(entry)
         self._lookups[self._miss if wishes.use else self._bypass] += 1
-        if wishes.use or wishes.store:
-            call.cache = "miss"
+        call.cache = "miss" if wishes.use or wishes.store else "off"
         if wishes.store:
             self._awaited[call] = key
             call.keep = max(call.keep, self.config.max_entry_bytes)

@@ -82,8 +82,8 @@ class PatternConfig:
     hold_back: int = field(default=64, validator=[ge(1), _fit])
     """The longest match in characters that is sure to be found in a stream, which is kept back by as many."""
     realtime: Literal["refuse", "pass"] = "refuse"
-    """Realtime sessions, lines of batches and items put into conversations cannot be looked into: they are refused
-    with a 400, or pass unseen."""
+    """Realtime sessions, lines of batches, items put into conversations and arrays of tokens cannot be looked into:
+    they are refused with a 400, or pass unseen."""
 
 
 Compiled = tuple[tuple[Rule, re.Pattern[str]], ...]
@@ -110,6 +110,11 @@ class Pattern:
     def passes_sessions(self) -> bool:
         """Whether realtime sessions and batches run though nothing in them is looked at."""
         return self.config.realtime == "pass"
+
+    @property
+    def reads_requests(self) -> bool:
+        """Whether prompts are looked at, and so must be texts."""
+        return bool(self._on_request)
 
     @hookimpl
     @asynccontextmanager

@@ -85,7 +85,7 @@ class OpenAIConfig:
     """Keep files, batches and vector stores for clients; false for servers without them."""
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the server as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
-    runs auth and limits, is not priced, and objects there belong to all tenants."""
+    runs auth and limits, is billed by what the answer says it used, and objects there belong to all tenants."""
     network: Network | None = None
     """How the server is reached, where it is not as `server.network` says."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))

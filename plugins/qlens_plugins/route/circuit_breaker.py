@@ -25,6 +25,16 @@ from qlens import (
 _PROBE_SECONDS = 1.0
 """When to come back while another call is trying the target."""
 
+_OF_CODE = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RecursionError, TypeError),
+    ValueError,
+)
+"""What a mistake in a provider's plugin raises. One odd call may meet it again and again, before anything is sent:
+counted, it would close a good target to everybody. What else a plugin lets pass, an OSError or an error of its client
+library, is most likely the target's doing, and counts."""
+_FAILED = "provider_failed"
+"""How the core calls the end of an attempt in which a provider's plugin let an error pass that is no CallError."""
+
 
 @frozen
 class CircuitBreakerConfig:
@@ -87,7 +97,7 @@ class CircuitBreaker:
         try:
             reply = await proceed(target)
         except Exception as error:
-            self._learn(_key(target), is_probe, _is_well(error))
+            self._learn(_key(target), is_probe, _is_well(call, error))
             raise
         except BaseException:
             # Cancelled: nothing was learnt, but the next call may try.
@@ -157,10 +167,12 @@ def _key(target: Target) -> tuple[str, str]:
     return (target.provider, target.public) if "*" in target.public else target.key
 
 
-def _is_well(error: Exception) -> bool | None:
+def _is_well(call: Call, error: Exception) -> bool | None:
     """Whether a target that ended a send with this error is well; None when the error says nothing about it."""
     if isinstance(error, UpstreamRejected | UpstreamModelMissing):
         return True  # it answered in good order, and said that the request is wrong
+    if isinstance(error.__cause__, _OF_CODE) and call.attempts and call.attempts[-1].error == _FAILED:
+        return None  # the plugin failed and not the target, which may not even have been asked
     if isinstance(error, UpstreamError):
         return False
     return None if isinstance(error, CallError) else False

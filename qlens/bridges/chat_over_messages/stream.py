@@ -14,7 +14,7 @@ from qlens.bridges.chat_over_messages.tools import Asked
 from qlens.dialects import messages
 from qlens.errors import UpstreamInvalid
 from qlens.provider_errors import error_from
-from qlens.usage import Usage, grown
+from qlens.usage import Usage
 
 Block = dict[str, Any]
 
@@ -67,8 +67,7 @@ class Chunks:
         return b"" if self._done or self._finish is None else self._counted()
 
     def _event(self, payload: Block) -> bytes:
-        if (said := messages.event_usage(payload)) is not None:
-            self._usage = grown(self._usage, said)
+        self._usage = messages.event_usage(payload, self._usage)
         match payload.get("type"):
             case "content_block_delta":
                 return self._delta(payload["index"], payload["delta"])

@@ -14,6 +14,7 @@ from qlens.dialects import Body, chat, chunks
 from qlens.dialects.response_events import CALLS, PARTS, Item, Part, Place, Writer
 from qlens.errors import UpstreamInvalid
 from qlens.provider_errors import error_from
+from qlens.usage import from_openai
 
 _INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 """Why an answer is incomplete, by chat's finish reason; with any other it is complete."""
@@ -398,7 +399,9 @@ def usage_of(usage: Body) -> Body:
     """Chat's usage as Responses count it, with every count that chat has."""
     read = {"cached_tokens": 0, "cache_write_tokens": 0, **_counts(usage.get("prompt_tokens_details"))}
     thought = {"reasoning_tokens": 0, **_counts(usage.get("completion_tokens_details"))}
-    said = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+    counted = from_openai(usage) if usage.get("completion_tokens") is None else None
+    generated = counted.completion if counted is not None else usage.get("completion_tokens") or 0
+    said = usage.get("prompt_tokens") or 0, generated
     prompt = _whole(said[0], read, "cached_tokens", "cache_write_tokens", "audio_tokens")
     completion = _whole(said[1], thought, "reasoning_tokens", "audio_tokens")
     total = usage.get("total_tokens") if (prompt, completion) == said else None

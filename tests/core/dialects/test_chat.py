@@ -330,22 +330,40 @@ CONVERSATION = request(
     prediction={"type": "content", "content": "guess"},
     metadata={"team": "a"},
 )
+NAMES = {"f", "g"}
 
 
-def test_texts_are_what_the_model_reads_without_names_and_tools() -> None:
-    assert [text for _, text in chat.request_texts(CONVERSATION)] == [
-        "be kind", "look", "hm", '{"q":1}', "raw", "result", "no", "{}", "guess"
+def test_texts_are_what_the_model_reads_and_names_are_fixed() -> None:
+    found = chat.request_texts(CONVERSATION)
+    assert [text for ref, text in found if type(ref) is not dialects.Fixed] == [
+        "be kind", "look", "ann", "hm", '{"q":1}', "raw", "result", "no", "{}", "guess", "does f"
     ]  # fmt: skip
+    assert {text for ref, text in found if type(ref) is dialects.Fixed} == NAMES
 
 
 def test_a_text_is_put_back_where_it_was_found() -> None:
     body = deepcopy(CONVERSATION)
     for ref, text in chat.request_texts(body):
-        dialects.put(body, ref, text.upper())
+        if type(ref) is not dialects.Fixed:
+            dialects.put(body, ref, text.upper())
     assert [text for _, text in chat.request_texts(body)] == [
-        text.upper() for _, text in chat.request_texts(CONVERSATION)
+        text if type(ref) is dialects.Fixed else text.upper() for ref, text in chat.request_texts(CONVERSATION)
     ]
-    assert body["tools"] == CONVERSATION["tools"]
+    assert body["tools"] == [{"type": "function", "function": {"name": "f", "description": "DOES F"}}]
+
+
+def test_what_a_model_reads_of_a_schema_is_found_and_what_it_does_not_is_left_out() -> None:
+    schema = {
+        "type": "object",
+        "title": "T",
+        "required": ["type"],
+        "properties": {"type": {"type": ["string", "null"], "enum": ["e", 1], "description": "d", "default": "x"}},
+    }
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}, "cache_control": {"ttl": "5m"}}]
+    found = [(text, type(ref) is dialects.Fixed) for ref, text in chat.request_texts(request(tools=tools))[1:]]
+    assert sorted(found) == [
+        ("T", False), ("d", False), ("e", True), ("f", True), ("type", True), ("type", True), ("x", True)
+    ]  # fmt: skip
 
 
 def test_media_are_counted_apart_and_not_as_text() -> None:
@@ -643,7 +661,7 @@ def test_usage_is_taken_from_any_event_and_the_largest_counts() -> None:
         {"choices": [], "usage": {"prompt_tokens": 0, "completion_tokens": 0}},
     ]
     answer = chat.assemble(events)
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "details": {"x": 1}}
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7, "details": {"x": 0}}
     assert answer["choices"][0]["message"]["content"] == "ab"
 
 

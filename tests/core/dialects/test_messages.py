@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlens import InvalidRequest, Reply, sse
-from qlens.dialects import messages, named, put, typed
+from qlens.dialects import Fixed, messages, named, put, typed
 from qlens.testing.anthropic import error, message, streamed, text, thinking, tool_use
 from qlens.usage import Usage
 
@@ -33,6 +33,10 @@ RICH: dict[str, Any] = {
         },
     ],
 }
+
+
+NAMES = {"find", "hm"}
+"""What of it must stay as it is."""
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -103,21 +107,25 @@ def test_what_is_wrong_is_refused_by_its_place(bad: dict[str, Any], param: str) 
 # --- what counts -------------------------------------------------------------------------------
 
 
-def test_every_text_that_a_model_reads_is_listed_and_thoughts_are_not() -> None:
+def test_every_text_that_a_model_reads_is_listed_and_names_and_thoughts_are_fixed() -> None:
     texts = messages.request_texts(RICH)
-    assert [found for _, found in texts] == [
+    assert [found for ref, found in texts if type(ref) is not Fixed] == [
         "be kind", "look", "a text", "a title", "n", "u", "found", "a text", "a title",
     ]  # fmt: skip
+    assert {found for ref, found in texts if type(ref) is Fixed} == NAMES
     changed = orjson.loads(orjson.dumps(RICH))
     for ref, found in texts:
-        put(changed, ref, found.upper())
-    assert [found for _, found in messages.request_texts(changed)] == [found.upper() for _, found in texts]
+        if type(ref) is not Fixed:
+            put(changed, ref, found.upper())
+    assert [found for _, found in messages.request_texts(changed)] == [
+        found if type(ref) is Fixed else found.upper() for ref, found in texts
+    ]
 
 
 def test_texts_of_tools_that_are_named_like_settings_are_read_too() -> None:
     given = {"type": "t", "id": "i", "data": {"role": "r"}, "signature": ["s"]}
     called = body(messages=[HELLO, {"role": "assistant", "content": [tool_use("a", "b", given)]}])
-    assert {found for _, found in messages.request_texts(called)} == {"Hello", "t", "i", "r", "s"}
+    assert {found for _, found in messages.request_texts(called)} == {"Hello", "t", "i", "r", "s", "b"}
 
 
 def test_bound_holds_all_texts_and_no_media() -> None:
@@ -213,15 +221,16 @@ def test_usage_of_a_stream_adds_up_to_the_usage_of_the_answer() -> None:
         "output_tokens_details": {"thinking_tokens": 30},
     }
     answer = message(usage=counted)
-    said = [messages.event_usage(event) for event in messages.explode(answer)]
-    first, last = said[0], said[-2]
+    opening, *_, closing, _ = events = list(messages.explode(answer))
+    first = messages.event_usage(opening, None)
+    last = messages.event_usage(closing, first)
     assert first is not None
     assert (first.prompt, first.completion) == (42, 0)
     assert last == messages.usage(answer)
     assert last == Usage(
         input=5, cached_input=7, cache_write_5m=10, cache_write_1h=20, output=20, reasoning=30, source="provider"
     )
-    assert [event for event in said if event is not None] == [first, last]
+    assert [event for event in events if messages.event_usage(event, None) is not None] == [opening, closing]
 
 
 @pytest.mark.parametrize(

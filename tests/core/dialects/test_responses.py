@@ -154,10 +154,13 @@ def test_texts_are_those_the_model_reads_and_can_be_put_back() -> None:
         user="unread",
     )
     found = responses.request_texts(body)
+    (named,) = [text for ref, text in found if type(ref) is dialects.Fixed]
+    assert named == CALL["name"]
+    found = [(ref, text) for ref, text in found if type(ref) is not dialects.Fixed]
     assert [text for _, text in found] == ["be kind", "one", "two", '{"a":"three"}', "four", "five", "six", "seven"]
     for ref, text in found:
         dialects.put(body, ref, text.upper())
-    assert [text for _, text in responses.request_texts(body)] == [text.upper() for _, text in found]
+    assert [text for _, text in responses.request_texts(body)] == [*(text.upper() for _, text in found), named]
 
 
 def test_a_plain_input_is_one_text() -> None:
@@ -219,9 +222,13 @@ def test_usage_is_read_from_an_answer_and_from_the_event_that_carries_one() -> N
     expected = Usage(input=7, cached_input=2, output=3, reasoning=1, source="provider", tier="flex")
     body = answer()
     ended = {"type": "response.completed", "response": body}
-    assert responses.usage(body) == responses.usage(ended) == responses.event_usage(ended) == expected
-    assert responses.event_usage({"type": "response.created", "response": answer(usage=None)}) is None
-    assert responses.event_usage({"type": "response.output_text.delta", "delta": "x"}) is None
+    assert responses.usage(body) == responses.usage(ended) == responses.event_usage(ended, None) == expected
+    for silent in (
+        {"type": "response.created", "response": answer(usage=None)},
+        {"type": "response.output_text.delta", "delta": "x"},
+    ):
+        assert responses.event_usage(silent, None) is None
+        assert responses.event_usage(silent, expected) is expected
 
 
 def test_the_finish_is_the_reason_or_else_the_status() -> None:

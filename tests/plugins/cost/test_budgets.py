@@ -61,7 +61,7 @@ async def redis_budgets(server: RedisServer) -> AsyncIterator[RedisBudgets]:
     await server.command("FLUSHALL")
     async with redis_store(Gateway(), RedisSettings(url=Url(server.url), timeout_ms=2000)) as redis:
         store = RedisBudgets(redis, gather_seconds=0)
-        assert await store.begin([])
+        assert await store.begin([], lambda: asyncio.sleep(0))
         yield store
 
 
@@ -396,6 +396,15 @@ async def test_an_increase_holds_until_it_expires_and_is_noted(store: str, caplo
             assert (await gateway.post(f"{place}/increase", ask, key=key)).status == status
         for wrong in ({**ask, "usd": 1.5}, {**ask, "usd": "-1"}, {**ask, "expires_at": 5}, {**ask, "limit": 1}, {}):
             assert (await gateway.post(f"{place}/increase", wrong, key="sk-example-ops")).status == 400
+        for name, odd in (
+            ("expires_at", "0001-01-01T00:00:00+14:00"),
+            ("expires_at", "9999-12-31T23:59:59-14:00"),
+            *(("usd", each) for each in ("１２", "1_0", " 1 ", "1E-12", "+1", "Infinity", "0", ".5")),
+        ):
+            refused = await gateway.post(f"{place}/increase", {**ask, name: odd}, key="sk-example-ops")
+            assert (refused.status, refused.json()["error"]["param"]) == (400, name), odd
+        twice = await gateway.get("/admin/budgets?limit=1&limit=5", key="sk-example-ops")
+        assert (twice.status, twice.json()["error"]["param"]) == (400, "limit")
         assert (await call(gateway, **long)).status == 200
         raised = (await gateway.get(place, key="sk-example-boss")).json()
         assert (raised["limit_usd"], raised["increases"][0]["reason"]) == ("0.00006", "launch")

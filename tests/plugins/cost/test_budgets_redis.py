@@ -412,7 +412,7 @@ async def test_a_message_that_comes_late_changes_nothing(server: RedisServer) ->
     account = Account("budget-1", "tenant month", "tenant", "acme", "acme", "month")
     async with redis_store(Gateway(), RedisSettings(url=Url(server.url), timeout_ms=2000)) as redis:
         store = RedisBudgets(redis)
-        assert await store.begin([(account, 5, 1000, 300)])
+        assert await store.begin([(account, 5, 1000, 300)], lambda: asyncio.sleep(0))
         await store.sync("a", [Ask(account, 5, 1000, 0, 10, held=20)], 6, 60)
         await store.sync("a", [Ask(account, 5, 1000, 0, 40)], 6, 60)
         store._number -= 2  # as one that was frozen on its way does

@@ -267,6 +267,58 @@ def test_a_damaged_backup_is_refused(
     assert message in capsys.readouterr().err
 
 
+def _dumped(tmp_path: Path) -> tuple[Path, list[bytes]]:
+    """A backup of 20 receipts, and its lines."""
+    place, file = SqlitePlace(tmp_path / "x.db"), tmp_path / "ledger.jsonl"
+    fill(place.store(), 20)
+    place.store().reading(10).run(lambda database: backup.write(database, file))
+    return file, file.read_bytes().splitlines(keepends=True)
+
+
+def test_one_line_twice_for_another_is_seen_and_an_older_backup_says_what_came(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, lines = _dumped(tmp_path)
+    changed = [*lines[:3], lines[2], *lines[4:]]
+    file.write_bytes(b"".join(changed))
+    new = SqlitePlace(tmp_path / "new.db")
+    assert qlens(tmp_path, new, "restore", str(file)) == 1
+    assert "its lines are not those that were written" in capsys.readouterr().err
+    assert new.rows(RECEIPTS) == []
+    for harm, count in ((changed, 19), (lines, 20)):
+        end = json.loads(lines[-1])
+        del end["sha256"]
+        file.write_bytes(b"".join(harm[:-1]) + json.dumps(end, separators=(",", ":")).encode())
+        old = SqlitePlace(tmp_path / f"{count}.db")
+        assert qlens(tmp_path, old, "restore", str(file)) == 0
+        assert f"{count} receipts and 1 counts of refused calls are in" in capsys.readouterr().out
+        assert len(old.rows(RECEIPTS)) == count
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("cost_picos", "abc"), ("cost_picos", 1.5), ("cost_picos", 10**25), ("cost_picos", -1), ("cost_picos", True),
+        ("wall_ns", "x"), ("wall_ns", -(10**18)), ("input", -5), ("total_us", None), ("tenant", None), ("streamed", 1),
+        ("meters", [1]), ("meters", '{"images":-1}'), ("meters", '{"images":1.5}'),
+        ("attempts", "{"), ("attempts", "{}"), ("tags", "[]"),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_than_its_column_s_is_refused_and_nothing_is_written(
+    column: str, value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backup, "AT_ONCE", 7)
+    file, lines = _dumped(tmp_path)
+    told = json.loads(lines[15])
+    told["receipt"][column] = value
+    end = json.dumps({"end": json.loads(lines[-1])["end"]}, separators=(",", ":")).encode()
+    file.write_bytes(b"".join([*lines[:15], json.dumps(told).encode() + b"\n", *lines[16:-1], end]))
+    new = SqlitePlace(tmp_path / "new.db")
+    assert qlens(tmp_path, new, "restore", str(file)) == 1
+    assert f"line 16 is no line of a backup: {column} is " in capsys.readouterr().err
+    assert new.rows(RECEIPTS) == []
+
+
 def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backup, "AT_ONCE", 7)
     old = SqlitePlace(tmp_path / "old.db")

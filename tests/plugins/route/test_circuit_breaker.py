@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import orjson
 import pytest
+from attrs import define, frozen
 
-from qlens import StartupError
+from qlens import Call, Outgoing, Reply, StartupError, Target, UpstreamError, hookimpl
 from qlens.testing import ManualClock, Response, Running, Scripted, check_plugin, running, upstream
 from qlens.testing.upstreams import FakeUpstream
 from qlens_plugins.route.circuit_breaker import CircuitBreaker
@@ -191,6 +193,67 @@ async def test_each_kind_of_failure_counts(failure: Scripted) -> None:
         for _ in range(3):
             assert not is_open(await ask(gateway))
         assert is_open(await ask(gateway))
+
+
+@frozen
+class ClumsyConfig:
+    """Has no settings."""
+
+
+@define(eq=False)
+class Clumsy:
+    """A provider that lets errors pass: the one whose name is in the call's `user`."""
+
+    config: ClumsyConfig
+    name: str
+
+    Config = ClumsyConfig
+
+    def dialects(self, target: Target) -> tuple[str, ...]:
+        return ("chat",)
+
+    @hookimpl
+    async def send(self, call: Call, target: Target, outgoing: Outgoing) -> Reply:
+        if kind := outgoing.body.get("user"):
+            raise ERRORS[kind]("odd") from ValueError()
+        return Reply(body=orjson.dumps(ANSWER), dialect="chat")
+
+
+ERRORS = {
+    kind.__name__: kind
+    for kind in (TypeError, KeyError, UnicodeError, RecursionError, OSError, RuntimeError, UpstreamError)
+}
+
+
+@asynccontextmanager
+async def clumsy() -> AsyncIterator[tuple[Running, ManualClock]]:
+    clock = ManualClock()
+    content = {
+        "pipeline": {"auth": [{"plugin": "anonymous"}], "route": [{"plugin": "circuit_breaker", "failures": 3}]},
+        "providers": {"own": {"plugin": f"{__name__}:Clumsy"}},
+        "models": {"small": {"targets": [{"provider": "own", "model": "a"}]}},
+    }
+    async with running(orjson.dumps(content).decode(), clock=clock) as gateway:
+        yield gateway, clock
+
+
+@pytest.mark.parametrize("kind", ["TypeError", "KeyError", "UnicodeError", "RecursionError"])
+async def test_a_mistake_in_a_providers_plugin_does_not_close_its_target_to_everybody(kind: str) -> None:
+    async with clumsy() as (gateway, _):
+        answers = [await ask(gateway, user=kind) for _ in range(9)]
+        assert {(answer.status, answer.json()["error"]["code"]) for answer in answers} == {(502, "upstream_error")}
+        assert (await ask(gateway)).status == 200
+        assert gateway.plugin("route", "circuit_breaker").health().ok
+
+
+@pytest.mark.parametrize("kind", ["OSError", "RuntimeError", "UpstreamError"])
+async def test_what_else_a_providers_plugin_raises_counts(kind: str) -> None:
+    async with clumsy() as (gateway, clock):
+        assert [(await ask(gateway, user=kind)).status for _ in range(3)] == [502] * 3
+        assert is_open(await ask(gateway))
+        clock.advance(30)
+        assert (await ask(gateway, user="TypeError")).status == 502  # the one that tries learns nothing
+        assert (await ask(gateway)).status == 200
 
 
 async def test_targets_have_circuits_of_their_own_and_those_behind_a_wildcard_share_one() -> None:

@@ -5,12 +5,16 @@ In it are the receipts, the counts of refused calls, and what roll-ups say of re
 
 from __future__ import annotations
 
+import json
+import math
 import os
+import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
+from hashlib import sha256
 from itertools import count, islice
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +26,7 @@ from attrs import asdict, define, frozen
 from qlens import StartupError
 from qlens_plugins.cost.ledger.rests import kept_since_ns, rests
 from qlens_plugins.cost.ledger.rollups import COUNTS, GROUPED, SUMS, TABLES
-from qlens_plugins.cost.ledger.rows import COLUMNS, Rejection, Row
+from qlens_plugins.cost.ledger.rows import BUCKETS, COLUMNS, LARGEST, OPTIONAL, Rejection, Row
 from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
 from qlens_plugins.cost.ledger.sqlite.schema import connect_to_read
 from qlens_plugins.cost.ledger.store import Batch, Database, Rest, Store
@@ -102,7 +106,7 @@ def _key(found: Sequence[Any]) -> Rejection:
 
 def write(database: Database, path: Path) -> Counts:
     """Write a backup; the file is there when it is whole."""
-    counts = Counts()
+    counts, digest = Counts(), sha256()
     with _whole(path) as file:
         file.write(_line({"qlens_ledger": FORMAT, "backup": uuid4().hex}))
         for batch in batches(database):
@@ -114,8 +118,10 @@ def write(database: Database, path: Path) -> Counts:
             )
             kept = [_line({"kept_since_ns": batch.kept_since_ns})] if batch.kept_since_ns else ()
             rolled = (_line({"roll_up": _rest_said(rest)}) for rest in batch.rests)
-            file.write(b"".join((*receipts, *rejections, *kept, *rolled)))
-        file.write(_line({"end": asdict(counts)}))
+            lines = b"".join((*receipts, *rejections, *kept, *rolled))
+            digest.update(lines)
+            file.write(lines)
+        file.write(_line({"end": asdict(counts), "sha256": digest.hexdigest()}))
     return counts
 
 
@@ -134,11 +140,80 @@ def _rest_said(rest: Rest) -> dict[str, object]:
 
 def _rest(said: dict[str, Any]) -> Rest:
     """Of what was said; raises KeyError, TypeError and ValueError."""
+    for value in said["sums"].values():
+        if not _WHOLE.fullmatch(value):
+            raise ValueError(f"{value!r} is no sum")
+    for value in (said["start"], *said.get("latencies", {}).values()):
+        if type(value) is not int:
+            raise ValueError(f"{value!r} is no whole number")
     values = {name: int(value) for name, value in said["sums"].items()}
     if said["seconds"] not in TABLES or not {*COUNTS, *SUMS}.issuperset(values):
         raise ValueError("it has sums that this QLens does not know")
     latencies = {int(number): calls for number, calls in said.get("latencies", {}).items()}
     return Rest(said["seconds"], said["start"], tuple(said[name] for name in GROUPED), values, latencies)
+
+
+_INTEGERS = {
+    *("wall_ns", "status", "cost_picos", "saved_picos", "ttft_us", "total_us", "overhead_us", "bytes_out"),
+    *BUCKETS,
+}
+_JSON: dict[str, type] = {"meters": dict, "tags": dict, "attempts": list}
+_KINDS: tuple[type, ...] = tuple(bool if name == "streamed" else int if name in _INTEGERS else str for name in COLUMNS)
+_SAID = {bool: "true or false", int: f"a whole number from 0 to {LARGEST}", str: "a text"}
+_WHOLE = re.compile(r"-?[0-9]{1,100}")
+
+
+def _receipt(said: dict[str, Any]) -> Row:
+    """The row of a receipt; raises KeyError, and ValueError with the column that is wrong: SQLite takes anything."""
+    row = tuple(said[name] for name in COLUMNS)
+    for name, kind, value in zip(COLUMNS, _KINDS, row, strict=True):
+        if value is None and name in OPTIONAL:
+            continue
+        if not _fits(value, kind):
+            raise ValueError(f"{name} is {value!r:.40} and must be {_SAID[kind]}")
+        if name in _JSON and not _is_json(name, value):
+            raise ValueError(f"{name} is {value!r:.40} and must be JSON of its kind")
+    return row
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Whether it is of a kind, and in the range of a column."""
+    if kind is int:
+        return type(value) is int and 0 <= value <= LARGEST
+    return type(value) is kind
+
+
+def _is_json(name: str, text: str) -> bool:
+    """Whether it is what a column has."""
+    kind = _JSON[name]
+    if text in {"{}", "[]"}:
+        return text == ("{}" if kind is dict else "[]")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if kind is list:
+        return isinstance(found, list) and all(isinstance(each, dict) for each in found)
+    if not isinstance(found, dict):
+        return False
+    return name != "meters" or all(type(each) is int and each >= 0 for each in found.values())
+
+
+def _rejection(said: dict[str, Any]) -> tuple[Rejection, int]:
+    """A count of refused calls; raises KeyError and ValueError."""
+    for name in (*_KEY, "calls"):
+        kind: type = int if name in {"status", "calls"} else str
+        if said[name] is None and name in OPTIONAL:
+            continue
+        if not _fits(said[name], kind):
+            raise ValueError(f"{name} is {said[name]!r:.40} and must be {_SAID[kind]}")
+    return _key([said[name] for name in _KEY]), said["calls"]
+
+
+def _kept(value: object) -> int:
+    if not isinstance(value, int) or not _fits(value, int):
+        raise ValueError(f"kept_since_ns is {value!r:.40} and must be {_SAID[int]}")
+    return value
 
 
 def copy_sqlite(source: Path, path: Path) -> Counts:
@@ -191,7 +266,7 @@ class Source:
 
         After an interruption the same file may be given again: what is written already is left alone. `noted` is called
         before anything is written. Raises StartupError for a file that is none of them, and for a ledger that is not
-        empty.
+        empty. All of the file is read and checked before anything is written. The counts are of what the ledger has.
         """
         counts = Counts()
         try:
@@ -200,12 +275,18 @@ class Source:
                 writer = f"restore {self.path.resolve()}" if is_sqlite else f"restore {self._begin(file)}"
                 if not store.reading(60).run(partial(_may_take, writer)):
                     raise StartupError(f"the ledger {store} is not empty: restore into a new one")
+                if not is_sqlite:
+                    place = file.tell()
+                    for _ in self._of_lines(file):
+                        pass
+                    file.seek(place)
                 noted()
                 for batch in self._of_sqlite() if is_sqlite else self._of_lines(file):
                     store.write(writer, batch)
                     counts.add(batch)
         except OSError as error:
             raise StartupError(f"{self.path} cannot be read: {error.strerror}") from error
+        counts.receipts, counts.rejections = store.reading(math.inf).run(_held)
         return counts
 
     def _of_sqlite(self) -> Iterator[Batch]:
@@ -233,8 +314,9 @@ class Source:
         return str(begin["backup"])
 
     def _of_lines(self, file: IO[bytes]) -> Iterator[Batch]:
-        lines, found = enumerate(file, 2), Counts()
+        lines, found, digest = enumerate(file, 2), Counts(), sha256()
         end: Counts | None = None
+        told: object = None
         for number in count(1):
             receipts: list[Row] = []
             rejections: dict[Rejection, int] = {}
@@ -242,24 +324,32 @@ class Source:
             kept, place = 0, 0
             for place, line in islice(lines, AT_ONCE):
                 value = self._read(line, place)
+                if end is not None:
+                    raise StartupError(f"{self.path} is damaged: line {place} comes after its end")
                 try:
                     if "receipt" in value:
-                        receipts.append(tuple(value["receipt"][name] for name in COLUMNS))
+                        receipts.append(_receipt(value["receipt"]))
                     elif "rejections" in value:
-                        counted = value["rejections"]
-                        rejections[_key([counted[name] for name in _KEY])] = counted["calls"]
+                        key, calls = _rejection(value["rejections"])
+                        rejections[key] = calls
                     elif "roll_up" in value:
                         left.append(_rest(value["roll_up"]))
                     elif "kept_since_ns" in value:
-                        kept = int(value["kept_since_ns"])
+                        kept = _kept(value["kept_since_ns"])
                     else:
-                        end = Counts(**value["end"])
+                        end, told = Counts(**value["end"]), value.get("sha256")
+                        continue
+                    digest.update(line)
                 except (KeyError, TypeError, ValueError, AttributeError) as error:
-                    raise StartupError(f"{self.path}: line {place} is no line of a backup: {error!r}") from error
+                    why = str(error) if type(error) is ValueError else repr(error)
+                    raise StartupError(f"{self.path}: line {place} is no line of a backup: {why}") from error
             batch = Batch(number, receipts, rejections, left, kept)
             found.add(batch)
             if end is not None and end != found:
                 raise StartupError(f"{self.path} is damaged: it has not as many lines as it says")
+            # Backups of earlier versions say no sum.
+            if end is not None and told not in (None, digest.hexdigest()):
+                raise StartupError(f"{self.path} is damaged: its lines are not those that were written")
             if not place:
                 return
             yield batch
@@ -272,6 +362,13 @@ class Source:
         if not isinstance(value, dict):
             raise StartupError(f"{self.path}: line {place} is no line of a ledger's backup")
         return value
+
+
+def _held(database: Database) -> tuple[int, int]:
+    """How many receipts, and counts of refused calls, a ledger has."""
+    found = database.one("SELECT (SELECT count(*) FROM receipts), (SELECT count(*) FROM rejections)")
+    assert found is not None
+    return int(found[0]), int(found[1])
 
 
 def _may_take(writer: str, database: Database) -> bool:

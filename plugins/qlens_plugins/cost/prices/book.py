@@ -103,14 +103,19 @@ class Rates:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
         # Spelled out: a loop over the names of the buckets takes twice as long, and few of them are used.
         sent, got = usage.input, usage.output
-        if sent and got and self.has_both and not (
-            usage.cached_input
-            or usage.meters
-            or usage.reasoning
-            or usage.cache_write_5m
-            or usage.cache_write_1h
-            or usage.audio_in
-            or usage.audio_out
+        if (
+            sent
+            and got
+            and self.has_both
+            and not (
+                usage.cached_input
+                or usage.meters
+                or usage.reasoning
+                or usage.cache_write_5m
+                or usage.cache_write_1h
+                or usage.audio_in
+                or usage.audio_out
+            )
         ):
             each, other = self.input, self.output
             return Cost(sent * each + got * other, state, self.id, (("input", sent, each), ("output", got, other)))

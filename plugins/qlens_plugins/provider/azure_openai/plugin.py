@@ -200,6 +200,7 @@ class AzureOpenAI:
             provider=self.name,
             fetch=lambda: identities.fetch(http, self.name, identity, scope, wall),
             now=gateway.clock.monotonic,
+            waiting=http.unsent.waiting,
             counted=lambda outcome: counter.labels(self.name, outcome).inc(),
         )
 
@@ -429,7 +430,9 @@ class AzureOpenAI:
                 reply.replace(chunks=Tiered(outgoing.dialect, tier).mend(reply.chunks))
             return reply
         if reply.chunks is not None:
-            mender = Mender(outgoing.dialect, tier, lambda model: _answered_by(reply, target, model))
+            mender = Mender(
+                outgoing.dialect, tier, lambda model: _answered_by(reply, target, model), model=target.public
+            )
             reply.replace(chunks=mender.mend(reply.chunks))
             return reply
         if tier is not None and reply.usage is not None:

@@ -163,7 +163,7 @@ class AzureOpenAIConfig:
     """Ask streams for their usage; false for api-versions that refuse the field `stream_options`."""
     passthrough: tuple[str, ...] = field(default=(), validator=path_patterns)
     """What clients may ask of the resource as it is, at `/v1/providers/{name}/...`: `GET /models`, `POST /evals/**`. It
-    runs auth and limits, is not priced, and objects there belong to all tenants."""
+    runs auth and limits, is billed by what the answer says it used, and objects there belong to all tenants."""
     network: Network | None = None
     """How Azure is reached, where it is not as `server.network` says."""
     connect_seconds: float = field(default=5.0, validator=validators.gt(0))

@@ -6,8 +6,10 @@ https://learn.microsoft.com/azure/ai-services/openai/concepts/content-streaming
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from uuid import uuid4
 
 import orjson
 from attrs import define, field
@@ -21,6 +23,9 @@ _MAX_BYTES = 8 * 1024 * 1024
 _HEAD = ("id", "object", "created", "model")
 _EMPTY: dict[str, tuple[str, type]] = {"chat": ("delta", dict), "completions": ("text", str)}
 """What a choice of each dialect must have, and the kind of value that says nothing."""
+_OBJECTS = {"chat": "chat.completion.chunk", "completions": "text_completion"}
+_MOST_EARLY = 64
+"""How many verdicts wait for the answer's name."""
 
 
 @define(eq=False)
@@ -28,7 +33,8 @@ class Mender:
     """Mends one stream; events that are not odd pass as they are, byte for byte.
 
     Results of the asynchronous content filter come as choices without a delta, in events without id and model, and may
-    end a choice that has ended already. Azure's first event, without choices, is withheld by the core.
+    end a choice that has ended already. Those in front of the answer wait until it says its id. Azure's first event,
+    without choices, is withheld by the core.
     """
 
     dialect: str
@@ -36,10 +42,14 @@ class Mender:
     """The service tier that the usage is to be priced by; None: what Azure says."""
     named: Callable[[object], None] = lambda model: None
     """Told what answers, as soon as the stream says so."""
+    model: str = ""
+    """The model's name where the stream never says one."""
     _source: AsyncIterator[bytes] = field(init=False, repr=False)
     _pending: bytearray = field(factory=bytearray, init=False, repr=False)
     _head: dict[str, Any] = field(factory=dict, init=False)
     _finished: set[int] = field(factory=set, init=False)
+    _early: list[dict[str, Any]] = field(factory=list, init=False, repr=False)
+    """Verdicts that came before anything that has an id."""
 
     def mend(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """Pass a stream on in whole events."""
@@ -55,13 +65,14 @@ class Mender:
             try:
                 chunk = await self._source.__anext__()
             except StopAsyncIteration:
-                if not self._pending:
+                if not self._pending and not self._early:
                     raise
                 rest, self._pending = bytes(self._pending), bytearray()
-                return self._block(rest)
+                return self._last(rest)
             # JSON has no bare CR, so that lines ending in CRLF can be read as if they ended in LF.
-            if block := self._whole(chunk.replace(b"\r", b"") if b"\r" in chunk else chunk):
-                return self._block(block)
+            whole = self._whole(chunk.replace(b"\r", b"") if b"\r" in chunk else chunk)
+            if whole and (block := self._block(whole)):
+                return block
 
     def _whole(self, data: bytes) -> bytes:
         """The events that are whole now; b"" while none is."""
@@ -79,17 +90,53 @@ class Mender:
         odd = _ODD if self.tier is None else _ODD_OR_USAGE
         if self._head and not odd.search(block):
             return block
-        events = block.split(b"\n\n")
-        return b"\n\n".join([self._event(event) if not self._head or odd.search(event) else event for event in events])
+        mended: list[bytes] = []
+        for event in block.split(b"\n\n"):
+            if self._head and not odd.search(event):
+                mended.append(event)
+            else:
+                mended += self._events(event)
+        return b"\n\n".join(mended)
 
-    def _event(self, event: bytes) -> bytes:
+    def _last(self, rest: bytes) -> bytes:
+        """What is left at the end: an event without its blank line, and verdicts of an answer that never came."""
+        block = self._block(rest) if rest else b""
+        early = self._named_early()
+        if not early:
+            return block
+        return b"\n\n".join([*([block] if block else []), *early, b""])
+
+    def _events(self, event: bytes) -> list[bytes]:
+        """What goes to the client for one event: none while it waits, and those that have waited for it."""
+        before, data = _parts(event)
         try:
-            payload = orjson.loads(event.removeprefix(b"data:"))
+            payload = orjson.loads(data)
         except orjson.JSONDecodeError:
-            return event  # a comment, [DONE], or something for the core to judge
+            # A comment, [DONE], or something for the core to judge.
+            return [*(self._named_early() if b"[DONE]" in data else ()), event]
         if not isinstance(payload, dict):
-            return event
-        return b"data: " + orjson.dumps(payload) if self._mend(payload) else event
+            return [event]
+        if "error" in payload or len(self._early) >= _MOST_EARLY:
+            return [*self._named_early(), self._mended(event, before, payload)]
+        if not self._head and payload.get("id") == "" and payload.get("choices"):
+            self._mend(payload)
+            self._early.append(payload)
+            return []
+        last = self._mended(event, before, payload)
+        return [*(self._named_early() if self._head else ()), last]
+
+    def _mended(self, event: bytes, before: bytes, payload: dict[str, Any]) -> bytes:
+        return before + b"data: " + orjson.dumps(payload) if self._mend(payload) else event
+
+    def _named_early(self) -> list[bytes]:
+        """The verdicts that have waited, with the answer's name; with one of their own if it never said any."""
+        if not self._early:
+            return []
+        if not self._head:
+            values = (f"chatcmpl-{uuid4().hex}", _OBJECTS[self.dialect], int(time.time()), self.model)
+            self._head = dict(zip(_HEAD, values, strict=True))
+        early, self._early = self._early, []
+        return [b"data: " + orjson.dumps(payload | self._head) for payload in early]
 
     def _mend(self, payload: dict[str, Any]) -> bool:
         """Edit one event; whether there was anything to edit."""
@@ -97,10 +144,11 @@ class Mender:
         if self.tier is not None and isinstance(payload.get("usage"), dict):
             payload["service_tier"], mended = self.tier, True
         choices = payload.get("choices")
-        if not isinstance(choices, list) or not choices:
+        if not isinstance(choices, list):
             return mended
         if payload.get("id"):
-            self._take_head(payload)
+            if choices:
+                self._take_head(payload)
         elif self._head:
             payload.update(self._head)
             mended = True
@@ -140,7 +188,7 @@ class Tiered(Mender):
         return b"\n\n".join([self._event(event) if _USAGE.search(event) else event for event in block.split(b"\n\n")])
 
     def _event(self, event: bytes) -> bytes:
-        name, _, data = event.partition(b"data:")
+        before, data = _parts(event)
         try:
             payload = orjson.loads(data)
         except orjson.JSONDecodeError:
@@ -150,4 +198,17 @@ class Tiered(Mender):
         if not isinstance(told, dict):
             return event
         told["service_tier"] = self.tier
-        return name + b"data: " + orjson.dumps(payload)
+        return before + b"data: " + orjson.dumps(payload)
+
+
+def _parts(event: bytes) -> tuple[bytes, bytes]:
+    """The lines of an event that are no data, and the data, which may have several lines."""
+    if event.startswith(b"data:") and b"\n" not in event:
+        return b"", event[5:]
+    before, data = [], []
+    for line in event.split(b"\n"):
+        if line.startswith(b"data:"):
+            data.append(line[5:])
+        else:
+            before.append(line + b"\n")
+    return b"".join(before), b"\n".join(data)

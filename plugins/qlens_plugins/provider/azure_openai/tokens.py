@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from attrs import define, field, frozen
 
@@ -19,7 +20,7 @@ LONG_LIVED_SECONDS = 7200
 SLACK_SECONDS = 10
 """A token is not used in its last seconds: it would end on its way."""
 REST_SECONDS = 30
-"""How long nobody asks again after a refusal, a failed early renewal, or a renewal that a 401 asked for."""
+"""How long nobody asks again after a refusal, and at most after a failed early renewal, or one that a 401 asked for."""
 SHORT_REST_SECONDS = 1
 """How long nobody asks again after a failure that may pass, while there is no token at all."""
 WAIT_SECONDS = 15
@@ -43,6 +44,10 @@ class Grant:
         half = self.lifetime / 2
         return half if self.lifetime >= LONG_LIVED_SECONDS else max(half, self.lifetime - EARLY_SECONDS)
 
+    def rests(self) -> float:
+        """The seconds for which nobody asks again; one that soon ends is renewed before it does."""
+        return max(SHORT_REST_SECONDS, min(REST_SECONDS, self.lifetime / 2, self.lifetime - SLACK_SECONDS))
+
 
 @define(eq=False)
 class _Held:
@@ -59,6 +64,8 @@ class Tokens:
     fetch: Callable[[], Awaitable[Grant]] = field(repr=False)
     now: Callable[[], float]
     """Monotonic seconds."""
+    waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around the wait of a call that cannot be sent without a token."""
     counted: Callable[[str], None] = lambda outcome: None
     """Told how each fetch ended: fetched or failed."""
     _held: _Held | None = field(default=None, init=False, repr=False)
@@ -116,7 +123,8 @@ class Tokens:
         self.renew()
         if self._flight is not None:
             # Not cancelled with a call that waits: it fetches for all of them.
-            await asyncio.wait({self._flight}, timeout=WAIT_SECONDS)
+            with self.waiting():
+                await asyncio.wait({self._flight}, timeout=WAIT_SECONDS)
 
     def _none(self) -> CallError:
         wait = max(0.0, self._rests_until - self.now()) or None
@@ -136,13 +144,16 @@ class Tokens:
         else:
             now = self.now()
             self._held = _Held(grant.value, now + grant.lifetime, now + grant.renewed_after())
-            self._failure, self._rests_until = None, now + REST_SECONDS
+            self._failure, self._rests_until = None, now + grant.rests()
             self.counted("fetched")
         finally:
             self._flight = None
 
     def _failed(self, error: CallError) -> None:
-        urgent = self._valid() is None and not isinstance(error, UpstreamAuth)
+        rest: float = REST_SECONDS
+        if not isinstance(error, UpstreamAuth):
+            # Not beyond the token at hand: without one every call waits for the next try.
+            rest = max(SHORT_REST_SECONDS, min(REST_SECONDS, self.left() - SLACK_SECONDS))
         self._failure = error
-        self._rests_until = self.now() + (SHORT_REST_SECONDS if urgent else REST_SECONDS)
+        self._rests_until = self.now() + rest
         self.counted("failed")

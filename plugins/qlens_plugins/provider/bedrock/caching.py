@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qlens_plugins.provider.bedrock import fields
 from qlens_plugins.provider.bedrock.families import Family
 
 Block = dict[str, Any]
@@ -17,12 +18,16 @@ MOST_POINTS = 4
 _HOUR = {"1h", "30m", "12h"}
 
 
-def mark(node: Mapping[str, Any]) -> str | None:
-    """The mark on a message, part or tool: Anthropic's `cache_control` or OpenAI's `prompt_cache_breakpoint`."""
-    found = node.get("cache_control") or node.get("prompt_cache_breakpoint")
+def mark(node: Mapping[str, Any], place: str) -> str | None:
+    """The mark on a message, part or tool: Anthropic's `cache_control` or OpenAI's `prompt_cache_breakpoint`.
+
+    `place` is where in the call the node stands; raises InvalidRequest for a mark whose `ttl` is no text.
+    """
+    name = "cache_control" if node.get("cache_control") else "prompt_cache_breakpoint"
+    found = node.get(name)
     if not isinstance(found, dict):
         return None
-    return "1h" if found.get("ttl") in _HOUR else "5m"
+    return "1h" if fields.text(found, "ttl", f"{place}.{name}") in _HOUR else "5m"
 
 
 def point(ttl: str, family: Family) -> Block:

@@ -50,9 +50,10 @@ class Reader:
             return [({"text": content}, None)] if content.strip() else []
         found: list[Entry] = []
         for position, part in enumerate(content or ()):
-            ttl = mark(part)
+            place = f"{param}[{position}]"
+            ttl = mark(part, place)
             self.marked = self.marked or ttl is not None
-            block = self._block(part, f"{param}[{position}]")
+            block = self._block(part, place)
             if block is not None:
                 found.append((block, ttl))
             elif ttl is not None and found:

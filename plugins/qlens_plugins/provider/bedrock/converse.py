@@ -106,14 +106,23 @@ class _Stream:
         while True:
             written: list[bytes] = []
             error = self._write(frames, written)
+            if error is not None and (held := self.writer.rest()):
+                written.append(held)
             if written:
                 yield b"".join(written)
             if error is not None:
                 raise error
-            piece = await self._next()
+            try:
+                piece = await self._next()
+            except CallError:
+                if held := self.writer.rest():
+                    yield held
+                raise
             if piece is None:
                 break
             frames = self._reader.feed(piece)
+        if held := self.writer.rest():
+            yield held
         if self.writer.finish is None or not self._reader.is_between:
             raise UpstreamTruncated("The provider's answer stopped before its end.")
 

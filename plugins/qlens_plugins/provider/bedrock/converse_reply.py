@@ -91,19 +91,23 @@ def _message(content: list[Block], asked: Asked) -> tuple[Block, list[Block]]:
     calls: list[Block] = []
     thoughts: list[Block] = []
     notes: list[Block] = []
+    form: str | None = None
     for block in content:
         if "text" in block:
             texts.append(block["text"])
         elif "toolUse" in block:
             use = block["toolUse"]
             if asked.helper is not None and use["name"] == asked.helper:
-                texts.append(orjson.dumps(use["input"]).decode())
+                # The first is the answer: two objects behind each other are no JSON.
+                form = form or orjson.dumps(use.get("input") or {}).decode()
             elif use.get("type") != "server_tool_use" and not (asked.one_tool and calls):
                 calls.append(call_of(use, asked))
         elif "reasoningContent" in block:
             thoughts.append(thought_of(block["reasoningContent"]))
         elif "citationsContent" in block:
             _cited(block["citationsContent"], texts, notes)
+    if form is not None:
+        texts, notes = [form], []  # notes tell places in the text
     message: Block = {"role": "assistant", "content": "".join(texts) if texts else None, "refusal": None}
     if not texts and not calls:
         message["content"] = ""

@@ -10,7 +10,7 @@ from typing import Any
 from attrs import define, frozen
 
 from qlens import InvalidRequest
-from qlens_plugins.provider.bedrock import caching, tools
+from qlens_plugins.provider.bedrock import caching, fields, tools
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.formats import Format, format_of
 from qlens_plugins.provider.bedrock.messages import Conversation, spoken
@@ -41,6 +41,8 @@ _PLAIN = frozenset(
 """The fields of a chat that asks for nothing but an answer."""
 _TELLING = {"adaptive", "budget", "openai"}
 _LATENCIES = {"standard", "optimized"}
+_VERSION = re.compile(r"[1-9][0-9]{0,7}|DRAFT")
+_MODES = {"sync", "async"}
 _ADDITIONAL = "additional_model_request_fields"
 
 
@@ -51,7 +53,7 @@ class Asked:
     body: Block
     names: Names
     helper: str | None = None
-    """The tool whose input is the answer's text."""
+    """The tool whose input is the answer's text, and all of it: what the model says beside it is not."""
     one_tool: bool = False
     """Whether only the first call of a tool may pass."""
     older: bool = False
@@ -164,6 +166,7 @@ class _Draft:
             specs = config["tools"] if config else []
             caching.keep_within_limits([specs, talk.system, *(turn["content"] for turn in talk.turns)])
         body = self.body
+        latency = fields.text(body, "latency")
         parts = {
             "messages": talk.turns,
             "system": talk.system,
@@ -175,7 +178,7 @@ class _Draft:
             "outputConfig": self._output(),
             "requestMetadata": _metadata(body),
             "serviceTier": _tier(body, self.params),
-            "performanceConfig": {"latency": body["latency"]} if body.get("latency") in _LATENCIES else None,
+            "performanceConfig": {"latency": latency} if latency in _LATENCIES else None,
         }
         return dict(filter(itemgetter(1), parts.items()))
 
@@ -253,7 +256,10 @@ def _metadata(body: Block) -> dict[str, str]:
 def guardrail_of(
     body: Block, params: Mapping[str, Any], configured: GuardrailSettings | None, stream: bool
 ) -> Block | None:
-    """The operator's guardrail, or else the client's: nobody can choose a weaker one than is configured."""
+    """The operator's guardrail, or else the client's: nobody can choose a weaker one than is configured.
+
+    Raises InvalidRequest for one whose version or mode Bedrock has no such of.
+    """
     asked = body.get("guardrail")
     if configured is not None and "guardrail" not in params:
         if asked is not None:
@@ -263,10 +269,21 @@ def guardrail_of(
         return None
     if not isinstance(asked, dict) or not isinstance(asked.get("id"), str):
         raise InvalidRequest("guardrail must be an object with an id.", param="guardrail", code="invalid_value")
+    version, mode = asked.get("version", "DRAFT"), asked.get("stream", "sync")
+    if type(version) not in {int, str} or not _VERSION.fullmatch(str(version)):
+        raise InvalidRequest(
+            "The version of a guardrail must be its number or 'DRAFT'.", param="guardrail.version", code="invalid_value"
+        )
+    if not isinstance(mode, str) or mode not in _MODES:
+        raise InvalidRequest(
+            "A guardrail stands in a stream in the mode 'sync' or 'async'.",
+            param="guardrail.stream",
+            code="invalid_value",
+        )
     return {
         "guardrailIdentifier": asked["id"],
-        "guardrailVersion": str(asked.get("version", "DRAFT")),
+        "guardrailVersion": str(version),
         # What a guardrail saw would go to clients: it stays in AWS's logs.
         "trace": "disabled",
-        **({"streamProcessingMode": str(asked.get("stream", "sync"))} if stream else {}),
+        **({"streamProcessingMode": mode} if stream else {}),
     }

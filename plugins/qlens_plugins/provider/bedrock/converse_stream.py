@@ -18,6 +18,9 @@ Block = dict[str, Any]
 
 DONE = b"data: [DONE]\n\n"
 
+MOST_HELD_BYTES = 1024 * 1024
+"""How much of a stream is held back while it may yet turn out not to be the answer."""
+
 
 @define(eq=False)
 class _Part:
@@ -51,10 +54,17 @@ class ChunkWriter:
     """How many tokens of it are thoughts, as far as that is known."""
     _parts: dict[int, _Part] = field(init=False, factory=dict)
     _calls: int = field(init=False, default=0)
+    _held: list[bytes] | None = field(init=False, default=None)
+    """Chunks of text that are the answer only if the model does not call the helper, as long as it may; else None."""
+    _held_bytes: int = field(init=False, default=0)
+    _helped: bool = field(init=False, default=False)
+    """Whether the helper was called: its input alone is the text of the answer."""
     _before: bytes = field(init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._before = _opening(self.head) + b'"choices":[{"index":%d,"delta":' % self.index
+        if self.asked.helper is not None:
+            self._held = []
 
     def write(self, frame: Frame) -> bytes:
         """The chunks for a frame; raises what the frame says went wrong."""
@@ -67,6 +77,11 @@ class ChunkWriter:
             return self._event(name, payload)
         except (AttributeError, KeyError, TypeError) as error:
             raise UpstreamInvalid(f"The provider sent an event {name} that is not as its API promises.") from error
+
+    def rest(self) -> bytes:
+        """What was held back and is the answer after all, as the stream is over."""
+        held, self._held = self._held, None
+        return b"".join(held or ())
 
     def _event(self, name: str, payload: Block) -> bytes:
         match name:
@@ -81,7 +96,10 @@ class ChunkWriter:
             case "messageStop":
                 self.finish = finish_of(payload.get("stopReason"), self._calls)
                 self._reasoning = usages.reasoning(payload.get("additionalModelResponseFields"))
-                return self._chunk({}, older(self.finish) if self.asked.older else self.finish)
+                # Some models end their blocks with the message alone.
+                ended = b"".join(map(self._stop, list(self._parts)))
+                finish = self._chunk({}, older(self.finish) if self.asked.older else self.finish)
+                return ended + self.rest() + finish
             case "metadata":
                 tier = payload.get("serviceTier") or {}
                 self.usage = usages.read(payload.get("usage"), tier.get("type"), self._reasoning)
@@ -95,6 +113,10 @@ class ChunkWriter:
         if use is None:
             return b""
         if self.asked.helper is not None and use["name"] == self.asked.helper:
+            if self._helped:
+                self._parts[block] = _Part("dropped")  # two objects behind each other are no JSON
+                return b""
+            self._helped, self._held = True, None
             self._parts[block] = _Part("helper")
             return b""
         if use.get("type") == "server_tool_use" or (self.asked.one_tool and self._calls):
@@ -107,7 +129,8 @@ class ChunkWriter:
 
     def _delta(self, block: int, delta: Block) -> bytes:
         if "text" in delta:
-            return self._text(delta["text"])
+            text = self._text(delta["text"])
+            return text if self.asked.helper is None else self._beside(text)
         if "toolUse" in delta:
             return self._input(block, delta["toolUse"].get("input") or "")
         if "reasoningContent" in delta:
@@ -117,7 +140,15 @@ class ChunkWriter:
         if not url:
             return b""
         cited = {"url": url, "title": citation.get("title") or url, "start_index": 0, "end_index": 0}
-        return self._chunk({"annotations": [{"type": "url_citation", "url_citation": cited}]})
+        return self._beside(self._chunk({"annotations": [{"type": "url_citation", "url_citation": cited}]}))
+
+    def _beside(self, chunk: bytes) -> bytes:
+        """A chunk that is part of the answer only where no helper gives it."""
+        if self._held is None:
+            return b"" if self._helped else chunk
+        self._held.append(chunk)
+        self._held_bytes += len(chunk)
+        return self.rest() if self._held_bytes > MOST_HELD_BYTES else b""
 
     def _input(self, block: int, text: str) -> bytes:
         part = self._parts.get(block)

@@ -8,14 +8,15 @@ import orjson
 from attrs import frozen
 
 from qlens import InvalidRequest
-from qlens_plugins.provider.bedrock import schemas
+from qlens_plugins.provider.bedrock import fields, schemas
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.tools import Names
 
 Block = dict[str, Any]
 
 HELPER = "json_tool_call"
-_PARAM = "response_format.json_schema.schema"
+_PLACE = "response_format.json_schema"
+_PARAM = f"{_PLACE}.schema"
 
 
 @frozen
@@ -50,30 +51,31 @@ def format_of(body: Block, family: Family, names: Names, way: str | None = None)
             code="unsupported_value",
         )
     described = asked["json_schema"]
+    words = (fields.text(described, "description", _PLACE) or "").strip()
     schema = schemas.inlined(described.get("schema") or {"type": "object"}, _PARAM)
     way = way or family.schema
     if way == "native" and not schemas.is_open(schema):
-        return _native(described, schema)
+        return _native(described["name"], words, schema)
     if way in {"native", "tool"}:
-        return _by_tool(described, schema, names)
+        return _by_tool(words, schema, names)
     text = orjson.dumps(schema).decode()
     return Format(hint=f"Answer with JSON that fits this JSON schema, and with nothing else: {text}")
 
 
-def _native(described: Block, schema: Block) -> Format:
-    structure: Block = {"schema": orjson.dumps(schemas.closed(schema)).decode(), "name": described["name"]}
-    if (described.get("description") or "").strip():
-        structure["description"] = described["description"]
+def _native(name: str, words: str, schema: Block) -> Format:
+    structure: Block = {"schema": orjson.dumps(schemas.closed(schema, _PARAM)).decode(), "name": name}
+    if words:
+        structure["description"] = words
     return Format(text_format={"type": "json_schema", "structure": {"jsonSchema": structure}})
 
 
-def _by_tool(described: Block, schema: Block, names: Names) -> Format:
+def _by_tool(words: str, schema: Block, names: Names) -> Format:
     if schema.get("type") != "object":
         raise InvalidRequest(
             "The provider takes a schema of type 'object' only.", param=_PARAM, code="unsupported_value"
         )
     helper = names.unused(HELPER)
-    text = (described.get("description") or "").strip() or "Gives the answer to the user: call it once, at the end."
+    text = words or "Gives the answer to the user: call it once, at the end."
     return Format(
         tool={"toolSpec": {"name": helper, "description": text, "inputSchema": {"json": schema}}}, helper=helper
     )

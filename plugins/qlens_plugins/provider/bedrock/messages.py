@@ -91,9 +91,9 @@ class Conversation:
     # --- one message ---------------------------------------------------------------------------
 
     def _read(self, message: Message, position: int) -> None:
-        role = message["role"]
-        entries = self._entries(message, f"messages[{position}]")
-        ttl = mark(message)
+        role, place = message["role"], f"messages[{position}]"
+        entries = self._entries(message, place)
+        ttl = mark(message, place)
         if ttl is not None and entries:
             self.marked = True
             entries[-1] = (entries[-1][0], ttl)
@@ -121,16 +121,20 @@ class Conversation:
         if not entries and isinstance(message.get("refusal"), str):
             entries = self._reader.entries(message["refusal"], f"{param}.refusal")
         for position, call in enumerate(message.get("tool_calls") or ()):
-            where = f"{param}.tool_calls[{position}].function"
-            entries.append((self._use(call_id(call["id"]), call.get("function"), where), mark(call)))
+            place = f"{param}.tool_calls[{position}]"
+            if call["type"] != "function":
+                raise InvalidRequest(
+                    f"The provider takes calls of functions only, not of type '{call['type'][:64]}'.",
+                    param=f"{place}.type",
+                    code="unsupported_value",
+                )
+            entries.append((self._use(call_id(call["id"]), call["function"], f"{place}.function"), mark(call, place)))
         if message.get("function_call"):
             self._called.append(f"call_{len(self._turns)}")
             entries.append((self._use(self._called[-1], message["function_call"], f"{param}.function_call"), None))
         return entries
 
-    def _use(self, identifier: str, function: Any, param: str) -> Block:
-        if not isinstance(function, dict):
-            raise InvalidRequest("The provider takes calls of functions only.", param=param, code="unsupported_value")
+    def _use(self, identifier: str, function: dict[str, Any], param: str) -> Block:
         text = function["arguments"]
         try:
             arguments = orjson.loads(text) if text.strip() else {}

@@ -78,6 +78,8 @@ class Bedrock:
 
     Config = BedrockConfig
     takes_extensions = True
+    on_disconnect = "drain"
+    """Bedrock bills all that a model generates, whether somebody reads it or not."""
 
     def __attrs_post_init__(self) -> None:
         guardrail, reject = self.config.guardrail, self.config.unsupported == "reject"

@@ -6,6 +6,7 @@ from typing import Any
 
 from attrs import field, frozen
 
+from qlens_plugins.provider.bedrock import fields
 from qlens_plugins.provider.bedrock.families import Family
 
 Block = dict[str, Any]
@@ -34,7 +35,10 @@ NO_THINKING = Thinking()
 
 
 def thinking(body: Block, family: Family, limit: int | None, turns: list[Block]) -> Thinking:
-    """What the client's `reasoning_effort` (or Anthropic's `thinking`) means to this family."""
+    """What the client's `reasoning_effort` (or Anthropic's `thinking`) means to this family.
+
+    Raises InvalidRequest for a `thinking` that Claude is to read and whose type is no text.
+    """
     own, asked = body.get("thinking"), body.get("reasoning_effort")
     if own is None and asked is None:
         return NO_THINKING
@@ -57,12 +61,13 @@ def thinking(body: Block, family: Family, limit: int | None, turns: list[Block])
 
 
 def _claude(own: Block | None, effort: str, family: Family, limit: int | None, turns: list[Block]) -> Thinking:
-    if (own is None and effort not in _BUDGETS) or (own is not None and own.get("type") not in {"enabled", "adaptive"}):
+    kind = fields.text(own, "type", "thinking") if own is not None else None
+    if (own is None and effort not in _BUDGETS) or (own is not None and kind not in {"enabled", "adaptive"}):
         return NO_THINKING
     if _lacks_thoughts(turns):
         # Claude refuses to think on where the call of a tool stands without the thoughts that led to it.
         return NO_THINKING
-    if family.reasoning == "adaptive" and (own is None or own.get("type") == "adaptive"):
+    if family.reasoning == "adaptive" and (own is None or kind == "adaptive"):
         told = _FOUR.get(effort)
         return Thinking({"thinking": {"type": "adaptive"}}, effort=told, bars_sampling=True, bars_choice=True)
     asked = own.get("budget_tokens") if own is not None else None

@@ -9,7 +9,7 @@ from typing import Any
 from attrs import define, field
 
 from qlens import InvalidRequest
-from qlens_plugins.provider.bedrock import schemas
+from qlens_plugins.provider.bedrock import fields, schemas
 from qlens_plugins.provider.bedrock.caching import mark, point
 from qlens_plugins.provider.bedrock.families import Family
 
@@ -74,7 +74,7 @@ def offered(body: dict[str, Any]) -> list[Block]:
             )
     choice = body.get("tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = {each.get("function", {}).get("name") for each in _allowed(choice).get("tools") or ()}
+        allowed = {(each.get("function") or {}).get("name") for each in _allowed(choice).get("tools") or ()}
         tools = [tool for tool in tools if tool["function"]["name"] in allowed]
     return tools
 
@@ -101,7 +101,8 @@ def specifications(tools: list[Block], names: Names, family: Family) -> list[Blo
         if function.get("strict") and family.strict_tools:
             spec["strict"] = True
         written.append({"toolSpec": spec})
-        ttl = mark(tool) or mark(function)
+        place = f"tools[{position}]"
+        ttl = mark(tool, place) or mark(function, f"{place}.function")
         if ttl is not None and family.caches_tools:
             written.append(point(ttl, family))
     return written
@@ -115,17 +116,28 @@ def from_history(turns: list[Block]) -> list[Block]:
 
 
 def choice(body: dict[str, Any], names: Names) -> Block | None:
-    """Converse's toolChoice; None leaves it to the model, as does what OpenAI calls none."""
+    """Converse's toolChoice; None leaves it to the model, as does what OpenAI calls none.
+
+    Raises InvalidRequest for the choice of a function that it does not name.
+    """
     given = body.get("tool_choice")
     if given is None:
         given = body.get("function_call")
         if isinstance(given, dict):
-            return {"tool": {"name": names.sent(str(given.get("name")))}}
+            return {"tool": {"name": names.sent(_named(given, "function_call"))}}
     if isinstance(given, dict):
         if given.get("type") == "function":
-            return {"tool": {"name": names.sent(str(given.get("function", {}).get("name")))}}
+            return {"tool": {"name": names.sent(_named(given.get("function") or {}, "tool_choice.function"))}}
         given = _allowed(given).get("mode")
     return {"auto": {}} if given == "auto" else {"any": {}} if given == "required" else None
+
+
+def _named(chosen: dict[str, Any], place: str) -> str:
+    name = fields.text(chosen, "name", place)
+    if name is None:
+        param = f"{place}.name"
+        raise InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+    return name
 
 
 def grounding() -> Block:

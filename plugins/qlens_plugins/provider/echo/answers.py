@@ -75,7 +75,9 @@ def answer_completion(prompt: str, body: Body, limit: int | None) -> Said:
 
 def prompts(body: Body) -> list[tuple[str, int]]:
     """The prompts of a completion or the inputs of an embedding: each with its number of tokens."""
-    given = body["prompt"] if "prompt" in body else body["input"]
+    given = body.get("prompt")
+    if given is None:
+        given = body.get("input") or ""  # a completion may go on from nothing
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         given = [given]
     return [_prompt(one) for one in given]

@@ -197,6 +197,21 @@ async def test_a_token_is_renewed_early_and_nobody_waits_for_it() -> None:
         assert len(identity.requests) == 2, "one asks for all"
 
 
+async def test_a_call_whose_client_leaves_while_it_waits_for_a_token_is_free() -> None:
+    async with entra() as identity, azure(entra=identity) as cloud:
+        identity.script(Scripted(hang=True))
+        async with running(config(cloud.root, identity=credentials(identity))) as gateway:
+            asking = asyncio.create_task(gateway.post(CHAT, chat()))
+            await identity.arrived(1)
+            while not gateway.server.running():
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            asking.cancel()
+            (receipt,) = await gateway.settled(1)
+            assert (receipt.outcome, len(receipt.attempts)) == ("abandoned", 1)
+            assert (receipt.attempts[0].billed, receipt.usage.total, cloud.requests) == (False, 0, [])
+
+
 @pytest.mark.parametrize(("refresh_in", "early"), [(None, 43_200), (10_000, 10_000)])
 async def test_a_long_lived_token_is_renewed_at_half_its_life_or_when_the_service_says(
     refresh_in: int | None, early: int
@@ -239,6 +254,23 @@ async def test_a_renewal_that_fails_keeps_the_old_token_and_is_tried_again_half_
         await _until(lambda: not gateway.plugin("provider", "azure")._tokens._flight)
         await ask(gateway)
         assert spent(cloud) == [*identity.issued[:1] * 4, identity.issued[1]]
+
+
+@pytest.mark.parametrize(("lifetime", "most"), [(12, 90), (16, 23), (26, 9), (41, 6)])
+async def test_a_short_lived_token_leaves_no_call_without_one(lifetime: int, most: int) -> None:
+    clock = ManualClock()
+    async with (
+        entra(clock=clock, lifetime=lifetime) as identity,
+        azure(entra=identity) as cloud,
+        running(config(cloud.root, identity=credentials(identity)), clock=clock) as gateway,
+    ):
+        for second in range(90):
+            await ask(gateway)
+            await _until(lambda: not gateway.plugin("provider", "azure")._tokens._flight)
+            if (second, lifetime) == (12, 26):
+                identity.script(Scripted(body={}))  # the renewal before the token's end fails
+            clock.advance(1)
+        assert len(identity.requests) <= most
 
 
 async def test_a_token_that_is_over_is_not_used_whatever_the_renewal_says() -> None:

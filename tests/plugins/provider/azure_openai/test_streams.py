@@ -66,6 +66,46 @@ async def test_a_block_that_comes_first_ends_the_choice() -> None:
         assert answer[1]["choices"][0]["delta"] == {}
 
 
+@pytest.mark.parametrize("split", [None, 1, 50])
+async def test_a_verdict_in_front_of_the_answer_waits_for_its_name(split: int | None) -> None:
+    async with upstream() as up, running(config(up.root)) as gateway:
+        first = {**NAMELESS, "choices": [], "prompt_filter_results": []}
+        usage = {**NAMELESS, "choices": [], "usage": USAGE}
+        events = [first, verdict(), verdict(), said("a"), said("", finish="stop"), usage, "[DONE]"]
+        up.script(Scripted(events=events, split=split))
+        asked = chat(stream=True, stream_options={"include_usage": True})
+        answer = (await gateway.post(CHAT, asked)).events()
+        assert [{name: event[name] for name in HEAD} for event in answer[:-1]] == [HEAD] * 5
+        assert ["content_filter_results" in c for e in answer[:-1] for c in e["choices"]] == [True, True, False, False]
+        assert answer[-2]["usage"]["total_tokens"] == USAGE["total_tokens"]
+
+
+@pytest.mark.parametrize("ending", [["[DONE]"], [], [{"error": {"code": "server_error", "message": "broken"}}]])
+async def test_a_verdict_of_an_answer_that_never_comes_is_named_all_the_same(ending: list[Any]) -> None:
+    async with upstream() as up, running(config(up.root)) as gateway:
+        up.script(Scripted(events=[verdict(finish="content_filter", results=FILTERED), *ending]))
+        blocked, *rest = (await gateway.post(CHAT, chat(stream=True))).events()
+        assert blocked["id"].startswith("chatcmpl-")
+        assert (blocked["object"], blocked["model"]) == ("chat.completion.chunk", "ours")
+        assert blocked["created"] > 1_700_000_000
+        assert blocked["choices"][0]["finish_reason"] == "content_filter"
+        assert ("error" in rest[-1]) is (ending not in (["[DONE]"], []))
+
+
+async def test_events_are_mended_whatever_lines_they_have() -> None:
+    odd = verdict()
+    lines = orjson.dumps(odd).replace(b',"choices"', b',\ndata: "choices"')
+    wires = [b": one\ndata: " + orjson.dumps(odd), b"data: " + lines, b"event: x\nid: 4\ndata:" + lines]
+    async with upstream() as up, running(config(up.root)) as gateway:
+        up.script(Scripted(events=[said("a"), *(wire + b"\n\n" for wire in wires), said("", finish="stop"), "[DONE]"]))
+        answer = await gateway.post(CHAT, chat(stream=True))
+        assert b": one\ndata: {" in answer.body
+        assert b"event: x\nid: 4\ndata: {" in answer.body
+        for event in answer.events()[:-1]:
+            assert {name: event[name] for name in HEAD} == HEAD
+            assert event["choices"][0]["delta"] in ({}, {"content": "a"})
+
+
 async def test_choices_end_each_for_itself() -> None:
     async with upstream() as up, running(config(up.root)) as gateway:
         ends = [said("", index=1, finish="stop"), said("", index=0, finish="length"), verdict(index=1, finish="stop")]

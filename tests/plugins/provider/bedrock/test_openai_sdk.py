@@ -167,8 +167,8 @@ async def test_a_stream_that_breaks_raises() -> None:
                 pass
 
 
-async def test_leaving_a_stream_closes_the_connection_to_bedrock() -> None:
-    async with sdk(CLAUDE) as (client, aws):
+async def test_leaving_a_stream_closes_the_connection_to_bedrock_where_it_is_to_be_aborted() -> None:
+    async with sdk(CLAUDE, on_disconnect="abort") as (client, aws):
         aws.script(stream(streamed(answer())[:3], hang=True))
         told = await client.chat.completions.create(model="ours", messages=HELLO, stream=True)
         await anext(told.__aiter__())

@@ -172,7 +172,7 @@ async def test_pitfall_12_a_truncated_stream_is_no_success() -> None:
 
 @pytest.mark.parametrize("begun", [False, True], ids=["before the first frame", "in mid-stream"])
 async def test_pitfall_14_a_client_that_leaves_closes_the_connection(begun: bool) -> None:
-    async with bedrock() as aws, running(config(aws.root)) as gateway:
+    async with bedrock() as aws, running(config(aws.root, on_disconnect="abort")) as gateway:
         aws.script(stream(streamed(answer())[:2], hang=True) if begun else Scripted(hang=True))
         asking = asyncio.create_task(gateway.post(CHAT, chat(stream=True)))
         (request,) = await aws.arrived(1)

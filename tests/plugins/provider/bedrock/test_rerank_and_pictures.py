@@ -158,7 +158,7 @@ async def test_a_client_puts_nothing_but_a_name_into_a_header(wrong: Any) -> Non
         assert (await gateway.post("/v1/images/generations", {**PAINT, "guardrail": {"id": "gr1"}})).status == 200
         assert aws.requests[0].headers[IDENTIFIER] == "gr1"
         answer = await gateway.post("/v1/images/generations", {**PAINT, "guardrail": wrong})
-        assert (answer.status, answer.json()["error"]["param"]) == (400, "guardrail")
+        assert (answer.status, answer.json()["error"]["param"].partition(".")[0]) == (400, "guardrail")
         assert len(aws.requests) == 1
 
 

@@ -5,10 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bedrocks import CHAT, CLAUDE, LLAMA, NOVA, TIME, WEATHER, chat, config, image, refused, result, sent, told, user
+from bedrocks import (
+    CHAT,
+    CLAUDE,
+    LLAMA,
+    NOVA,
+    TIME,
+    WEATHER,
+    chat,
+    config,
+    events,
+    image,
+    refused,
+    result,
+    sent,
+    told,
+    user,
+)
 
+from qlens.dialects import chat as chat_dialect
 from qlens.testing import running
-from qlens.testing.bedrock import answer, bedrock, whole
+from qlens.testing.bedrock import answer, bedrock, stream, streamed, whole
 
 BOTH = [WEATHER, TIME]
 WEATHER_USE = {"toolUse": {"toolUseId": "t1", "name": "get_weather", "input": {"city": "Paris"}}}
@@ -156,3 +173,17 @@ async def test_an_unknown_tool_in_an_answer_keeps_its_name() -> None:
         aws.script(whole(answer(use, stop="tool_use")))
         message = (await gateway.post(CHAT, chat(tools=[WEATHER]))).json()["choices"][0]["message"]
         assert message["tool_calls"][0]["function"]["name"] == "made_up"
+
+
+async def test_a_call_whose_block_ends_with_the_message_has_arguments_that_are_json() -> None:
+    use = {"toolUse": {"toolUseId": "t1", "name": "get_time", "input": {}}}
+    thought = {"reasoningContent": {"reasoningText": {"text": "Hm.", "signature": "s"}}}
+    frames = streamed(answer(thought, use, stop="tool_use"))
+    kept = [frame for frame in frames if b"contentBlockStop" not in frame]
+    assert len(kept) == len(frames) - 2
+    async with bedrock() as aws, running(config(aws.root)) as gateway:
+        aws.script(stream(kept))
+        found = chat_dialect.assemble(events(await gateway.post(CHAT, chat(tools=[TIME], stream=True))))
+    message = found["choices"][0]["message"]
+    assert message["tool_calls"][0]["function"] == {"name": "get_time", "arguments": "{}"}
+    assert message["thinking_blocks"] == [{"type": "thinking", "thinking": "Hm.", "signature": "s"}]
