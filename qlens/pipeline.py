@@ -106,6 +106,8 @@ class Pipeline:
     """Whether no cache waits for anything when it keeps an answer: no task is needed then, nor a bound on its time."""
     settles_at_once: bool = field(init=False)
     """The same of those that settle."""
+    has_cache: bool = field(init=False)
+    """Whether a plugin of the stage `cache` is asked for answers."""
     raised: Mapping[str, tuple[Raised, ...]] = field(init=False)
     """By model, what the params of its targets may add to the bound of a call."""
     _wrapped: Step = field(init=False)
@@ -119,6 +121,10 @@ class Pipeline:
     @settles_at_once.default
     def _settles_at_once(self) -> bool:
         return not any(hook.waits for hook in self.hooks.settle)
+
+    @has_cache.default
+    def _has_cache(self) -> bool:
+        return any(hook.instance.startswith("cache.") for hook in self.hooks.lookup)
 
     @raised.default
     def _raised(self) -> Mapping[str, tuple[Raised, ...]]:
@@ -397,7 +403,8 @@ class Pipeline:
                     account.call.cache = "hit"
                 account.open(known)
                 return known
-            account.call.cache = account.call.cache or "miss"
+            if self.has_cache:
+                account.call.cache = account.call.cache or "miss"
         reply = await self.ask(account)
         # What says only that it was begun in the background is no answer to the next who asks the same.
         is_answer = reply.body is not None and account.call.body.get("background") is not True

@@ -94,7 +94,7 @@ def test_an_import_path_may_have_any_settings() -> None:
 
 def test_an_entry_of_a_stage_may_have_a_name_and_a_provider_has_its_key() -> None:
     assert list(WHOLE["$defs"]["cache.none"]["properties"]) == ["plugin", "name"]
-    assert list(WHOLE["$defs"]["provider.echo"]["properties"]) == ["plugin"]
+    assert list(WHOLE["$defs"]["provider.echo"]["properties"]) == ["plugin", "on_disconnect"]
 
 
 def test_settings_carry_their_docstrings_and_defaults() -> None:

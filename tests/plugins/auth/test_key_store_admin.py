@@ -75,7 +75,7 @@ async def test_lists_are_paged_the_newest_first(place: Place) -> None:
         assert [row["id"] for row in await listed(gateway, "/admin/keys?tenant=globex")] == [ids[3], ids[1]]
         assert [row["id"] for row in await listed(gateway, "/admin/keys", TEAM)] == [ids[4], ids[2], ids[0]]
         assert await listed(gateway, "/admin/keys?tenant=globex", TEAM) == []
-        for query in ("limit=0", "limit=101", "limit=x", "after=", "page=2", "after=key-0"):
+        for query in ("limit=0", "limit=101", "limit=x", "after=", "page=2", "after=key-0", "limit=1&limit=2"):
             assert (await send(gateway, "GET", f"/admin/keys?{query}")).status == 400
 
 

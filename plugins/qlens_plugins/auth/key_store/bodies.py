@@ -53,7 +53,12 @@ async def body(call: Call, fields: Mapping[str, Reader], required: Collection[st
 
 def asked(call: Call, fields: Mapping[str, Reader]) -> dict[str, Any]:
     """The parameters of a query, as strictly."""
-    return _read(dict(call.query), fields, (), "parameter")
+    read = _read(dict(call.query), fields, (), "parameter")
+    names = [name for name, _ in call.query.items()]
+    for name in read:
+        if names.count(name) > 1:
+            raise InvalidRequest(f"The parameter `{name}` may be said once.", param=name, code="invalid_value")
+    return read
 
 
 def page(asked_for: dict[str, Any]) -> Page:
