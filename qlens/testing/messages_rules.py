@@ -51,7 +51,10 @@ def refusal(body: Any, version: str) -> str | None:
     """The first thing that is wrong with a body; None: it is answered."""
     if not isinstance(body, dict):
         return "The body must be a JSON object."
-    return next(_faults(body, version), None)
+    try:
+        return next(_faults(body, version), None)
+    except (TypeError, AttributeError, LookupError, ValueError):
+        return "The body has a value of a wrong type."
 
 
 def _faults(body: Block, version: str) -> Iterator[str]:

@@ -53,6 +53,25 @@ async def ask(http: Upstream, claude: FakeAnthropic, *, stream: bool = False, **
     return await post_messages(http, url, headers=HEADERS, outgoing=outgoing, deadlines=DEADLINES)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": None},
+        {"stop_sequences": 1},
+        {"metadata": []},
+        {"tools": 3},
+        {"thinking": "on"},
+        {"tool_choice": []},
+    ],
+)
+async def test_a_value_of_a_wrong_type_is_answered_and_not_the_end_of_the_fake(
+    http: Upstream, claude: FakeAnthropic, field: dict[str, Any]
+) -> None:
+    with pytest.raises(UpstreamRejected) as caught:
+        await ask(http, claude, **field)
+    assert caught.value.status == 400
+
+
 async def refused(http: Upstream, claude: FakeAnthropic, answer: Scripted, *, stream: bool = False) -> CallError:
     claude.script(answer)
     with pytest.raises(CallError) as caught:
