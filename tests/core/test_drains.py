@@ -11,28 +11,19 @@ from typing import Any
 
 import orjson
 import pytest
+from priced import EXACT, INPUT, OUTPUT, SAID, WHOLE
 from yamls import CHAT, HELLO, STREAM, config
 
 from qlens import Receipt
 from qlens.errors import ConfigError
 from qlens.registry import drafted, register
 from qlens.testing import Running, Scripted, running, upstream
-from qlens.testing.upstreams import USAGE, FakeUpstream, chat_events
+from qlens.testing.upstreams import FakeUpstream
 
 MOST = 50
 """Output tokens that each call asks for."""
 BODY = {**HELLO, "max_tokens": MOST}
 STREAMED = {**STREAM, "max_tokens": MOST}
-INPUT, OUTPUT = 3_000_000, 7_000_000
-"""Picodollars for a token."""
-EXACT = USAGE["prompt_tokens"] * INPUT + USAGE["completion_tokens"] * OUTPUT
-SAID = chat_events(usage=USAGE)
-WHOLE = {
-    "id": "1",
-    "object": "chat.completion",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}],
-    "usage": USAGE,
-}
 
 
 def yaml(*ups: FakeUpstream, on_disconnect: str | None = "drain", max_connections: int | None = None) -> str:
@@ -87,6 +78,14 @@ async def leave_once_begun(gateway: Running) -> None:
         await reader.readuntil(b"Hello")
 
 
+async def leave_slow(gateway: Running, up: FakeUpstream, body: dict[str, Any] | None) -> None:
+    """Leave one of the slow answers: once its stream has begun, or once its call has arrived."""
+    if body is None:
+        await leave_once_begun(gateway)
+    else:
+        await leave(gateway, body, lambda: up.arrived(1))
+
+
 async def spent(gateway: Running) -> tuple[int, str]:
     """What the budget has been charged, in picodollars, and what it still holds."""
     (row,) = (await gateway.get("/v1/budgets")).json()["data"]
@@ -111,10 +110,7 @@ async def test_an_answer_whose_client_has_left_is_read_to_its_end_and_charged_ex
     body, answer = SLOW[when]
     async with upstream() as up, running(yaml(up)) as gateway:
         up.script(answer)
-        if body is None:
-            await leave_once_begun(gateway)
-        else:
-            await leave(gateway, body, lambda: up.arrived(1))
+        await leave_slow(gateway, up, body)
         (receipt,) = await gateway.settled(1)
         assert (receipt.outcome, receipt.status, receipt.error) == ("abandoned", 499, "client_closed")
         assert (receipt.usage.source, receipt.cost.picos, receipt.cost.state) == ("provider", EXACT, "exact")
@@ -126,10 +122,7 @@ async def test_an_answer_that_is_not_drained_is_closed_and_not_free(when: str) -
     body, answer = SLOW[when]
     async with upstream() as up, running(yaml(up, on_disconnect=None)) as gateway:
         up.script(answer)
-        if body is None:
-            await leave_once_begun(gateway)
-        else:
-            await leave(gateway, body, lambda: up.arrived(1))
+        await leave_slow(gateway, up, body)
         (receipt,) = await gateway.settled(1)
         await asyncio.wait_for(up.requests[0].closed.wait(), 5)
         assert receipt.outcome == "abandoned"

@@ -7,23 +7,15 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from priced import EXACT, INPUT, OUTPUT, SAID, WHOLE
 from puppets import Puppet
 from yamls import CHAT, HELLO, STREAM, config, targets
 
 from qlens import Reply, Target
 from qlens.testing import Running, Scripted, running, upstream
-from qlens.testing.upstreams import USAGE, FakeUpstream, chat_events
+from qlens.testing.upstreams import FakeUpstream
 
 MOST = 50
-INPUT, OUTPUT = 3_000_000, 7_000_000
-EXACT = USAGE["prompt_tokens"] * INPUT + USAGE["completion_tokens"] * OUTPUT
-SAID = chat_events(usage=USAGE)
-WHOLE = {
-    "id": "1",
-    "object": "chat.completion",
-    "choices": [{"index": 0, "message": {"role": "assistant", "content": "Hi"}, "finish_reason": "stop"}],
-    "usage": USAGE,
-}
 Proceed = Callable[[Target], Awaitable[Reply]]
 
 

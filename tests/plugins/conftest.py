@@ -1,7 +1,9 @@
-"""Databases for tests of plugins that keep something: one PostgreSQL for all, a database of its own for each test."""
+"""Stores for tests of plugins: a PostgreSQL for all with a database for each test, a Redis for each file that asks."""
 
 from __future__ import annotations
 
+import asyncio
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +12,7 @@ import pytest
 from ledgers import Place, PostgresPlace, SqlitePlace
 
 from qlens.testing.postgres import PostgresServer, postgres_server
+from qlens.testing.redis import RedisServer
 
 if TYPE_CHECKING:
     from _pytest.fixtures import SubRequest
@@ -27,3 +30,12 @@ def place(request: SubRequest, tmp_path: Path) -> Place:
         return SqlitePlace(tmp_path / "x.db")
     server: PostgresServer = request.getfixturevalue("postgres")
     return PostgresPlace(server, server.new_database())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RedisServer]:
+    with tempfile.TemporaryDirectory(prefix="qlens-redis-") as folder:
+        server = RedisServer(Path(folder))
+        asyncio.run(server.start())
+        yield server
+        server.kill()

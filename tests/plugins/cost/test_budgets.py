@@ -9,7 +9,7 @@ import sqlite3
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from datetime import datetime
 from pathlib import Path
@@ -44,15 +44,6 @@ MEMORY = "{kind: memory}"
 # Input is free and a token of output costs 1 micro-dollar: a call of 10 tokens at most may cost 0.00001 USD.
 PRICE = "{model: out, input: 0, output: 1}"
 TEN = {"model": "out", "max_tokens": 10, "messages": [{"role": "user", "content": "hello"}]}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with tempfile.TemporaryDirectory(prefix="qlens-redis-") as folder:
-        server = RedisServer(Path(folder))
-        asyncio.run(server.start())
-        yield server
-        server.kill()
 
 
 @asynccontextmanager

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,15 +26,6 @@ MODELS = {
     "apart": "{max_output_tokens: 1000, targets: [{provider: up, model: gpt-4o}]}",
     '"open/*"': '{max_output_tokens: 1000, targets: [{provider: up, model: "*"}]}',
 }
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with tempfile.TemporaryDirectory(prefix="qlens-redis-") as folder:
-        server = RedisServer(Path(folder))
-        asyncio.run(server.start())
-        yield server
-        server.kill()
 
 
 @pytest.fixture(params=["memory", "redis"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,6 @@ KEYS = {
 }
 OPS = "sk-example-ops"
 MEMORY = "{kind: memory}"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[RedisServer]:
-    with tempfile.TemporaryDirectory(prefix="qlens-redis-") as folder:
-        server = RedisServer(Path(folder))
-        asyncio.run(server.start())
-        yield server
-        server.kill()
 
 
 @pytest.fixture(params=["memory", "redis"])
