@@ -1,7 +1,9 @@
 # The gateway in an image: the runtime dependencies with those of every plugin, each checked by hash, and QLens
 # itself.
 #   docker build -t qlens .
-#   docker run -p 8080:8080 -v ./config:/etc/qlens:ro -v qlens:/var/lib/qlens -e OPENAI_API_KEY ... qlens
+#   docker run -p 8080:8080 -v qlens:/var/lib/qlens -e OPENAI_API_KEY ... qlens
+# It serves config/production.yaml; with -v ./qlens.yaml:/etc/qlens/qlens.yaml:ro it serves yours, which must listen on
+# 0.0.0.0.
 
 FROM python:3.13-slim AS build
 WORKDIR /src

@@ -70,9 +70,9 @@ pins: $(VENV)/.dev ## pin the dependencies anew, with hashes (ARGS="--upgrade" f
 	pins() { $(PY) -m piptools compile --quiet --no-config --generate-hashes --strip-extras --allow-unsafe \
 	    --no-emit-index-url --no-emit-find-links --no-emit-trusted-host $(ARGS) "$$@"; } && \
 	pins --output-file requirements/run.txt pyproject.toml && \
-	pins --all-extras --output-file requirements/all.txt pyproject.toml && \
+	pins --all-extras --output-file requirements/all.txt pyproject.toml requirements/old.in && \
 	pins --output-file requirements/build.txt requirements/build.in && \
-	pins --all-extras --output-file requirements/dev.txt pyproject.toml requirements/dev.in && \
+	pins --all-extras --output-file requirements/dev.txt pyproject.toml requirements/dev.in requirements/old.in && \
 	pins --output-file requirements/node.txt requirements/node.in && \
 	pins --output-file requirements/llm.txt requirements/llm.in && \
 	pins --output-file requirements/bench.txt requirements/bench.in

@@ -10,6 +10,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -227,7 +228,15 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 def _qlens_version() -> str:
     parts = {name: version(name) for name in ("qlens", "aiohttp")}
-    return f"{parts['qlens']} (Python {platform.python_version()}, aiohttp {parts['aiohttp']})"
+    return f"{parts['qlens']} (Python {python()}, aiohttp {parts['aiohttp']})"
+
+
+def python() -> str:
+    """The interpreter's version and how it was built: code takes longer on a shared library that is not optimized."""
+    options = str(sysconfig.get_config_var("CONFIG_ARGS"))
+    built = ["shared library" if "libpython" in Path("/proc/self/maps").read_text() else "one program"]
+    built += ["optimized"] if "--enable-optimizations" in options else []
+    return f"{platform.python_version()}, {', '.join(built)}"
 
 
 # --- bare proxies -------------------------------------------------------------------------------

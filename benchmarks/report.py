@@ -16,6 +16,7 @@ from typing import Any
 
 from attrs import frozen
 
+from benchmarks.gateways import python
 from benchmarks.rig import ROOT, Cores
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,7 +107,7 @@ def circumstances(cores: Cores) -> dict[str, Any]:
             "gateway_core": cores.gateway,
             "rig_core": cores.rig,
         },
-        "python": platform.python_version(),
+        "python": python(),
     }
 
 

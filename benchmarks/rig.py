@@ -167,7 +167,7 @@ def put(load: Load, way: Way, mock: Mock) -> dict[str, Any]:
 def open_streams(count: int, seconds: float, way: Way, mock: Mock) -> Iterator[None]:
     """Hold that many streams open, an event a second in each; hang up afterwards."""
     mock.set(1000, 1.0)
-    options = ["--connections", str(count), "--seconds", str(seconds), "--chunks", "1000", "--ramp", "0.2", "--hold"]
+    options = ["--connections", str(count), "--seconds", str(seconds), "--chunks", "1000", "--ramp", "1", "--hold"]
     command = [str(compiled("load")), *way.arguments(), *options]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from qlens.alternative import Alternative
     from qlens.arguments import unicode_argument
     from qlens.audit import Actor, AuditEntry
+    from qlens.background import background_thread
     from qlens.call import (
         FREE,
         UNPRICED,
@@ -81,7 +82,9 @@ if TYPE_CHECKING:
     from qlens.stores.spool import Spool, SpoolFull
     from qlens.stores.sqlite import SqliteFile, file_identity, open_sqlite, sqlite_path, sqlite_transaction
     from qlens.stores.syncing import SpoolSync
+    from qlens.surrogates import json_of
     from qlens.trimming import trimmed
+    from qlens.unsent import is_unsent
     from qlens.upstream import Answer, Deadlines, Upstream, extra_headers, header_value, http_url
     from qlens.usage import NO_USAGE, Usage
 
@@ -90,6 +93,7 @@ _HOMES = {
     "qlens.alternative": "Alternative",
     "qlens.arguments": "unicode_argument",
     "qlens.audit": "Actor AuditEntry",
+    "qlens.background": "background_thread",
     "qlens.call": "Allowance Attempt Call Caller Cost FREE Limit Model Outgoing Receipt Reply Target UNPRICED",
     "qlens.config": "Network Secret Url",
     "qlens.config.aside": "read_yaml",
@@ -119,7 +123,9 @@ _HOMES = {
     "qlens.stores.spool": "Spool SpoolFull",
     "qlens.stores.sqlite": "SqliteFile file_identity open_sqlite sqlite_path sqlite_transaction",
     "qlens.stores.syncing": "SpoolSync",
+    "qlens.surrogates": "json_of",
     "qlens.trimming": "trimmed",
+    "qlens.unsent": "is_unsent",
     "qlens.upstream": "Answer Deadlines Upstream extra_headers header_value http_url",
     "qlens.usage": "NO_USAGE Usage",
 }
@@ -201,6 +207,7 @@ __all__ = [
     "Url",
     "Usage",
     "__version__",
+    "background_thread",
     "check_postgres_url",
     "error_from",
     "extra_headers",
@@ -210,6 +217,8 @@ __all__ = [
     "hookimpl",
     "http_url",
     "is_postgres",
+    "is_unsent",
+    "json_of",
     "networks",
     "open_sqlite",
     "outbound_url",

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import orjson
 from attrs import define, field
 
+from qlens.background import background_thread
 from qlens.errors import StartupError
 
 log = logging.getLogger("qlens")
@@ -98,7 +99,7 @@ class AccessLog:
     _thread: Thread = field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._thread = Thread(target=self._run, name="qlens-access", daemon=True)
+        self._thread = background_thread(self._run, "qlens-access")
 
     def open(self) -> None:
         """Begin; raises StartupError when the file cannot be written."""

@@ -28,6 +28,10 @@ CLIENT_CLOSED = 499
 """The status of a call whose client left, as nginx logs it; nobody receives it."""
 CLOSE_SECONDS = 5
 """How long an upstream may take to close: the receipt waits for it."""
+LEAVE_SECONDS = 0.25
+"""How long a client, who has its answer, waits with its next call for this one to settle."""
+MOST_LEAVING = 1000
+"""Settlements that go on alone; with more of them calls wait for theirs, so that what hangs takes no more memory."""
 
 
 _OPEN, _PICKED, _CLOSED = range(3)
@@ -92,9 +96,13 @@ class Account:
         finishing = run_apart(self._finish(error))
         if finishing.done():
             return
-        self.pipeline.settling.add(finishing)
-        finishing.add_done_callback(self.pipeline.settling.discard)
-        await asyncio.shield(finishing)
+        settling = self.pipeline.settling
+        settling.add(finishing)
+        finishing.add_done_callback(settling.discard)
+        # A cancellation ends the waiting alone.
+        await asyncio.wait({finishing}, timeout=LEAVE_SECONDS if len(settling) <= MOST_LEAVING else None)
+        if finishing.done():
+            finishing.result()
 
     def _holds_open(self) -> bool:
         for reply in self._opened:  # noqa: SIM110 - a generator costs as much as all the rest
@@ -128,7 +136,7 @@ class Account:
             try:
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await reply.aclose()
-            except (Exception, asyncio.CancelledError) as error:  # also of a task of the provider's own
+            except (Exception, SystemExit, asyncio.CancelledError) as error:  # also of a task of the provider's own
                 log.error("call %s: closing the upstream failed: %s", self.call.id, frames(error))
 
     async def _stop_asking(self) -> None:
@@ -182,7 +190,10 @@ class Account:
         return place
 
     def failed(self, place: int, error: CallError | str) -> None:
-        """Note that an attempt ended without an answer; it is billed only for what the provider says it used."""
+        """Note that an attempt ended without an answer; it is billed only for what the provider says it used.
+
+        One whose answer was made and could not be read is billed for the most it can have used: its provider bills it.
+        """
         del self.asking[place]
         attempt = self.call.attempts[place]
         attempt.ended = time.monotonic()
@@ -190,8 +201,12 @@ class Account:
             attempt.error = error
             return
         if error.usage is not None and (error.usage.total or error.usage.meters):
-            attempt.billed, attempt.usage = True, error.usage
-            attempt.cost = self.pipeline.cost(self.call, attempt.target, error.usage)
+            used: Usage | None = error.usage
+        else:
+            used = self._most() if error.answered else None
+        if used is not None:
+            attempt.billed, attempt.usage = True, used
+            attempt.cost = self.pipeline.cost(self.call, attempt.target, used)
         attempt.error = error.code or error.type
         attempt.status = error.status
         attempt.retry_after = error.retry_after
@@ -341,7 +356,7 @@ class Account:
             cache=call.cache or "off",
             streamed=call.stream,
             attempts=tuple(call.attempts),
-            tags={**call.known.tags, **call.tags} if call.tags else call.known.tags,
+            tags={**call.known.tags, **self._tags()} if call.tags else call.known.tags,
             wall_ns=call.wall_ns,
             ttft_us=None if self.first_byte is None else _micros(self.first_byte - call.started),
             total_us=_micros(total),
@@ -349,6 +364,13 @@ class Account:
             bytes_out=self.bytes_out,
             config_version=call.config,
         )
+
+    def _tags(self) -> dict[str, str]:
+        """What plugins have noted of the call, as far as it is texts: nobody could keep anything else."""
+        tags = {name: text for name, text in self.call.tags.items() if isinstance(name, str) and isinstance(text, str)}
+        if len(tags) != len(self.call.tags):
+            log.error("call %s: a plugin has put a tag into it that is no text: it is left out", self.call.id)
+        return tags
 
     def _ending(self, error: BaseException | None) -> tuple[Outcome, int, str | None]:
         """How the call ended: outcome, status, error code."""

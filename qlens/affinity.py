@@ -32,8 +32,9 @@ from qlens.object_ids import Kept, Origin
 from qlens.objects import Claims, Sealer, file_missing, missing
 from qlens.operations import model_not_found, unknown_path
 from qlens.passthrough import escaped, matching
-from qlens.returned import mistakes
+from qlens.returned import mistakes, success
 from qlens.spool import Spool
+from qlens.surrogates import json_of
 from qlens.usage import NO_USAGE, Usage
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ async def _attempt(pipeline: Pipeline, errand: Errand, account: Account, target:
     place = account.begin(errand.target)
     try:
         outgoing = Outgoing(call.operation, "", {}, errand.stream, errand.request)
-        reply = account.take(await provider.send.fn(call, errand.target, outgoing))
+        reply = success(account.take(await provider.send.fn(call, errand.target, outgoing)))
         reply.target, reply.usage = errand.target, NO_USAGE
         errand.polish(reply)
         meter = _passing(pipeline, provider, call, reply)
@@ -565,7 +566,7 @@ def _polish(pipeline: Pipeline, call: Call, target: Target, reply: Reply) -> Non
 
 def _object(reply: Reply) -> Body:
     try:
-        body = orjson.loads(reply.body or b"")
+        body = json_of(reply.body or b"")
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider's answer is not JSON.") from None
     if type(body) is not dict:

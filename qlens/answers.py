@@ -41,6 +41,12 @@ def having_used(error: CallError, usage: Usage | None) -> CallError:
     return error
 
 
+def unreadable(error: UpstreamInvalid, body: bytes) -> UpstreamInvalid:
+    """The error for a whole answer that nobody can read; one that begins like a JSON object was made all the same."""
+    error.answered = body.lstrip().startswith(b"{")
+    return error
+
+
 def no_answer(answer: Answer) -> UpstreamInvalid:
     """The error for a redirect, say."""
     return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, 
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
-from attrs import Factory, asdict, define, field, frozen
+from attrs import Factory, asdict, define, evolve, field, frozen
 
 from qlens import dialects, sse
 from qlens.dialects.rewrite import rewrite_body, rewrite_plain, rewrite_stream
@@ -269,6 +269,12 @@ class Outgoing:
         return dict(self._given if self._own is None else self._own)
 
 
+class _FileName(tuple[str | int, ...]):
+    """A Ref to what an uploaded file is called, by its number."""
+
+    __slots__ = ()
+
+
 @define(eq=False)
 class Call:
     """One request of a client for one operation, on its way through the pipeline.
@@ -374,9 +380,11 @@ class Call:
     def texts(self) -> list[tuple[dialects.Ref, str]]:
         """List every text of the request that a model will read, each with a reference to put it back.
 
-        Tools and the form of the answer are among them, with names and values that `replace_text` refuses to change.
+        Tools and the form of the answer are among them, with names and values that `replace_text` refuses to change; so
+        is what uploaded files are called.
         """
-        return dialects.named(self.operation.dialect).request_texts(self.body)
+        names = [(_FileName((number,)), file.filename) for number, file in enumerate(self.files)]
+        return [*dialects.named(self.operation.dialect).request_texts(self.body), *names]
 
     def replace_text(self, ref: dialects.Ref, text: str) -> None:
         """Put a text back where `texts()` found it; raises Blocked for what cannot be another text.
@@ -385,12 +393,31 @@ class Call:
         would fail, or mean something else.
         """
         if type(ref) is dialects.Fixed:
-            place = "".join(f"[{step}]" if isinstance(step, int) else step for step in ref[:2])
+            place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in ref[:2]).lstrip(".")
             raise Blocked(
                 f"The prompt was blocked: this gateway would have to rewrite a part of '{place}' that must stay as it "
                 "is, like a name, a value of an enum or a signed thought."
             )
-        dialects.put(self.body, ref, text)
+        if type(ref) is _FileName and self.form is not None:
+            self.form.files = tuple(
+                evolve(file, filename=text) if (number,) == ref else file for number, file in enumerate(self.files)
+            )
+        else:
+            dialects.put(self.body, ref, text)
+
+    def rewrite_text(self, fn: Callable[[str], str]) -> None:
+        """Send every text of `texts()` through `fn` and put it back; raises what `fn` and `replace_text` raise."""
+        within: dict[dialects.Ref, dict[int, str]] = {}
+        for ref, text in self.texts():
+            new = fn(text)
+            if new == text:
+                continue
+            if type(ref) is dialects.Within:  # all that stand in one JSON at once: there may be very many
+                within.setdefault(ref[:-1], {})[int(ref[-1])] = new
+            else:
+                self.replace_text(ref, new)
+        for ref, news in within.items():
+            dialects.put_within(self.body, ref, news)
 
 
 @define(eq=False)
@@ -436,6 +463,30 @@ class Reply:
         finally:
             if close is not None:
                 await close()
+
+    def copied(self) -> Reply:
+        """Give the answer as a Reply of its own, without what is open: that stays with this one."""
+        return Reply(
+            self.status,
+            self.headers,
+            self.body,
+            dialect=self.dialect,
+            target=self.target,
+            usage=self.usage,
+            finish=self.finish,
+            complete=self.complete,
+            cut=self.cut,
+            raw=self.raw,
+            upstream_id=self.upstream_id,
+        )
+
+    def moved(self) -> Reply:
+        """Give the answer as a Reply of its own, with what is open: this one has it no more, as it is read once."""
+        own = self.copied()
+        if self.is_open:
+            own.chunks, own.close, own._layers = self.chunks, self.close, self._layers
+            self.chunks, self.close, self._layers = None, None, []
+        return own
 
     def replace(self, *, chunks: AsyncIterator[bytes]) -> None:
         """Put a stream in front of the present one; both are closed with the reply."""

@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,9 +25,10 @@ from qlens.money import usd
 from qlens.operations import OPERATIONS, Operation
 from qlens.paths import own_endpoints, plugin_endpoints
 from qlens.paths import served as paths_of
+from qlens.placed import placed
 from qlens.registry import STAGES, Bound, Command, Hooks, Registration, drafted, installed, register
-from qlens.server import served, spare_the_collector
-from qlens.signals import ignore_stops, on_stop
+from qlens.server import may_open_all, served, spare_the_collector
+from qlens.signals import ignore_stops, on_reload, on_stop
 
 log = logging.getLogger("qlens")
 
@@ -140,6 +140,7 @@ def _serve(args: argparse.Namespace) -> int:
     lines.setFormatter(Lines("%(asctime)s %(levelname)s %(name)s %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[lines])
     guard_output()
+    may_open_all()
     path, text = args.config, text_of(args.config)
     found = draft(text, folder=path.parent, source=str(path))
     # A file with faults is served by nobody: `register` tells them, with those of the plugins.
@@ -157,7 +158,7 @@ async def _serving(path: Path, found: Draft) -> int:
     starting = asyncio.current_task()
     assert starting is not None
     on_stop(starting.cancel)  # a plugin may take long to open
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    on_reload(reload.set)
     try:
         await _serving_until(stop, reload, gateway, found, path)
     except asyncio.CancelledError:
@@ -335,7 +336,8 @@ async def _explaining(registration: Registration, raw: bytes, args: argparse.Nam
         else "cost       unpriced",
     ]
     for hook in registration.hooks.explain:
-        lines += [f"{hook.instance}: {line}" for line in hook.fn(call)]
+        with placed(registration, hook.instance, "explain"):
+            lines += [f"{hook.instance}: {line}" for line in hook.fn(call)]
     _show(True, {"explanation": lines}) if args.json else print("\n".join(lines))
     return 0
 
@@ -375,12 +377,12 @@ def _plugin_command(words: list[str]) -> int:
         prog="qlens", epilog=f"configuration: {path}; --plugin NAME: whose command is meant, where two plugins have it"
     )
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, [(_, command), *_] in commands.items():
-        command.add_arguments(
-            subparsers.add_parser(
-                name, help=command.help, description=command.help, epilog="-c CONFIG: the configuration"
-            )
+    for name, [(key, command), *_] in commands.items():
+        words_of = subparsers.add_parser(
+            name, help=command.help, description=command.help, epilog="-c CONFIG: the configuration"
         )
+        with placed(registration, key, f"the arguments of the command {name}"):
+            command.add_arguments(words_of)
     args = parser.parse_args(rest)
     [(key, command)] = commands[args.command]
     if any(instance.key == key and instance.entry.missing_env for instance in registration.instances):
@@ -394,10 +396,12 @@ def _commands(registration: Registration, chosen: str | None) -> dict[str, list[
     for hook in registration.hooks.commands:
         if chosen is not None and chosen not in (hook.instance, hook.instance.partition(".")[2]):
             continue
-        for command in hook.fn():
-            if command.name in _CORE:
+        with placed(registration, hook.instance, "commands"):
+            given = [(command.name, command) for command in hook.fn()]
+        for name, command in given:
+            if name in _CORE:
                 raise StartupError(f"the command {command.name!r} belongs to both qlens and {hook.instance}")
-            commands.setdefault(command.name, []).append((hook.instance, command))
+            commands.setdefault(name, []).append((hook.instance, command))
     if chosen is not None and not commands:
         raise StartupError(f"--plugin: no plugin called {chosen!r} has a command in this configuration")
     return commands
@@ -409,9 +413,19 @@ async def _running(registration: Registration, key: str, command: Command, args:
     try:
         with _audit_lines():
             async with gateway.only(registration, key):
-                return await command.run(gateway, args)
+                with placed(registration, key, f"the command {command.name}"):
+                    return await _run(command, gateway, args)
     finally:
         await gateway.http.aclose()
+
+
+async def _run(command: Command, gateway: Gateway, args: argparse.Namespace) -> int:
+    try:
+        return await command.run(gateway, args)
+    except SystemExit as error:  # its own way to end: with a code, or with a text
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
 
 
 @contextmanager

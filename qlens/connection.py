@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import orjson
-from aiohttp import ClientPayloadError, StreamReader, web
+from aiohttp import EMPTY_PAYLOAD, ClientPayloadError, StreamReader, web
 from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
 from attrs import define, field
@@ -36,7 +36,7 @@ from qlens.wire_errors import error_body, error_event, mistake
 log = logging.getLogger("qlens")
 
 KEEPALIVE_SECONDS = 15
-"""How long a connection may idle, or take for the head of a request."""
+"""How long a connection may idle, or take for the head of a request, where nobody says otherwise."""
 HEADER_BYTES = 8190
 """How long the request line may be, and each header with its name."""
 READ_BYTES = 64 * 1024
@@ -47,6 +47,7 @@ BODY_GRACE_SECONDS = 10
 PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
+_EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 Leaving = Callable[[asyncio.Task[None]], bool]
 """Called with a request's task when the client is gone; whether it goes on all the same, and is not to be cancelled."""
@@ -81,7 +82,7 @@ class Connection(web.RequestHandler):
         **options: Any,
     ) -> None:
         options |= {"max_line_size": HEADER_BYTES, "max_field_size": HEADER_BYTES}
-        super().__init__(manager, keepalive_timeout=KEEPALIVE_SECONDS, **options)
+        super().__init__(manager, **{"keepalive_timeout": KEEPALIVE_SECONDS, **options})
         self._serve, self._refused = serve, refused
         self._last = False
         self.on_leaving: Leaving | None = None
@@ -159,10 +160,11 @@ class Connection(web.RequestHandler):
         try:
             if isinstance(message, RawRequestMessage):
                 exchange = Exchange(self, message, payload)
+                del payload  # a stream lets go of it
                 await self._answer(exchange)
                 keep_alive = exchange.keep_alive
-                if not payload.is_eof():
-                    keep_alive = await self._linger(payload) and keep_alive
+                if not exchange.payload.is_eof():
+                    keep_alive = await self._linger(exchange.payload) and keep_alive
             else:
                 self._refuse(message.exc)
         except ClientLeft:
@@ -174,7 +176,7 @@ class Connection(web.RequestHandler):
     async def _answer(self, exchange: Exchange) -> None:
         try:
             await self._serve(exchange)
-        except (Exception, GeneratorExit) as error:  # noqa: BLE001 - whatever it is, the client is to have an answer
+        except (Exception, GeneratorExit, SystemExit) as error:  # noqa: BLE001 - whatever it is, the client is to have an answer
             log.error("request %s failed: %s", exchange.id, frames(error))
             await exchange.fail(mistake(), None)
 
@@ -210,7 +212,7 @@ class Connection(web.RequestHandler):
             if self.transport is not None:
                 self.transport.close()
             return
-        self._next_keepalive_close_time = self._loop.time() + KEEPALIVE_SECONDS
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
         if self._keepalive_handle is None:
             self._keepalive_handle = self._loop.call_at(self._next_keepalive_close_time, self._process_keepalive)
         if self._messages:
@@ -265,6 +267,8 @@ class Exchange:
     """Of the answer; what it is while there is none, stands for a client that left before one."""
     _events: bool = field(default=False, init=False)
     """Whether what is written is a stream of events, in which an error can still be said."""
+    _passed: bytes = field(init=False, repr=False)
+    """The last piece of a stream that passed; set before anything of it is written."""
     _over: bool = field(default=False, init=False)
     """Whether the last byte was handed over."""
     _chunked: bool = field(default=False, init=False)
@@ -342,19 +346,23 @@ class Exchange:
             await self.whole(reply.status, of_body(account, reply), body)
             account.bytes_out, account.delivered = len(body), True
             return
-        self._events = not reply.raw
+        self._events, self._passed = not reply.raw, b""
 
         def push(chunk: bytes) -> bool:
             size = len(chunk)
+            self._passed = chunk
             account.bytes_out += size
             return self.connection.push(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
 
         async for chunk in reply.chunks:
+            self._passed = chunk
             if self.begun:
                 await self._write(chunk)
             else:
                 account.first_byte = time.monotonic()
                 await self._begin(reply.status, of_stream(account, reply), chunk)
+                if self.payload.at_eof():
+                    self.payload = EMPTY_PAYLOAD  # an open stream needs no buffer of what was read
             account.bytes_out += len(chunk)
             if isinstance(reply.chunks, Watcher):
                 await reply.chunks.pour(push)
@@ -413,6 +421,10 @@ class Exchange:
         if not self.begun:
             await self.whole(error.status, of_error(error, call), error_body(error, dialect, self.id))
         elif self._events and not self._over:
+            if not self._passed.endswith(_EVENT_ENDS):
+                # It broke inside an event: SDKs fail at half of one, and at what would be glued to it. Where an end
+                # came in two pieces, more blank lines mean nothing.
+                await self._write(b"\n\n")
             await self._write(error_event(error, dialect, self.id))
             await self._end()
         elif not self._over and self.connection.transport is not None:

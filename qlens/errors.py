@@ -32,6 +32,8 @@ class CallError(Exception):
     """The provider's own id of the request that failed; for the receipt, not for the client."""
     usage: Usage | None = None
     """What the provider says the attempt used though it failed: it is billed."""
+    answered = False
+    """Whether a whole answer was made, and could not be read: where nobody says what it used, the most is billed."""
 
     def __init__(
         self,
@@ -42,6 +44,11 @@ class CallError(Exception):
         retry_after: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # Here, where it is seen whose mistake it is; what is wrong would break the answer.
+        if retry_after is not None and not isinstance(retry_after, int | float):
+            raise TypeError("retry_after is no number of seconds")
+        if headers is not None and not isinstance(headers, Mapping):
+            raise TypeError("headers are no mapping of names to values")
         super().__init__(message)
         self.message = message
         self.param = param
@@ -222,7 +229,9 @@ class UpstreamError(CallError):
 
     status, code = 502, "upstream_error"
     elsewhere = again = True
-    fallback = "any"
+    fallback: str | None = "any"
+    ours = False
+    """Whether a bound of the gateway itself was met, which says nothing about the target."""
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -241,6 +250,15 @@ class UpstreamInvalid(UpstreamError):
     """The provider's answer is not what its API promises."""
 
     code = "upstream_invalid_response"
+
+
+class UpstreamTooLarge(UpstreamInvalid):
+    """The provider's answer is larger than `server.max_answer_bytes`: it is made, and asked for nowhere else."""
+
+    code = "upstream_answer_too_large"
+    elsewhere = again = False
+    fallback = None
+    ours = True
 
 
 class UpstreamTruncated(UpstreamError):

@@ -159,8 +159,7 @@ def _attribute(text: str) -> str:
 
 def _receipt_data(receipt: Receipt) -> dict[str, Any]:
     """A receipt under the names it has in `/v1/usage/calls`; money is decimal text, what was not used is left out."""
-    caller, target = receipt.caller, receipt.target
-    used, money = _used(receipt.usage), _money(receipt.cost)
+    caller, target, usage = receipt.caller, receipt.target, receipt.usage
     return {
         "id": receipt.id,
         "tenant": caller.tenant,
@@ -176,8 +175,11 @@ def _receipt_data(receipt: Receipt) -> dict[str, Any]:
         "error": receipt.error,
         "streamed": receipt.streamed,
         "cache": receipt.cache,
-        **used,
-        **money,
+        "usage": _buckets(usage),
+        "meters": usage.meters,
+        "usage_source": usage.source,
+        "service_tier": usage.tier,
+        **_money(receipt.cost),
         "saved_usd": usd(receipt.saved_picos) if receipt.saved_picos else "0",
         "ttft_us": receipt.ttft_us,
         "total_us": receipt.total_us,
@@ -185,13 +187,13 @@ def _receipt_data(receipt: Receipt) -> dict[str, Any]:
         "bytes_out": receipt.bytes_out,
         "config_version": receipt.config_version,
         "tags": receipt.tags,
-        "attempts": [_attempt_data(attempt, receipt, used, money) for attempt in receipt.attempts],
+        "attempts": [_attempt_data(attempt) for attempt in receipt.attempts],
     }
 
 
-def _attempt_data(attempt: Attempt, receipt: Receipt, used: dict[str, Any], money: dict[str, Any]) -> dict[str, Any]:
-    """An attempt; most calls have one, whose usage and cost are the call's own."""
-    target, ended, usage, cost = attempt.target, attempt.ended, attempt.usage, attempt.cost
+def _attempt_data(attempt: Attempt) -> dict[str, Any]:
+    """An attempt under the names it has there."""
+    target, usage = attempt.target, attempt.usage
     return {
         "n": attempt.n,
         "kind": attempt.kind,
@@ -199,18 +201,23 @@ def _attempt_data(attempt: Attempt, receipt: Receipt, used: dict[str, Any], mone
         "model": target.model,
         "status": attempt.status,
         "error": attempt.error,
-        "total_us": None if ended is None else round((ended - attempt.started) * 1_000_000),
+        "first_byte_us": _micros(attempt.started, attempt.first_byte),
+        "total_us": _micros(attempt.started, attempt.ended),
         "upstream_id": attempt.upstream_id,
         "billed": attempt.billed,
-        **(used if usage is receipt.usage else {} if usage is None else _used(usage)),
-        **(money if cost is receipt.cost else _money(cost)),
+        "usage": None if usage is None else {**_buckets(usage), **usage.meters, "source": usage.source},
+        **_money(attempt.cost),
+        "cost_lines": attempt.cost.lines,
     }
 
 
-def _used(usage: Usage) -> dict[str, Any]:
+def _micros(began: float, ended: float | None) -> int | None:
+    return None if ended is None else round((ended - began) * 1_000_000)
+
+
+def _buckets(usage: Usage) -> dict[str, int]:
     counts = counts_of(usage)
-    buckets = dict(compress(zip(BUCKETS, counts, strict=True), counts))
-    return {"usage": buckets, "meters": usage.meters, "usage_source": usage.source, "service_tier": usage.tier}
+    return dict(compress(zip(BUCKETS, counts, strict=True), counts))
 
 
 def _money(cost: Cost) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from qlens.answers import (
     retry_after,
     shown,
     to_first_event,
+    unreadable,
     written,
 )
 from qlens.call import Body, Outgoing, Reply
@@ -25,6 +26,7 @@ from qlens.dialects import responses, typed
 from qlens.errors import CallError, UpstreamError, UpstreamInvalid
 from qlens.forms import FormBody
 from qlens.provider_errors import error_from
+from qlens.surrogates import json_of
 from qlens.upstream import Answer, Deadlines, Upstream
 from qlens.usage import Usage, larger
 
@@ -218,7 +220,7 @@ async def _refusal(answer: Answer, dialect: str = "") -> CallError:
     if answer.status < 400:
         return no_answer(answer)
     try:
-        payload = orjson.loads(await answer.read(ERROR_BODY_BYTES))
+        payload = json_of(await answer.read(ERROR_BODY_BYTES))
     except (UpstreamError, orjson.JSONDecodeError):
         payload = {}  # the status says enough
     said = payload if isinstance(payload, dict) else {}
@@ -228,9 +230,9 @@ async def _refusal(answer: Answer, dialect: str = "") -> CallError:
 
 def _full(body: bytes, outgoing: Outgoing) -> Reply:
     try:
-        parsed = orjson.loads(body)
+        parsed = json_of(body)
     except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
+        raise unreadable(UpstreamInvalid("The provider's answer is not valid JSON."), body) from None
     if not isinstance(parsed, dict):
         raise UpstreamInvalid("The provider's answer is not a JSON object.")
     key = _ITEMS.get(outgoing.dialect)
@@ -280,7 +282,7 @@ def _is_good(event: bytes, dialect: str, before: list[Body]) -> bool:
     if data.startswith(b"[DONE]"):
         raise UpstreamInvalid("The provider's stream ends without an answer.")
     try:
-        payload = orjson.loads(data)
+        payload = json_of(data)
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider's stream begins with an event that is not valid JSON.") from None
     if not isinstance(payload, dict):

@@ -16,6 +16,7 @@ from qlens.answers import (
     retry_after,
     shown,
     to_first_event,
+    unreadable,
     written,
 )
 from qlens.call import Body, Outgoing, Reply
@@ -23,6 +24,7 @@ from qlens.dialects import messages
 from qlens.dialects.count_tokens import countable
 from qlens.errors import CallError, UpstreamError, UpstreamInvalid
 from qlens.provider_errors import error_from
+from qlens.surrogates import json_of
 from qlens.upstream import Answer, Deadlines, Upstream
 from qlens.usage import NO_USAGE
 
@@ -82,7 +84,10 @@ async def _read(answer: Answer, outgoing: Outgoing) -> Reply:
 
 
 def _full(content: bytes, dialect: str) -> Reply:
-    body = _parsed(content)
+    try:
+        body = _parsed(content)
+    except UpstreamInvalid as mistake:
+        raise unreadable(mistake, content) from None
     if (error := messages.event_error(body)) is not None:
         raise having_used(error_from(error), messages.usage(body))
     if dialect == "count_tokens":
@@ -112,7 +117,7 @@ def _is_good(event: bytes) -> bool:
 
 def _parsed(content: bytes) -> Body:
     try:
-        parsed = orjson.loads(content)
+        parsed = json_of(content)
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
     if not isinstance(parsed, dict):

@@ -29,6 +29,7 @@ from qlens.object_ids import ObjectIds
 from qlens.operations import OPERATIONS, Operation, Paths
 from qlens.paths import Served, served
 from qlens.pipeline import Pipeline
+from qlens.placed import placed
 from qlens.registry import Bound, Health, Instance, Provider, Registration, register
 from qlens.roles import Roles
 from qlens.upstream import Upstream
@@ -223,7 +224,7 @@ class Gateway:
         if network is None:
             yield self.http
             return
-        http = await Upstream.through(network, self.http.unsent)
+        http = await Upstream.through(network, self.http.unsent, self.http.bounds)
         try:
             yield http
         finally:
@@ -288,14 +289,18 @@ class Gateway:
         for hook in registration.hooks.health:
             try:
                 found[hook.instance] = returned.health(hook.fn())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.calls.failures.labels(hook.plugin, "health").inc()
                 found[hook.instance] = Health(False, f"health failed: {type(error).__name__}")
         return found
 
     def banner(self) -> list[str]:
         """What the plugins tell the operator at start-up."""
-        return [line for hook in self._registration.hooks.banner for line in hook.fn()]
+        lines: list[str] = []
+        for hook in self._registration.hooks.banner:
+            with placed(self._registration, hook.instance, "banner"):
+                lines += hook.fn()
+        return lines
 
     # --- configurations ------------------------------------------------------------------------
 
@@ -307,7 +312,7 @@ class Gateway:
         async with self._changing:
             if (network := registration.config.server.network) is not None:
                 try:
-                    self.http = await Upstream.through(network, self.http.unsent)
+                    self.http = await Upstream.through(network, self.http.unsent, self.http.bounds)
                 except StartupError as error:
                     raise StartupError([Fault("server", fault.message) for fault in error.faults]) from None
             await self._change(registration)
@@ -374,6 +379,7 @@ class Gateway:
             self._older.append(self._current)
             self._retire(self._current)
         self._current = generation
+        self.http.bounds.answer_bytes = registration.config.server.max_answer_bytes
         self.events.all_listen = True
         for warning in warnings(registration) if self.worker == 0 else ():
             log.warning("%s", warning)
@@ -408,7 +414,7 @@ class Gateway:
             if replaced is not None and replaced.cls is instance.cls and instance.key in adopters:
                 try:
                     adopters[instance.key].fn(replaced.plugin)
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     said = censored(f"{type(error).__name__}: {error}", instance.config)
                     message = f"{instance.entry.plugin} cannot adopt: {said}"
                     raise StartupError([Fault(instance.entry.path, message)]) from error
@@ -425,7 +431,7 @@ class Gateway:
                     for fault in error.faults
                 ]
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             log.exception("%s failed to open", instance.key)
             said = censored(f"{type(error).__name__}: {error}", instance.config)
             message = f"{instance.entry.plugin} failed to open: {said}"

@@ -100,7 +100,7 @@ def of_error(error: CallError, call: Call | None) -> str:
         lines += limits(call.limits)
         if call.attempts:
             lines += f"x-qlens-attempts: {len(call.attempts)}\r\n"
-    if error.retry_after is not None and -_LONG < error.retry_after < _LONG:
+    if isinstance(error.retry_after, int | float) and -_LONG < error.retry_after < _LONG:
         lines += f"retry-after: {max(1, math.ceil(error.retry_after))}\r\n"
         lines += f"retry-after-ms: {max(1, math.ceil(error.retry_after * 1000))}\r\n"
     if error.status == 401:

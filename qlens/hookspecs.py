@@ -181,6 +181,7 @@ async def lookup(call: Call) -> Reply | None:
     """Answer a call without asking a provider.
 
     Runs after admission, before a target is chosen; set `call.keep` to be handed a stream's answer later.
+    Not asked where a call changes something at the provider: with a `conversation`, or with `store: true`.
     Return None to let the next cache look; a Reply ends the search. The core converts between body and stream.
     Raise nothing for a broken cache: it counts as a miss.
     """
@@ -243,6 +244,7 @@ async def store(call: Call, reply: Reply) -> None:
     """Keep an answer.
 
     Runs for complete answers of a provider only, before the body or the stream's end is written; `reply` has a body.
+    Not handed what is no answer to the next who asks: responses that are stored or in the background, a finish `error`.
     Return nothing. After 50 ms the answer goes on without waiting.
     Raise nothing for a broken cache: it is counted and forgotten.
     """

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import orjson
@@ -12,28 +11,23 @@ from attrs import define, evolve, field
 from qlens import dialects, sse, vocabularies
 from qlens.bridges.counts import as_openai
 from qlens.call import Call, Cost, Reply
-from qlens.dialects.plain import Plain
 from qlens.errors import CallError, UpstreamTruncated
+from qlens.estimates import BYTES_PER_TOKEN, delivered
 from qlens.exchange import error_from
+from qlens.metering_alike import CHAT, Likeness, merged, payloads
 from qlens.metering_cut import within
+from qlens.metering_first import text_in, tier_in
 from qlens.metering_length import Length
+from qlens.metering_notable import NOTABLE, is_notable, start_of_the_notable
 from qlens.money import usd
+from qlens.surrogates import json_of
 from qlens.usage import Usage, counts_of, larger
 from qlens.watching import EventWatcher
 
-# What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches; and
-# what matches is parsed before it is believed.
-_NOTABLE = re.compile(
-    rb'"usage"\s*:\s*\{|"choices"\s*:\s*\[\s*\]|"finish_reason"\s*:\s*"|"error"\s*:\s*["{\[t]|\[DONE\]'
-)
-_TEXT = b'"content":"'
-# What makes bytes in the place of a text more than one, or the end mark.
-_NO_TEXT = re.compile(rb'["\[\r\n]')
 # Where every event differs in something else as well, it is of no use to remember one.
 _MOST_NOTED = 16
 _MOST_LOOKED_AT = 4
 """How many events of a block are looked at alone, to learn what the others look like."""
-_BYTES_PER_TOKEN = 4
 
 
 @define(eq=False)
@@ -42,7 +36,11 @@ class Meter(EventWatcher):
 
     price: Callable[[Usage], Cost]
     _envelope: int = field(init=False, default=0)
-    """The bytes of the first event, which carries the role and hardly any text."""
+    """The bytes around the text of the first event, which carries the role and mostly no text."""
+    _silent: int = field(init=False, default=1)
+    """How many events have no text: the first, if it says no more than the role."""
+    _tier: str | None = field(init=False, default=None)
+    """The service tier that was said last, by whichever event."""
     _finished: set[int] = field(init=False, factory=set)
     _usage_event: dict[str, Any] | None = field(init=False, default=None)
     _counts_there: tuple[int, ...] = field(init=False, default=())
@@ -52,19 +50,19 @@ class Meter(EventWatcher):
     _told_early: tuple[int, int] | None = field(init=False, default=None)
     """The events and the bytes that had passed when the stream last said what was used, before it was over."""
     _head: dict[str, Any] = field(init=False, factory=dict)
-    _before: bytes = field(init=False, default=b"", repr=False)
-    """How an event began that was not notable, up to its text."""
-    _after: bytes = field(init=False, default=b"", repr=False)
-    """How it went on after its text."""
+    _like: Likeness | None = field(init=False, default=None, repr=False)
+    """How an event looks that is not notable."""
     _noted: int = field(init=False, default=0)
     _done: bool = field(init=False, default=False)
     """Whether the end mark was seen."""
     _bare: int = field(init=False, default=0)
     """The bytes around the text of the shortest event that was looked at; 0: none was."""
     _measured: int = field(init=False, default=0)
-    """How many events were looked at for that alone."""
+    """How many other events were looked at."""
     _length: Length | None = field(init=False)
     """What is counted where a budget has reserved so many tokens."""
+    _texts: list[bytes] = field(init=False, factory=list, repr=False)
+    """Kept texts of the events that are alike and came last."""
 
     @_length.default
     def _reserved(self) -> Length | None:
@@ -76,37 +74,41 @@ class Meter(EventWatcher):
         del self.price
 
     def _take(self, piece: bytes) -> bytes:
+        like = self._like
+        if like is not None and not self._splitter.pending and (text := like.text(piece)) is not None:
+            # Nearly always it is one event, and one like those before it: then this is all there is to do.
+            return b"" if self._length is not None and self._is_too_much(piece, 1) else self._pass_alike(piece, 1, text)
         block = self._splitter.take(piece)
-        if self._length is not None and block:
-            self._weigh(block, self._length)
-            if self.reply.cut:
-                return b""
-        return self._look(block) if block else b""
+        return self._look(block) if block and not self._is_too_much(block) else b""
 
     def _flush(self) -> bytes:
         return self._sift(self._splitter.flush())
 
-    def _weigh(self, block: bytes, length: Length) -> None:
-        """Count the texts of a block, where there may be too many by a rough count; cut the stream if there are.
+    def _is_too_much(self, block: bytes, alike: int = 0) -> bool:
+        """Whether with this block there is more text than was reserved, which ends the stream.
 
-        The rough count takes all that an event has beside its text for text, but for what the shortest has.
+        The rough count takes all that an event has beside its text for text, but for what the shortest has; of a block,
+        where it is not known to be so many events that are `alike`, it takes all.
         """
+        if (length := self._length) is None:
+            return False
+        events, size = self.events + alike, self.passed + len(block)
+        # Once it matters, the rest of an event counts as text: it is not as long in all, and must hide none.
+        if not (due := length.due(block, events, size, 0 if length.begun else self._bare)):
+            return False
         dialect = dialects.named(self.reply.dialect)
-        due = length.due(block, self.passed + len(block) - self.events * self._bare)
-        for event in sse.cut(due) if due else ():
-            data = sse.data(event)
-            if data is None or not data.startswith(b"{"):
-                continue
-            try:
-                payload = sse.parsed(data)
-            except CallError:
-                continue  # whoever looks for what is notable says so
+        for payload in payloads(due, self._like):
             self._head = {key: payload[key] for key in ("id", "object", "created", "model") if key in payload}
-            for strand, _, text in dialect.event_texts(payload):
+            heard = dialect.event_texts(payload)
+            if len(heard) > 1:  # some servers say the same in two fields
+                heard = list({(strand[0], text): (strand, ref, text) for strand, ref, text in heard}.values())
+            for strand, _, text in heard:
                 length.add(strand, text)
+        length.told(events, size if alike else self.passed)  # who knows how much of another block will pass
         if length.is_over:
             self._ended = self.reply.cut = True
             self.reply.finish = "length"
+        return length.is_over
 
     def _cut_short(self) -> bytes:
         """The end of a stream that was cut: every choice that is not over has reached its length."""
@@ -133,13 +135,13 @@ class Meter(EventWatcher):
 
     def _look(self, block: bytes) -> bytes:
         """What of a block of whole events goes to the client: all of it, most of the time."""
-        size, events = self._alike(block)
+        size, events, text = self._alike(block)
         if size == len(block):
-            return self._pass(block, events)
+            return self._pass_alike(block, events, text)
         passing, looked_at = [], 0
         while block and not self._ended:
             if size:
-                passing.append(self._pass(block[:size], events))
+                passing.append(self._pass_alike(block[:size], events, text))
             elif looked_at < _MOST_LOOKED_AT and b"\r" not in block:
                 looked_at += 1
                 passing.append(self._scan(event := sse.first(block)))
@@ -148,60 +150,83 @@ class Meter(EventWatcher):
                 passing.append(self._scan(block))
                 break
             block = block[size:]
-            size, events = self._alike(block)
+            size, events, text = self._alike(block)
         return b"".join(passing)
 
-    def _pass(self, block: bytes, events: int, size: int = -1) -> bytes:
-        """Count what goes to the client as it is: so many events, of all its bytes or of `size`."""
-        self._keep(block)
+    def _alike(self, block: bytes) -> tuple[int, int, bytes]:
+        """The bytes, the number and the texts of the events in front that are like one before, which was not notable.
+
+        Most events are alike, and to compare costs a quarter of a search.
+        """
+        if (like := self._like) is None:
+            return 0, 0, b""
+        text = like.text(block)
+        return like.front(block) if text is None else (len(block), 1, text)
+
+    def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
+        """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
         self.events += events
-        self.passed += len(block) if size < 0 else size
+        self.passed += (size := len(block))
+        if (most := self.call.keep) and self._kept_bytes <= most:
+            self._texts.append(text)
+            self._kept_bytes += size
         return block
 
-    def _alike(self, block: bytes) -> tuple[int, int]:
-        """The bytes and the number of the events in front that differ from one before in nothing but a plain text.
+    def _pass(self, block: bytes, events: int, size: int) -> bytes:
+        """Count what goes to the client as it is: so many events, of so many bytes."""
+        self._keep(block)
+        self.events += events
+        self.passed += size
+        return block
 
-        That one was not notable, so they are not. Most events are alike, and to compare costs a quarter of a search.
-        """
-        before, after = self._before, self._after
-        if not before or not block.startswith(before):
-            return 0, 0
-        begin, end = len(before), len(block) - len(after)
-        if begin <= end and block.endswith(after) and _NO_TEXT.search(block, begin, end) is None:
-            return (0, 0) if block.endswith(b"\\", 0, end) else (len(block), 1)
-        *texts, rest = block[begin:].split(after + before)
-        if (end := rest.find(after)) >= 0:
-            texts.append(rest[:end])
-        size = len(texts) * (len(before) + len(after)) + sum(map(len, texts))
-        # A backslash in front of a quote makes it a part of the text.
-        if _NO_TEXT.search(b"".join(texts)) is not None or block.find(b"\\" + after, 0, size) >= 0:
-            return 0, 0
-        return size, len(texts)
+    def _keep(self, block: bytes) -> None:
+        self._fold()
+        super()._keep(block)
+
+    def _fold(self) -> None:
+        """Make one event of the kept texts in a row."""
+        if self._texts and self._like is not None:
+            self._kept.append(self._like.event(self._texts))
+            self._texts = []
 
     def _scan(self, block: bytes) -> bytes:
         """Search a block for what is notable, and remember how an event of it that is not looks."""
-        if _is_notable(block):
-            begin = _start_of_the_notable(block)
+        if is_notable(block):
+            begin = start_of_the_notable(block)
             return (self._scan(block[:begin]) if begin else b"") + self._sift(sse.cut(block[begin:]))
-        if self._noted < _MOST_NOTED:
+        if self._noted < _MOST_NOTED or self._measured < _MOST_NOTED:
             self._note(_first_said(block))
         return self._pass(block, *_counted(block))
 
     def _note(self, event: bytes) -> None:
         """Remember what surrounds the text of an event that is not notable."""
         if not self._envelope:
-            self._envelope = len(event)
-        if (around := _around_text(event)) is not None:
-            self._before, self._after = around
-            self._bare_is(len(self._before) + len(self._after))
-            self._noted += 1
-        elif self._length is not None and self._measured < _MOST_NOTED:
-            self._measured += 1
+            self._begin(event)
+        self._tier = tier_in(event) or self._tier
+        # Events of reasoning are not counted with the others: they are longer beside their text, and would hide theirs.
+        is_content = CHAT[0] in event
+        if (self._noted if is_content else self._measured) >= _MOST_NOTED:
+            return
+        like = Likeness.of(event)
+        if like is None and self._length is None:
+            return
+        self._noted += is_content
+        self._measured += not is_content
+        if like is not None:
+            self._fold()
+            self._like = like
+            self._bare_is(like.bare)
+        else:
             try:
                 texts = dialects.named(self.reply.dialect).event_texts(sse.parsed(sse.data(event) or b""))
             except CallError:
                 return
             self._bare_is(len(event) - sum(len(orjson.dumps(text)) - 2 for _, _, text in texts))
+
+    def _begin(self, event: bytes) -> None:
+        """Learn from the first event what all have beside their text."""
+        said = text_in(event, self.reply.dialect)
+        self._envelope, self._silent = len(event) - said, 0 if said else 1
 
     def _bare_is(self, size: int) -> None:
         self._bare = min(self._bare or size, size)
@@ -225,7 +250,7 @@ class Meter(EventWatcher):
                 self._told_early = None
         self._ended = self._ended or self._done
         if passing and not self._envelope:
-            self._envelope = len(_first_said(b"".join(passing)))
+            self._begin(_first_said(b"".join(passing)))
         block = b"".join(passing)
         count, size = _counted(block)
         self.events += count
@@ -234,7 +259,8 @@ class Meter(EventWatcher):
 
     def _see(self, event: bytes) -> bytes:
         """Look into one event; what is returned goes to the client."""
-        if not _NOTABLE.search(event):
+        if not NOTABLE.search(event):
+            self._tier = tier_in(event) or self._tier
             return b"" if self._done else event
         data = sse.data(event)
         if data is None or self._done:
@@ -255,6 +281,8 @@ class Meter(EventWatcher):
     def _read(self, event: bytes, payload: dict[str, Any]) -> bytes:
         dialect = dialects.named(self.reply.dialect)
         self._heard(usage := dialect.usage(payload))
+        if type(tier := payload.get("service_tier")) is str:
+            self._tier = tier or self._tier
         choices = payload.get("choices")
         if not choices:
             # OpenAI's usage event, or Azure's first event with its filter results: the first is kept for the end, the
@@ -286,39 +314,46 @@ class Meter(EventWatcher):
 
         A stream that was cut has used no more than was reserved for it.
         """
-        used = self._used()
+        used = self._used(heard := self.heard())
+        tier = self._tier or (None if heard is None else heard.tier)
+        if tier is not None and used.tier != tier:
+            used = evolve(used, tier=tier)  # the event with the usage need not say it
         return within(used, self.call.most_output or 0) if self.reply.cut else used
 
-    def _used(self) -> Usage:
-        said, guess = self.said(), self._guess(self.events, self.passed)
+    def _used(self, heard: Usage | None) -> Usage:
+        said, guess = self.said(), self._guess(self.events, self.passed, self._silent)
         source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
         if said is None or (not said.total and self.events):
-            return Usage(input=vocabularies.estimated_input(self.call), output=guess, source=source)
-        if said.source != "estimated" and (said.completion or not guess):
-            if self._told_early is None:
+            if heard is None or not heard.total:
+                return delivered(self.call, guess, source)
+            said = heard  # before its translation has come to say it
+        elif said.source != "estimated" and (said.completion or not guess):
+            if self._told_early is None or self._failed_knowing:
                 return said
             events, passed = self._told_early
-            if not self._guess(self.events - events, self.passed - passed):
+            if not self._guess(self.events - events, self.passed - passed, silent=1):
                 return said if self.reply.complete else evolve(said, source=source)
         # What was delivered is charged at least, whatever was said of it before it was over.
         return evolve(said, output=max(said.output, guess - said.reasoning - said.audio_out), source=source)
 
-    def _guess(self, events: int, passed: int) -> int:
-        """The tokens of so many events with so many bytes, about."""
+    def _guess(self, events: int, passed: int, silent: int) -> int:
+        """The tokens of so many events with so many bytes, about; so many of the events have no text."""
         text = max(0, passed - events * self._envelope)
         # Most servers send a token an event; those that send more are caught by the size of the text.
-        return max(events - 1, text // _BYTES_PER_TOKEN, 0)
+        return max(events - silent, text // BYTES_PER_TOKEN, 0)
 
     def _assembled(self) -> dict[str, Any]:
+        self._fold()
         found = [sse.data(event) for event in merged(sse.cut(b"".join(self._kept)))]
-        payloads = [sse.parsed(data) for data in found if data and not data.startswith(b"[DONE")]
-        return dialects.named(self.reply.dialect).assemble(payloads)
+        heard = [sse.parsed(data) for data in found if data and not data.startswith(b"[DONE")]
+        return dialects.named(self.reply.dialect).assemble(heard)
 
 
 def _counted(block: bytes) -> tuple[int, int]:
     """How many events a block has that say something, and their bytes: keep-alives are comments, and cost nothing."""
     if not block.startswith(b":") and b"\n:" not in block:
-        return sse.count(block), len(block)
+        # Names without data, and blank lines too many, are no events: each would hide text as long as all around one.
+        return min(sse.count(block), block.count(b"data:")), len(block)
     told = [event for event in sse.cut(block) if sse.data(event) is not None]
     return len(told), sum(map(len, told))
 
@@ -329,85 +364,15 @@ def _first_said(block: bytes) -> bytes:
     return next((each for each in sse.cut(block) if each[:1] != b":"), b"") if event.startswith(b":") else event
 
 
-def _around_text(event: bytes) -> tuple[bytes, bytes] | None:
-    """What stands in front of and behind the text of an event."""
-    begin = event.find(_TEXT) + len(_TEXT)
-    end = event.find(b'"', begin)
-    # A value is followed by a comma or a brace; with a colon it would be a name, and might become a notable one.
-    if begin < len(_TEXT) or event[end + 1 : end + 2] not in {b",", b"}"}:
-        return None
-    return event[:begin], event[end:]
-
-
-def _between(block: bytes, before: bytes, after: bytes) -> bytes | None:
-    """What a block has between a beginning and an end; None when it has not both, or the end's quote is a text's."""
-    end = len(block) - len(after)
-    if not before or not block.startswith(before) or not block.endswith(after) or len(before) > end:
-        return None
-    return None if b"\\" + after in block else block[len(before) : end]
-
-
-def merged(events: Iterable[bytes]) -> Iterator[bytes]:
-    """The same answer in fewer events: of those that differ only in a plain text, one with all of it."""
-    before = after = b""
-    texts: list[bytes] = []
-    for event in events:
-        text = _between(event, before, after)
-        if text is not None and _NO_TEXT.search(text) is None:
-            texts.append(text)
-            continue
-        if texts:
-            yield before + b"".join(texts) + after
-        texts, (before, after) = [], _around_text(event) or (b"", b"")
-        text = event[len(before) : len(event) - len(after)]
-        if before and _NO_TEXT.search(text) is None:
-            texts.append(text)
-        else:
-            before = after = b""
-            yield event
-    if texts:
-        yield before + b"".join(texts) + after
-
-
-def _is_notable(block: bytes) -> bool:
-    """Whether one of these events is. Where each has only what nearly all have, the slow search is spared."""
-    return (
-        b"[DONE]" in block
-        or b'"error"' in block
-        or block.count(b'"usage"') != block.count(b'"usage":null')
-        or block.count(b'"finish_reason"') != block.count(b'"finish_reason":null')
-        or block.count(b'"choices"') != block.count(b'"choices":[{')
-    ) and _NOTABLE.search(block) is not None
-
-
-def _start_of_the_notable(block: bytes) -> int:
-    """Where the first notable event begins, or one in front of it."""
-    found = _NOTABLE.search(block)
-    assert found is not None
-    boundary = -1 if b"\r" in block else block.rfind(b"\n\n", 0, found.start())
-    return boundary + 2 if boundary >= 0 else 0
-
-
 def cost_text(cost: Cost) -> str | None:
     """A cost as clients see it: a decimal text, null when the price is unknown."""
     return None if cost.picos is None else usd(cost.picos)
 
 
-def estimated(call: Call, dialect: str, body: dict[str, Any]) -> Usage:
-    """A guess at what a whole answer used, for providers that do not say."""
-    spoken = dialects.named(dialect)
-    texts = [text for _, text in spoken.reply_texts(body)]
-    counted = vocabularies.estimated_output(call, "\n".join(texts))
-    if counted is None:
-        counted = -(-sum(len(text.encode(errors="surrogatepass")) for text in texts) // _BYTES_PER_TOKEN)
-    meters = spoken.guessed_meters(call.bound.meters, texts) if isinstance(spoken, Plain) else {}
-    return Usage(input=vocabularies.estimated_input(call), output=counted, meters=meters, source="estimated")
-
-
 def exploded(call: Call, reply: Reply, cost: Cost) -> list[bytes]:
     """A whole answer as the events of the stream it would have been."""
     assert reply.body is not None
-    payloads = list(dialects.named(reply.dialect).explode(orjson.loads(reply.body)))
+    payloads = list(dialects.named(reply.dialect).explode(json_of(reply.body)))
     events = [sse.write(payload) for payload in payloads if payload.get("choices")]
     if call.wants_usage and payloads:
         head = {key: payloads[0][key] for key in ("id", "object", "created", "model") if key in payloads[0]}

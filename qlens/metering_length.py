@@ -38,8 +38,12 @@ class Length:
     """The tokens that it may have."""
     encode: Encode | None = None
     """The model's vocabulary."""
+    begun: bool = field(init=False, default=False)
+    """Whether there were texts to be added."""
     counted: int = field(init=False, default=0)
     """No more tokens than there are."""
+    _told_events: int = field(init=False, default=0)
+    _told_size: int = field(init=False, default=0)
     _unread: list[bytes] = field(init=False, factory=list, repr=False)
     _unread_bytes: int = field(init=False, default=0)
     _bytes: int = field(init=False, default=0)
@@ -55,17 +59,27 @@ class Length:
         """Whether there is surely more than there may be."""
         return self.counted > self.most
 
-    def due(self, events: bytes, size: int) -> bytes:
-        """The events whose texts are to be told now, when these have come and all texts have `size` bytes at most."""
+    def due(self, block: bytes, events: int, size: int, bare: int) -> bytes:
+        """The events whose texts are to be added now, when these have come; nothing while there cannot be too many.
+
+        All that came so far are `events` or more, of `size` bytes, of which each has `bare` at least beside its text.
+        """
+        new = size - self._told_size - (events - self._told_events) * bare
         if self.encode is None:
-            return events if size > self.most * _SHORTEST_WORD else b""
-        self._unread.append(events)
-        self._unread_bytes += len(events)
-        if size <= self.most and self._unread_bytes <= _UNREAD_BYTES:  # a token has a byte
+            # A word has two bytes with what stands behind it, a token has at least one.
+            new //= _SHORTEST_WORD
+        if self.encode is not None or self.begun:
+            self._unread.append(block)
+            self._unread_bytes += len(block)
+        if self.counted + self._waiting_bytes + new <= self.most and self._unread_bytes <= _UNREAD_BYTES:
             return b""
-        found = b"".join(self._unread)
-        self._unread, self._unread_bytes = [], 0
+        found = b"".join(self._unread) or block
+        self.begun, self._unread, self._unread_bytes = True, [], 0
         return found
+
+    def told(self, events: int, size: int) -> None:
+        """Take note that all texts of so many events of so many bytes have been added, or never will be."""
+        self._told_events, self._told_size = events, size
 
     def add(self, strand: Hashable, text: str) -> None:
         """Take a text that goes on where the last one of this strand has ended."""

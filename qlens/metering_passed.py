@@ -14,6 +14,7 @@ from qlens.call import Call, Reply, Target
 from qlens.dialects import unnamed
 from qlens.errors import CallError
 from qlens.metering_raw import RawMeter
+from qlens.surrogates import json_of
 from qlens.usage import NO_USAGE, Usage
 
 MOST_BYTES = 8 * 1024 * 1024
@@ -37,7 +38,7 @@ class Told:
         if _USED.search(text) is None:
             return
         try:
-            body = orjson.loads(text)
+            body = json_of(text)
         except orjson.JSONDecodeError:
             return
         # To cancel or to change what is there already shows it, with what it used when it was made.

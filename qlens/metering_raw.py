@@ -9,7 +9,7 @@ from attrs import define, evolve, field
 from qlens import dialects, sse
 from qlens.call import Call, Reply
 from qlens.errors import CallError, UpstreamTruncated
-from qlens.metering import estimated
+from qlens.estimates import estimated
 from qlens.usage import Usage
 from qlens.watching import Watcher
 

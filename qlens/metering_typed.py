@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any, Literal
 
-import orjson
 from attrs import define, evolve, field
 
 from qlens import sse, vocabularies
@@ -13,14 +13,15 @@ from qlens.call import Reply
 from qlens.dialects import typed
 from qlens.dialects.typed import TypedDialect
 from qlens.errors import CallError, UpstreamTruncated
-from qlens.metering import estimated
+from qlens.estimates import BYTES_PER_TOKEN, estimated
+from qlens.metering_alike import merged, payloads
 from qlens.metering_cut import Ending, ending, within, written
 from qlens.metering_length import Length
 from qlens.provider_errors import error_from
-from qlens.usage import Usage
+from qlens.surrogates import json_of
+from qlens.usage import Usage, larger
 from qlens.watching import EventWatcher
 
-_BYTES_PER_TOKEN = 4
 _DELTA = re.compile(rb"event: \S*delta\b")
 
 
@@ -29,15 +30,18 @@ class TypedMeter(EventWatcher):
     """Watches one stream. Whole events pass as they come; those that a dialect calls quiet are not looked into."""
 
     _dialect: TypedDialect = field(init=False)
+    _quiet_kept: bool = field(init=False)
+    """Whether a cache needs the events that need no look."""
     _envelope: int = field(init=False, default=0)
     """The bytes around the text of the first delta that has one."""
+    _shortest: int = field(init=False, default=sys.maxsize)
+    """The bytes of the shortest delta that has a text, and below those around its text, or around a longer one's."""
+    _bare: int = field(init=False, default=0)
     _spoken: int = field(init=False, default=0)
     """The deltas that passed, and below their bytes: these hold the answer's texts."""
     _spoken_bytes: int = field(init=False, default=0)
     _told_at: int | None = field(init=False, default=None)
     """How many of these had passed when the stream last said what was used; None: it has not said so."""
-    _failed_knowing: bool = field(init=False, default=False)
-    """Whether the error that ends the stream says what was used."""
     _failed: bool = field(init=False, default=False)
     """Whether there is, or was, an error that ends the stream."""
     _last_event: bytes = field(init=False, default=b"", repr=False)
@@ -49,6 +53,7 @@ class TypedMeter(EventWatcher):
 
     def __attrs_post_init__(self) -> None:
         self._dialect = typed.typed(self.reply.dialect)
+        self._quiet_kept = bool(self.call.keep) and self._dialect.QUIET_KEPT
         if self.call.most_output is not None:
             self._length = Length(self.call.most_output, vocabularies.encoder(self.call))
             self._ending = ending(self.reply.dialect)
@@ -79,8 +84,15 @@ class TypedMeter(EventWatcher):
             for event in events:
                 if self._last_event:
                     break
-                self._keep(event)
-                if self._is_last(event):
+                is_delta = self._is_delta(event)
+                if self._quiet_kept or not is_delta:
+                    self._keep(event)
+                if is_delta:
+                    self._spoken += 1
+                    self._spoken_bytes += len(event)
+                    if len(event) < self._shortest and self._ending is not None:
+                        self._measure(event)
+                if not (is_delta and self._envelope) and self._is_last(event, is_delta):
                     self._last_event = event
                     break
                 if self._ending is not None and self._is_too_much(event, self._ending):
@@ -94,41 +106,44 @@ class TypedMeter(EventWatcher):
 
     def _is_too_much(self, event: bytes, ending: Ending) -> bool:
         """Whether with this event there is more text than was reserved; else it is remembered for the end."""
-        size = self._spoken_bytes - self._spoken * self._envelope if self._envelope else self.passed + len(event)
-        due = self._length.due(event, size)
-        for each in sse.cut(due) if due else ():
-            try:
-                payload = sse.parsed(sse.data(each) or b"{}")
-            except CallError:
-                continue
-            for strand, _, text in self._dialect.event_texts(payload):
-                if strand:
-                    self._length.add(strand, text)
+        spoken = (self._spoken, self._spoken_bytes) if self._bare else (0, self.passed + len(event))
+        # Once it matters, the rest of an event counts as text: it is not as long in all, and must hide none.
+        if due := self._length.due(event, *spoken, 0 if self._length.begun else self._bare):
+            for payload in payloads(due, marks=self._dialect.MARKS):
+                for strand, _, text in self._dialect.event_texts(payload):
+                    if strand:
+                        self._length.add(strand, text)
+            if self._bare:
+                self._length.told(*spoken)
         if self._length.is_over:
             self.reply.cut, self.reply.finish = True, ending.finish
             return True
         ending.heard(event)
         return False
 
+    def _measure(self, event: bytes) -> None:
+        """Find out how much of the shortest delta is no text: a longer one then has as much text as it, or more."""
+        if size := sum(map(self._said_in, payloads(event, marks=()))):
+            self._shortest = len(event)
+            self._bare = min(self._bare or sys.maxsize, len(event) - size)
+
+    def _is_delta(self, event: bytes) -> bool:
+        """Whether an event holds text, and need not be looked into."""
+        return event.startswith(self._dialect.QUIET) and _DELTA.match(event) is not None
+
     def _count(self, event: bytes) -> None:
         self.events += 1
         self.passed += len(event)
 
-    def _is_last(self, event: bytes) -> bool:
+    def _is_last(self, event: bytes, is_delta: bool) -> bool:
         """Look into one event; whether it ends the stream. Raises the error that it carries."""
-        quiet = event.startswith(self._dialect.QUIET)
-        if quiet:
-            if not _DELTA.match(event):
-                return False
-            self._spoken += 1
-            self._spoken_bytes += len(event)
-            if self._envelope:
-                return False
+        if not is_delta and event.startswith(self._dialect.QUIET):
+            return False
         data = sse.data(event)
         if data is None or not data.strip():
             return False
         payload = sse.parsed(data)
-        if quiet:
+        if is_delta:
             size = self._said_in(payload)
             self._envelope = len(event) - size if size else 0
             return False
@@ -169,9 +184,10 @@ class TypedMeter(EventWatcher):
         if said is not None and self._is_last_word() and (said.completion or not guess):
             return said
         source: Literal["estimated", "partial"] = "estimated" if self.reply.complete else "partial"
+        if (heard := self.heard()) is not None:
+            said = heard if said is None else larger(heard, said)
         if said is None or not said.prompt:
-            unsaid = estimated(self.call, self.reply.dialect, {})
-            return evolve(unsaid, output=guess, source=source)
+            return evolve(estimated(self.call, self.reply.dialect, {}), output=guess, source=source)
         # An answer that stops in the middle has used as much as was said of it, or as was heard.
         return evolve(said, output=max(said.output, guess - said.reasoning), source=source)
 
@@ -191,16 +207,17 @@ class TypedMeter(EventWatcher):
             return 0
         text = self._spoken_bytes - self._spoken * self._envelope
         # Most servers send a token or more in a delta; those that send many are caught by the size of the text.
-        return max(self._spoken, text // _BYTES_PER_TOKEN)
+        return max(self._spoken, text // BYTES_PER_TOKEN)
 
     # --- what a cache keeps --------------------------------------------------------------------
 
     def _assembled(self) -> dict[str, Any]:
-        payloads = [sse.parsed(data) for event in self._kept if (data := sse.data(event)) and data.strip()]
-        return self._dialect.assemble(payloads)
+        events = merged(self._kept, marks=self._dialect.MARKS)
+        heard = [sse.parsed(data) for event in events if (data := sse.data(event)) and data.strip()]
+        return self._dialect.assemble(heard)
 
 
 def exploded(reply: Reply) -> list[bytes]:
     """A whole answer as the events of the stream it would have been."""
     assert reply.body is not None
-    return [typed.write(payload) for payload in typed.typed(reply.dialect).explode(orjson.loads(reply.body))]
+    return [typed.write(payload) for payload in typed.typed(reply.dialect).explode(json_of(reply.body))]

@@ -16,6 +16,7 @@ from qlens.dialects import responses, typed
 from qlens.errors import InvalidRequest, ObjectMissing
 from qlens.object_ids import MOST_CHARS, Kept, ObjectIds, Origin, is_sealed
 from qlens.operations import shown
+from qlens.surrogates import json_of
 
 OF_RESPONSES = frozenset({"compaction", "input_tokens", "responses"})
 """The dialects whose bodies name what Responses keep."""
@@ -355,7 +356,7 @@ class Sealer:
         if reply.chunks is not None:
             reply.replace(chunks=_SealedEvents(reply.chunks, self))
         elif reply.body:
-            body = orjson.loads(reply.body)
+            body = json_of(reply.body)
             self.seal(body)
             reply.body = orjson.dumps(body)
 
@@ -387,7 +388,7 @@ class _SealedEvents:
 
     def _event(self, event: bytes) -> bytes:
         try:
-            payload = orjson.loads(sse.data(event) or b"")
+            payload = json_of(sse.data(event) or b"")
         except orjson.JSONDecodeError:
             return event
         if type(payload) is not dict or type(payload.get("type")) is not str:

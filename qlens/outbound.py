@@ -8,9 +8,7 @@ https://cheatsheetseries.owasp.org/cheatsheets/Server_Side_Request_Forgery_Preve
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import (
     IPv4Address,
@@ -27,6 +25,7 @@ from aiohappyeyeballs import AddrInfoType
 from attrs import define, evolve, field, frozen
 
 from qlens.errors import UpstreamError, UpstreamUnreachable
+from qlens.names import addresses_of, literal
 from qlens.upstream import Answer, Deadlines, Upstream
 from qlens.upstream_connection import Headers
 
@@ -36,8 +35,6 @@ HTTPS_PORT = 443
 _PORTS = {"http": 80, "https": HTTPS_PORT}
 MOST_BYTES = 64 * 1024
 """Of an answer's body, where nobody says otherwise."""
-_LOOKUPS = 16
-"""Threads for names: one whose servers are silent holds up none of the system's own, nor many others."""
 
 _Address = IPv4Address | IPv6Address
 _Network = IPv4Network | IPv6Network
@@ -133,7 +130,7 @@ class Reach:
         """Raise ValueError for a URL that can be seen to be out of reach without asking for its name."""
         parts = urlsplit(url)
         port = parts.port or _PORTS[parts.scheme]
-        address = _literal(parts.hostname or "")
+        address = literal(parts.hostname or "")
         if address is not None and not self.leads_to(address, port, parts.scheme):
             raise ValueError(self.refusal((address,), port, parts.scheme))
         if not self.allow and parts.scheme != "https":
@@ -156,7 +153,6 @@ class Outbound:
     """Sends requests to where they may go; make it inside a running event loop and close it with `aclose`."""
 
     reach: Reach = field(factory=Reach)
-    _lookups: ThreadPoolExecutor = field(factory=lambda: ThreadPoolExecutor(_LOOKUPS, "qlens-names"), init=False)
     # Each with its own: an address found for https must not be used for http.
     _by_scheme: dict[str, Upstream] = field(init=False)
 
@@ -199,13 +195,10 @@ class Outbound:
         """Close all connections."""
         for upstream in self._by_scheme.values():
             await upstream.aclose()
-        self._lookups.shutdown(wait=False, cancel_futures=True)
 
     async def _addresses(self, scheme: str, host: str, port: int) -> Sequence[AddrInfoType]:
         """The addresses of a host, but for those that may not be reached."""
-        found = await asyncio.get_running_loop().run_in_executor(
-            self._lookups, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        )
+        found = await addresses_of(host, port)
         # The system reads 127.1, 2130706433 and 0x7f.1 as addresses too: what counts is where the connection goes.
         addresses = [ip_address(str(each[4][0]).partition("%")[0]) for each in found]
         may = [self.reach.leads_to(address, port, scheme) for address in addresses]
@@ -240,15 +233,3 @@ def _translated(address: _Address) -> IPv4Address | None:
 def _said(error: UpstreamError) -> str:
     """What has failed, of somebody who is no provider."""
     return error.message.replace(" to the provider", "").replace("The provider", "it").rstrip(".")
-
-
-def _literal(host: str) -> _Address | None:
-    """The address that a host is, in whatever way it is written; None for a name."""
-    try:
-        return ip_address(host.partition("%")[0])
-    except ValueError:
-        pass
-    try:
-        return IPv4Address(socket.inet_aton(host))
-    except (OSError, ValueError):
-        return None

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import orjson
+from attrs import evolve
 
 from qlens.audit import written
+from qlens.blamed import handler
 from qlens.call import Call, Caller, Reply
 from qlens.config.entries import RANKS
 from qlens.errors import ConfigError, Fault
 from qlens.operations import OPERATIONS, Operation, Paths
-from qlens.registry import Endpoint, Registration, is_loopback
+from qlens.placed import placed
+from qlens.registry import Bound, Endpoint, Registration, is_loopback
 
 if TYPE_CHECKING:
     from qlens.gateway import Gateway
@@ -30,11 +33,13 @@ def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served],
     for endpoint in own_endpoints(gateway):
         (client if endpoint.listener == "client" else admin).add(endpoint.method, endpoint.path, endpoint)
     faults = []
-    for owner, endpoint in plugin_endpoints(registration):
+    for hook, endpoint in plugin_endpoints(registration):
+        owner, answer = hook.instance, handler(endpoint.handler, hook, gateway.calls.failures)
         if endpoint.role not in (None, *RANKS):
             faults.append(Fault(owner, f"{endpoint.path} asks for the role {endpoint.role!r}, which is not {_RANKED}"))
         try:
-            (client if endpoint.listener == "client" else admin).add(endpoint.method, endpoint.path, endpoint)
+            paths = client if endpoint.listener == "client" else admin
+            paths.add(endpoint.method, endpoint.path, evolve(endpoint, handler=answer))
         except ValueError as error:
             faults.append(Fault(owner, f"cannot serve its endpoint: {error}"))
     if faults:
@@ -42,18 +47,23 @@ def served(gateway: Gateway, registration: Registration) -> tuple[Paths[Served],
     return client, admin
 
 
-def plugin_endpoints(registration: Registration) -> list[tuple[str, Endpoint]]:
-    """The endpoints of plugins, each with its owner; of those that instances share, the first one's."""
-    found: list[tuple[str, Endpoint]] = []
+def plugin_endpoints(registration: Registration) -> list[tuple[Bound, Endpoint]]:
+    """The endpoints of plugins, each with the hook that gave it; of those that instances share, the first one's.
+
+    Raises StartupError when a plugin cannot say what it serves.
+    """
+    found: list[tuple[Bound, Endpoint]] = []
     shared: set[tuple[str, str, str]] = set()
     for hook in registration.hooks.endpoints:
-        for endpoint in hook.fn():
+        with placed(registration, hook.instance, "endpoints"):
+            given = [(endpoint, endpoint.method, endpoint.path) for endpoint in hook.fn()]
+        for endpoint, *served_at in given:
             # With the plugin's module: another plugin's path is never taken over in silence.
-            place = endpoint.method, endpoint.path, type(hook.owner).__module__
+            place = (*served_at, type(hook.owner).__module__)
             if endpoint.shared and place in shared:
                 continue
             shared.add(place)
-            found.append((hook.instance, endpoint))
+            found.append((hook, endpoint))
     return found
 
 

@@ -16,6 +16,8 @@ from attrs import evolve, field, frozen
 
 from qlens import affinity, dialects, objects, realtime, returned, sse
 from qlens.account import Account, ClientLeft, run_apart
+from qlens.blamed import blame, note
+from qlens.body_bounds import refuse_crowd
 from qlens.bridges import Bridge, params
 from qlens.bridges.counts import as_openai
 from qlens.bridges.messages_over_chat import without_extensions
@@ -37,10 +39,10 @@ from qlens.errors import (
     UnsupportedMedia,
     UpstreamError,
     UpstreamInvalid,
-    frames,
 )
+from qlens.estimates import estimated
 from qlens.forms import meters_of, read_form
-from qlens.metering import Meter, estimated, exploded
+from qlens.metering import Meter, exploded
 from qlens.metering_raw import raw_meter
 from qlens.metering_typed import TypedMeter
 from qlens.metering_typed import exploded as typed_events
@@ -50,7 +52,9 @@ from qlens.object_ids import ObjectIds
 from qlens.operations import model_not_found
 from qlens.raised import Raised, raise_bound, raises_of
 from qlens.registry import Bound, Hooks, Provider
+from qlens.repeatable import may_be_known, may_be_repeated
 from qlens.returned import mistakes
+from qlens.surrogates import json_of
 from qlens.translated import bridge_for, translate
 from qlens.unsent import Unsent
 from qlens.usage import NO_USAGE, Usage, counts_of
@@ -209,6 +213,7 @@ class Pipeline:
         for hook in self.hooks.authenticate:
             try:
                 caller = returned.caller(await hook.fn(call))
+                returned.tags(call)
             except CallError:
                 raise
             except mistakes() as error:
@@ -337,6 +342,9 @@ class Pipeline:
         """The most the call can cost: the dearest over candidates and fallbacks, unpriced if one of them is."""
         if not self.hooks.price or not call.bounded:
             return UNPRICED
+        model = call.model
+        if model is not None and len(model.candidates) == 1 and not model.fallbacks:  # most: nothing to compare
+            return self.cost(call, model.candidates[0], call.bound)
         dearest = FREE
         for model in self.reachable(call):
             for target in model.candidates:
@@ -358,6 +366,7 @@ class Pipeline:
     async def admit(self, account: Account) -> None:
         """May it run: all plugins are asked, one after another; the first that raises ends it."""
         call = account.call
+        told = len(call.limits)
         for hook in self.hooks.admit:
             if hook.bounded and not call.bounded and call.model is not None:
                 field = "max_output_tokens" if call.operation.dialect == "responses" else "max_tokens"
@@ -370,18 +379,25 @@ class Pipeline:
                 )
             try:
                 hold = await hook.fn(call)
+                if hold is not None:
+                    account.holds[hook.instance] = hold
+                if len(call.limits) != told:
+                    told = returned.limits(call.limits, told)
+                if call.tags:
+                    returned.tags(call)
             except CallError:
                 raise
             except mistakes() as error:
+                # What it has put there may be what is wrong.
+                call.limits = call.limits[:told] if isinstance(call.limits, list) else []
                 raise self.failure(hook, error, Unavailable(f"{hook.plugin} cannot decide at the moment.")) from error
-            if hold is not None:
-                account.holds[hook.instance] = hold
         account.admitted = True
 
     def _layer(self, hook: Bound, inner: Step) -> Step:
         async def layer(account: Account) -> Reply:
             try:
-                return account.take(await hook.fn(account.call, lambda: inner(account)))
+                reply = account.take(await hook.fn(account.call, lambda: inner(account)))
+                return blame(reply, partial(self.misguided, hook)) if reply.chunks is not None else reply
             except CallError:
                 raise
             except mistakes() as error:
@@ -395,21 +411,21 @@ class Pipeline:
 
     async def found(self, account: Account) -> Reply:
         """The cache's answer, or else a provider's, which the caches may keep."""
-        # What was uploaded is no part of the body by which caches know a call.
-        if self.hooks.lookup and account.call.form is None:
-            known = await self.lookup(account.call)
+        call = account.call
+        only_asks = may_be_known(call)
+        if self.hooks.lookup and only_asks:
+            known = await self.lookup(call)
             if known is not None:
-                if account.call.cache != "semantic":
-                    account.call.cache = "hit"
+                if call.cache != "semantic":
+                    call.cache = "hit"
                 account.open(known)
                 return known
             if self.has_cache:
-                account.call.cache = account.call.cache or "miss"
+                call.cache = call.cache or "miss"
         reply = await self.ask(account)
-        # What says only that it was begun in the background is no answer to the next who asks the same.
-        is_answer = reply.body is not None and account.call.body.get("background") is not True
-        if self.hooks.store and is_answer and reply.complete and not reply.raw:
-            await self.store(account.call, reply)
+        if self.hooks.store and only_asks and reply.body is not None and reply.complete and not reply.raw:
+            # A cache may keep it, and this one goes on to change.
+            await self.store(call, reply.copied() if self.has_cache else reply)
         return reply
 
     async def lookup(self, call: Call) -> Reply | None:
@@ -418,7 +434,7 @@ class Pipeline:
             try:
                 known = await hook.fn(call)
                 if known is not None:
-                    return returned.reply(known)
+                    return blame(returned.known(known, is_read=call.stream), partial(self.misguided, hook))
             except CallError:
                 raise
             except mistakes() as error:
@@ -459,10 +475,11 @@ class Pipeline:
                         error = error if call.attempts else _latest(error, raised)
                         continue
                     error = _latest(error, raised)
+                is_over = not error.elsewhere and error.fallback is None
+                if is_over or not await self.has_room(account, call.attempts[before:]):
+                    raise error
                 if not error.elsewhere:
                     waiting, resting = [], []
-                    if error.fallback is None:
-                        raise error
                 if self.hooks.retry:
                     wait = self.retry(call, call.attempts[-1])
                     if wait is None or len(call.attempts) >= MOST_ATTEMPTS:
@@ -471,6 +488,22 @@ class Pipeline:
                         resting.append((time.monotonic() + wait, target))
         finally:
             del error  # what is raised has a traceback, which keeps this frame: a cycle
+
+    async def has_room(self, account: Account, failed: Iterable[Attempt]) -> bool:
+        """Whether another attempt is within what is reserved: what these are billed, though they failed, is added."""
+        call, most = account.call, account.call.bound_cost.picos or 0
+        spent = sum(most if each.cost.picos is None else each.cost.picos for each in failed if each.billed)
+        for hook in self.hooks.admit if spent else ():
+            reserve_more, hold = getattr(hook.owner, "reserve_more", None), account.holds.get(hook.instance)
+            if reserve_more is None or hold is None:
+                continue
+            try:
+                if not await reserve_more(call, hold, spent):
+                    return False
+            except mistakes() as error:
+                self.failure(hook, error)
+                return False
+        return True
 
     async def choose(self, call: Call, model: Model) -> list[Target]:
         """Order a model's targets: the first answer wins; without one it is YAML's order."""
@@ -507,7 +540,7 @@ class Pipeline:
         for hook in self.hooks.retry:
             try:
                 wait = returned.wait(hook.fn(call, attempt))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.failure(hook, error)
                 continue
             if wait is not None:
@@ -517,7 +550,8 @@ class Pipeline:
     def _send_layer(self, hook: Bound, inner: Ask) -> Ask:
         async def layer(account: Account, target: Target) -> Reply:
             try:
-                return account.take(await hook.fn(account.call, target, lambda other: inner(account, other)))
+                reply = account.take(await hook.fn(account.call, target, lambda other: inner(account, other)))
+                return blame(reply, partial(self.misguided, hook)) if reply.chunks is not None else reply
             except CallError:
                 raise
             except mistakes() as error:
@@ -533,13 +567,16 @@ class Pipeline:
         outgoing, bridge = self.outgoing(call, target, provider)
         place = account.begin(target)
         try:
-            reply = account.take(await provider.send.fn(call, target, outgoing))
+            reply = returned.success(account.take(await provider.send.fn(call, target, outgoing)))
             reply.target = reply.target or target  # a provider may know better which model it was
+            translation = None
             if bridge is not None:
-                translate(reply, bridge, call.operation.dialect, call.body)
+                translation = translate(reply, bridge, call.operation.dialect, call.body)
             elif reply.dialect in objects.OF_RESPONSES:
                 objects.Sealer.of(call, target, self.ids).reply(reply)
             meter = self.metered(account, reply)
+            if meter is not None:
+                meter.translation = translation
         except CallError as error:
             if bridge is not None:
                 error.param = params.asked(call.operation.dialect, error.param, outgoing.dialect)
@@ -593,7 +630,8 @@ class Pipeline:
         async def keep(body: bytes) -> None:
             kept = Reply(body=body, dialect=reply.dialect, target=target, usage=meter.usage(), complete=True)
             kept.finish = reply.finish
-            await self.store(call, kept)
+            if may_be_known(call):
+                await self.store(call, kept)
 
         def failed(error: BaseException) -> CallError:
             return self.provider_failure(self.providers[target.provider], error)
@@ -617,7 +655,7 @@ class Pipeline:
 
     async def store(self, call: Call, reply: Reply) -> None:
         """Hand a complete answer to the caches; a slow one goes on alone."""
-        if not self.hooks.store or reply.status != 200:
+        if not self.hooks.store or reply.status != 200 or not may_be_repeated(call, reply):
             return
         if self.stores_at_once:
             await self._store(call, reply)
@@ -669,7 +707,7 @@ class Pipeline:
         for hook in self.hooks.price:
             try:
                 cost = returned.cost(hook.fn(call, target, usage))
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self.failure(hook, error)
                 continue
             if cost is not None:
@@ -681,7 +719,11 @@ class Pipeline:
         for hook in self.hooks.settle:
             try:
                 await hook.fn(account.call, receipt, account.holds.get(hook.instance))
-            except (Exception, asyncio.CancelledError) as error:  # also when shutdown cancels one that hangs
+            except (
+                Exception,
+                SystemExit,
+                asyncio.CancelledError,
+            ) as error:  # also when shutdown cancels one that hangs
                 self.failure(hook, error)
         self.metrics.settled(receipt)
 
@@ -698,7 +740,7 @@ class Pipeline:
     async def _settle_once(self, hook: Bound, call: Call, receipt: Receipt) -> None:
         try:
             await hook.fn(call, receipt, None)
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, SystemExit, asyncio.CancelledError) as error:
             self.failure(hook, error)
 
     def settle_later(self, work: Coroutine[Any, Any, None]) -> None:
@@ -710,8 +752,7 @@ class Pipeline:
 
     def failure(self, hook: Bound, error: BaseException, answer: CallError | None = None) -> CallError:
         """Count a hook that failed by itself, and give the error that the client sees for it."""
-        self.metrics.failures.labels(hook.plugin, hook.name).inc()
-        log.error("%s failed in %s: %s", hook.plugin, hook.name, frames(error))
+        note(self.metrics.failures, hook, error)
         return answer or PluginFailed(f"{hook.plugin} failed.")
 
 
@@ -730,6 +771,7 @@ async def _json_body(call: Call) -> dialects.Body:
         raise InvalidRequest(f"We could not parse the JSON body of your request: {error}.") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The JSON body of your request must be an object.")
+    refuse_crowd(raw, body)
     call.extended = b'"thinking_blocks"' in raw or b'"cache_control"' in raw
     return body
 
@@ -787,7 +829,7 @@ def _usage_of(call: Call, reply: Reply, said: Usage | None) -> Usage:
     if reply.raw:
         return estimated(call, reply.dialect, {"text": (reply.body or b"").decode(errors="ignore")})
     try:
-        body = orjson.loads(reply.body or b"")
+        body = json_of(reply.body or b"")
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider's answer is not JSON.") from None
     if not isinstance(body, dict):

@@ -258,7 +258,7 @@ def _instance(entry: PluginEntry, config: Config, before: Mapping[str, Instance]
         return old
     try:
         instance.plugin = cls(settings, entry.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         said = str(error) if isinstance(error, ValueError | TypeError) else _named(error)
         raise _fault(entry, f"{entry.plugin} cannot be constructed: {censored(said, settings)}") from error
     return instance

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -23,7 +24,7 @@ from qlens.access_log import Access, AccessLog
 from qlens.account import ClientLeft
 from qlens.call import Call
 from qlens.connection import Connection, Exchange, Refused
-from qlens.errors import CallError, CallTimedOut, InvalidRequest, StartupError, Unavailable, frames
+from qlens.errors import CallError, CallTimedOut, InvalidRequest, StartupError, Unavailable, WrongMethod, frames
 from qlens.gateway import Gateway, Generation
 from qlens.operations import Operation, Paths
 from qlens.paths import Served
@@ -78,6 +79,16 @@ def _accepted(listener: socket.socket) -> Iterator[socket.socket]:
             yield connection
 
 
+def may_open_all() -> None:
+    """Let the process have as many files open as it may: each client takes one, and each call another.
+
+    What a shell allows, 1,024, is for programs that wait with `select`, which cannot wait for more.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a system may allow less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def url_of(taken: socket.socket) -> str:
     """The base URL of a bound socket, for somebody on this machine."""
     host, port = taken.getsockname()[:2]
@@ -129,13 +140,16 @@ async def served(
 class _Http(web.Server):
     """aiohttp's low-level server, with our connections."""
 
-    def __init__(self, serve: Callable[[Exchange], Awaitable[None]], refused: Refused) -> None:
+    def __init__(
+        self, serve: Callable[[Exchange], Awaitable[None]], refused: Refused, settings: Callable[[], config.Server]
+    ) -> None:
         # Handler cancellation is off by default: the upstream would run on after the client left.
         super().__init__(_never, handler_cancellation=True)
-        self._serve, self._refused = serve, refused
+        self._serve, self._refused, self._settings = serve, refused, settings
 
     def __call__(self) -> Connection:
-        return Connection(self, self._serve, self._refused, loop=self._loop, access_log=None)
+        idle = self._settings().keepalive_seconds
+        return Connection(self, self._serve, self._refused, loop=self._loop, access_log=None, keepalive_timeout=idle)
 
     def running(self) -> list[asyncio.Task[None]]:
         """The requests that run."""
@@ -197,7 +211,7 @@ class Server:
         """Listen."""
         loop = asyncio.get_running_loop()
         for taken, handler in ((self.client_socket, self._client), (self.admin_socket, self._admin)):
-            http = _Http(handler, self._malformed)
+            http = _Http(handler, self._malformed, lambda: self.gateway.config.server)
             self._http.append(http)
             self._listening.append(await loop.create_server(http, sock=taken, backlog=1024))
 
@@ -303,7 +317,9 @@ class Server:
         what = paths.exactly(message.method, path)
         if what is None:
             path = _path(path)
-            what, params = paths.find(message.method, path)
+            # What operators ask passes through the supervisor of several workers, who asks for answers with a body.
+            find = partial(_found, paths) if paths is generation.client else paths.find
+            what, params = find(message.method, path)
         exchange.most_bytes = limits.max_body_bytes
         now = time.monotonic()
         call = Call(
@@ -340,6 +356,8 @@ class Server:
                     call.reader = read
                 reply = await endpoint.handler(call)
                 try:
+                    if exchange.message.method == "HEAD" and reply.chunks is not None:
+                        raise WrongMethod("What is at this path is known only as it is read: GET it.")
                     await exchange.plain(reply)
                 finally:
                     await reply.aclose()
@@ -376,6 +394,20 @@ def _access(exchange: Exchange, call: Call | None) -> Access:
 def _joined(exchange: Exchange, generation: Generation) -> Relay:
     """What joins a client that changes to WebSocket with its session."""
     return partial(realtime.relay, exchange.switch, generation.registration.config.server)
+
+
+def _found(paths: Paths[Served], method: str, path: str) -> tuple[Served, Mapping[str, str]]:
+    """What is served at a path; HEAD is told what the gateway itself tells GET, without its body. (RFC 9110, 9.1)"""
+    try:
+        return paths.find(method, path)
+    except WrongMethod:
+        if method != "HEAD":
+            raise
+        with contextlib.suppress(WrongMethod):
+            what, params = paths.find("GET", path)
+            if not isinstance(what, Operation) or what.runs == "local":
+                return what, params
+        raise
 
 
 def _path(target: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from qlens.errors import UpstreamInvalid
+from qlens.surrogates import json_of
 
 DONE = b"data: [DONE]\n\n"
 MAX_EVENT_BYTES = 8 * 1024 * 1024
@@ -47,32 +48,35 @@ class Splitter:
 
     def __init__(self, max_bytes: int = MAX_EVENT_BYTES) -> None:
         # Grows in place: a long event in small pieces is neither copied nor searched again for each piece.
-        self._pending = bytearray()
+        self.pending = bytearray()
+        """What has come of an event that is not whole."""
         self._max = max_bytes
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take bytes; return the events that are whole now, each with its blank line."""
+        if is_one(data) and not self.pending and len(data) <= self._max:
+            return [data]  # as most often
         # Of a blank line at most the first of its two line ends is pending: its last byte is enough to find it.
-        position = max(0, len(self._pending) - 1)
+        position = max(0, len(self.pending) - 1)
         buffer: bytes | bytearray = data
-        if self._pending:
-            self._pending += data
-            buffer = self._pending
+        if self.pending:
+            self.pending += data
+            buffer = self.pending
         if buffer.find(b"\r", position) >= 0:
             events, start = _cut_at_blank_lines(buffer, position)
         else:
             events, start = _cut_at_two_feeds(buffer, position)
         if buffer is data:
-            self._pending += data[start:]
+            self.pending += data[start:]
         else:
-            del self._pending[:start]
-        if max(map(len, events), default=0) > self._max or len(self._pending) > self._max:
+            del self.pending[:start]
+        if max(map(len, events), default=0) > self._max or len(self.pending) > self._max:
             raise UpstreamInvalid(f"The provider sent an event of more than {self._max} bytes.")
         return events
 
     def take(self, data: bytes) -> bytes:
         """Take bytes; return all events that are whole now as one block."""
-        pending = self._pending
+        pending = self.pending
         if (
             not pending
             and data.endswith(b"\n\n")
@@ -102,7 +106,7 @@ class Splitter:
 
         One that was cut in the middle of its data is dropped: no client could read it.
         """
-        event, self._pending = bytes(self._pending) + b"\n\n", bytearray()
+        event, self.pending = bytes(self.pending) + b"\n\n", bytearray()
         payload = data(event)
         return [event] if payload is not None and _is_whole(payload) else []
 
@@ -111,7 +115,7 @@ def _is_whole(payload: bytes) -> bool:
     if payload == b"[DONE]":
         return True
     try:
-        orjson.loads(payload)
+        json_of(payload)
     except orjson.JSONDecodeError:
         return False
     return True
@@ -130,6 +134,11 @@ async def split(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 def cut(block: bytes) -> list[bytes]:
     """The events of a block of whole events."""
     return Splitter(len(block)).feed(block)
+
+
+def is_one(block: bytes) -> bool:
+    """Whether this is exactly one whole event; of those with carriage returns only a `Splitter` knows."""
+    return 0 <= block.find(b"\n\n") == len(block) - 2 and b"\r" not in block
 
 
 def first(block: bytes) -> bytes:
@@ -151,6 +160,16 @@ def data(event: bytes) -> bytes | None:
         and b"\r" not in event
     ):
         return event[6:-2]
+    name = event.find(b"\ndata: ")
+    if (
+        name > 0
+        and event.startswith(b"event: ")
+        and event.endswith(b"\n\n")
+        and event.find(b"\n") == name
+        and event.find(b"\n", name + 1) == len(event) - 2
+        and b"\r" not in event
+    ):
+        return event[name + 7 : -2]
     found = [value for name, value in _lines(event) if name == b"data"]
     return b"\n".join(found) if found else None
 
@@ -164,7 +183,7 @@ def _lines(event: bytes) -> list[tuple[bytes, bytes]]:
 def parsed(data: bytes) -> dict[str, Any]:
     """The JSON object in an event's data; raises UpstreamInvalid for anything else."""
     try:
-        payload = orjson.loads(data)
+        payload = json_of(data)
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider sent an event that is not JSON.") from None
     if not isinstance(payload, dict):

@@ -11,6 +11,7 @@ from qlens import bridges, dialects, sse
 from qlens.bridges import Bridge, Translation
 from qlens.call import Body, Reply
 from qlens.errors import CallError, InvalidRequest, NotOffered, UpstreamInvalid
+from qlens.surrogates import json_of
 
 
 def bridge_for(dialect: str, spoken: tuple[str, ...], provider: str) -> tuple[str, Bridge]:
@@ -45,10 +46,15 @@ class _Named:
         return self._bridge.stream(asked)
 
 
-def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> None:
-    """Turn a reply in the provider's dialect into one in the client's; raises UpstreamInvalid for nonsense in it."""
+def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> Translation | None:
+    """Turn a reply in the provider's dialect into one in the client's; raises UpstreamInvalid for nonsense in it.
+
+    Returns what translates a stream, which hears of usage before the client's dialect may say it.
+    """
+    translation = None
     if reply.chunks is not None:
-        reply.replace(chunks=_Translated(reply.chunks, bridge.stream(asked)))
+        translation = bridge.stream(asked)
+        reply.replace(chunks=_Translated(reply.chunks, translation))
     else:
         body = _object(reply.body or b"")
         reply.usage = reply.usage or dialects.named(reply.dialect).usage(body)
@@ -60,11 +66,12 @@ def translate(reply: Reply, bridge: Bridge, dialect: str, asked: Body) -> None:
         reply.body = orjson.dumps(answer)
         reply.finish = dialects.named(dialect).finish(answer)
     reply.dialect = dialect
+    return translation
 
 
 def _object(raw: bytes) -> Body:
     try:
-        body = orjson.loads(raw)
+        body = json_of(raw)
     except orjson.JSONDecodeError:
         raise UpstreamInvalid("The provider's answer is not JSON.") from None
     if not isinstance(body, dict):
@@ -103,12 +110,16 @@ class _Translated:
 
     def _fed(self, events: Iterable[bytes]) -> bytes:
         """What these events become; an error comes after what was in front of it."""
-        passing = []
+        passing, before = [], self._translation.used
         try:
             for event in events:
+                before = self._translation.used
                 passing.append(self._translation.feed(event))
             if self._over:
                 passing.append(self._translation.end())
         except CallError as error:
             self._over, self._error = True, error
+            used = self._translation.used
+            if used != before and not isinstance(error, UpstreamInvalid):
+                error.usage = used  # the provider's last word; the client's dialect has no place for it
         return b"".join(passing)

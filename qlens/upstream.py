@@ -18,7 +18,9 @@ from qlens.errors import (
     UpstreamError,
     UpstreamInvalid,
     UpstreamTimedOut,
+    UpstreamTooLarge,
     UpstreamTruncated,
+    UpstreamUnavailable,
     UpstreamUnreachable,
 )
 from qlens.unsent import Unsent
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Deadlines", "Upload", "Upstream", "extra_headers", "header_value", "http_url"]
 
-MAX_BODY_BYTES = 32 * 1024 * 1024
+_FREE_SECONDS = 1.0
+"""When to come back while all connections are in use."""
 
 # A request is framed here alone: a second opinion in a header is how two requests are made out of one.
 _FRAMING = frozenset({"connection", "content-length", "expect", "te", "trailer", "transfer-encoding", "upgrade"})
@@ -55,6 +58,14 @@ class Deadlines:
     """From the connection to the first byte of the answer's body."""
     idle_seconds: float = 60.0
     """Between two pieces of the body."""
+
+
+@define(eq=False)
+class Bounds:
+    """What holds for all connections of a gateway, and changes with its configuration."""
+
+    answer_bytes: int = 128 * 1024 * 1024
+    """The largest answer that is read as a whole, `server.max_answer_bytes`."""
 
 
 def http_url(_config: object, _attribute: object, value: str) -> None:
@@ -109,6 +120,8 @@ class Upstream:
     """What gives the addresses of hosts for `open`; None: the system's resolver."""
     unsent: Unsent = field(factory=Unsent, repr=False)
     """Who waits for a connection."""
+    bounds: Bounds = field(factory=Bounds, repr=False)
+    """Shared by the connections of one gateway."""
     _dialer: Dialer = field(init=False, repr=False)
     _peers: dict[Origin, _Peer] = field(init=False, factory=dict, repr=False)
     _known: dict[tuple[object, ...], _Known] = field(init=False, factory=dict, repr=False)
@@ -119,9 +132,9 @@ class Upstream:
         self._dialer = Dialer(self.proxy, self.resolve)
 
     @classmethod
-    async def through(cls, network: Network, unsent: Unsent) -> Upstream:
+    async def through(cls, network: Network, unsent: Unsent, bounds: Bounds) -> Upstream:
         """Connections that are made so; raises StartupError when the files of its `tls` cannot be used."""
-        http = cls(network.max_connections, network.proxy, network.tls, unsent=unsent)
+        http = cls(network.max_connections, network.proxy, network.tls, unsent=unsent, bounds=bounds)
         if network.tls is not None:
             try:
                 await http._dialer.context(network.tls)
@@ -220,7 +233,7 @@ class Upstream:
         if self._closed:
             raise _stopping()
         self._peers = {origin: peer for origin, peer in self._peers.items() if not peer.is_unused()}
-        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections, self.unsent)
+        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections, self.unsent, self.bounds)
         return peer
 
 
@@ -242,18 +255,27 @@ class Answer:
     _ended: bool = field(init=False, default=False, repr=False)
     _returned: bytes = field(init=False, default=b"", repr=False)
 
-    async def read(self, limit: int = MAX_BODY_BYTES) -> bytes:
-        """Read the whole body and close; raises UpstreamInvalid when it is larger than `limit` bytes."""
+    async def read(self, limit: int | None = None) -> bytes:
+        """Read the whole body and close; raises UpstreamTooLarge when it is larger than `limit` bytes.
+
+        Without a limit that of the gateway holds, `server.max_answer_bytes`. An error of a good answer says whether it
+        had `answered`: what has begun to come was made as a whole.
+        """
+        if limit is None:
+            limit = self._peer.bounds.answer_bytes
         pieces: list[bytes] = []
         size = 0
         try:
             async for piece in self:
                 size += len(piece)
                 if size > limit:
-                    raise UpstreamInvalid(f"The provider sent a body of more than {limit} bytes.")
+                    raise UpstreamTooLarge(f"The provider sent a body of more than {limit} bytes.")
                 if self._ended and not pieces:
                     return piece  # as with most answers, all of it is here
                 pieces.append(piece)
+        except (UpstreamInvalid, UpstreamTruncated) as error:
+            error.answered = self._begun and 200 <= self.status < 300
+            raise
         finally:
             self._release()
         return b"".join(pieces)
@@ -390,6 +412,7 @@ class _Peer:
     _dialer: Dialer
     _limit: int | None
     _unsent: Unsent
+    bounds: Bounds
     _users: int = field(init=False, default=0)
     _connections: set[Connection] = field(init=False, factory=set)
     _idle: dict[Connection, None] = field(init=False, factory=dict)
@@ -458,7 +481,7 @@ class _Peer:
         except BaseException as error:
             self._users -= 1
             if isinstance(error, TimeoutError):
-                raise _unconnected(deadlines) from None
+                raise _all_taken(self._limit, deadlines) from None
             raise
 
     def _leave(self) -> None:
@@ -500,6 +523,17 @@ class _Peer:
 
 def _unconnected(deadlines: Deadlines) -> UpstreamTimedOut:
     return UpstreamTimedOut(f"No connection to the provider within {deadlines.connect_seconds:g} s.")
+
+
+def _all_taken(limit: int | None, deadlines: Deadlines) -> UpstreamUnavailable:
+    taken = UpstreamUnavailable(
+        f"No connection to the provider within {deadlines.connect_seconds:g} s: all {limit} that this gateway may have "
+        "(`max_connections`) are in use. Please try again later.",
+        code="upstream_connections",
+        retry_after=_FREE_SECONDS,
+    )
+    taken.ours = True  # it was never asked
+    return taken
 
 
 def _unanswered(deadlines: Deadlines) -> UpstreamTimedOut:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import math
+import os
 import sys
 import termios
 import zlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import lru_cache
 from typing import Any, Protocol, cast, overload
 
@@ -309,6 +310,8 @@ class Connection(asyncio.BufferedProtocol):
         """Asyncio's callback; also at the end of a body without a length."""
         if self._stage == _HEAD and isinstance(exc, BrokenPipeError):
             self.unheard = True  # as in `_write`: TLS does not tell there
+        if exc is not None and self._stage in _UNFINISHED:
+            self._read_what_came()
         self._stop_watching()
         self._reusable = False
         if self._stage == _BODY and self._to_the_end and exc is None and self._is_whole():
@@ -415,6 +418,18 @@ class Connection(asyncio.BufferedProtocol):
         # Answered, or gone, before it has read the request.
         self._reusable, self.unheard = False, not self.answered
         return False
+
+    def _read_what_came(self) -> None:
+        """Read what came before a write failed: asyncio closes without it, though a peer may answer early.
+
+        (RFC 9112, 9.5.) With TLS, what has not been read yet can be read by nobody else.
+        """
+        if self._transport.get_extra_info("ssl_object") is not None:
+            return
+        descriptor = self._transport.get_extra_info("socket").fileno()
+        with suppress(OSError):  # all has been read, or the other side has taken it back
+            while self._stage in _UNFINISHED and (size := os.readv(descriptor, [self._buffer])):
+                self.buffer_updated(size)
 
     def _break(self, error: Exception) -> None:
         cause = error.__context__

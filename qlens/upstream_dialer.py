@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import ssl
@@ -17,6 +18,7 @@ from attrs import define, field, frozen
 
 from qlens.config.network import PROXY_FORM, Tls, is_proxy
 from qlens.errors import UpstreamError, UpstreamInvalid, UpstreamUnreachable
+from qlens.names import addresses_of, literal
 from qlens.upstream_connection import READ_BYTES, Connection
 
 __all__ = ["Dialer", "Origin", "Resolve", "invalid_url"]
@@ -28,9 +30,15 @@ _Stamp = tuple[int | None, ...]
 
 _PLAIN = Tls()
 _NAME_SECONDS = 10.0
+# How long addresses are good for when nobody says any more which they are, and how long that is waited for then.
+_STALE_SECONDS = 600.0
+_PATIENCE_SECONDS = 0.5
+# Names that are looked up at a time.
+_MAX_LOOKUPS = 64
 _MAX_NAMES = 256
 # After this long without a connection, the next address is tried beside the first. (RFC 8305)
 _NEXT_ADDRESS_SECONDS = 0.25
+_FILES_USED_UP = frozenset({errno.EMFILE, errno.ENFILE})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -61,10 +69,12 @@ class Origin:
 
 @define(eq=False)
 class _Name:
-    # The lock: of many calls that need the same name, one asks for it.
-    lock: asyncio.Lock = field(init=False, factory=asyncio.Lock)
+    # Of many calls that need the same name, one asks for it, and goes on asking when the call is over: whoever comes
+    # next has what it finds, and a name whose servers are silent is asked for once at a time.
+    lookup: asyncio.Task[Sequence[AddrInfoType]] | None = field(init=False, default=None)
     addresses: Sequence[AddrInfoType] = field(init=False, factory=list)
     until: float = field(init=False, default=0.0)
+    usable_until: float = field(init=False, default=0.0)
 
 
 @define(eq=False)
@@ -76,6 +86,7 @@ class Dialer:
     resolve: Resolve | None = field(default=None, repr=False)
     """None: the system's resolver, and whatever it says."""
     _names: dict[tuple[str, int], _Name] = field(init=False, factory=dict, repr=False)
+    _lookups: asyncio.Semaphore = field(init=False, factory=lambda: asyncio.Semaphore(_MAX_LOOKUPS), repr=False)
     _contexts: dict[Tls, tuple[_Stamp, ssl.SSLContext]] = field(init=False, factory=dict, repr=False)
     _buffer: memoryview = field(init=False, factory=lambda: memoryview(bytearray(READ_BYTES)), repr=False)
     _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
@@ -121,7 +132,8 @@ class Dialer:
         try:
             sock = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=_NEXT_ADDRESS_SECONDS)
         except OSError:
-            self._names.pop(at, None)
+            if (name := self._names.get(at)) is not None:
+                name.until = 0.0
             raise
         _, connection = await self._loop.create_connection(
             lambda: Connection(self._buffer, on_lost),
@@ -132,18 +144,40 @@ class Dialer:
         return connection
 
     async def _addresses(self, at: tuple[str, int]) -> Sequence[AddrInfoType]:
+        if literal(at[0]) is not None:
+            return await (self.resolve or addresses_of)(*at)
         if (name := self._names.get(at)) is None:
             if len(self._names) >= _MAX_NAMES:
                 del self._names[next(iter(self._names))]
             name = self._names[at] = _Name()
-        async with name.lock:
-            if name.until <= self._loop.time():
-                name.addresses = await (self.resolve or self._resolved)(*at)
-                name.until = self._loop.time() + _NAME_SECONDS
+        now = self._loop.time()
+        if now < name.until:
+            return name.addresses
+        if name.lookup is None:
+            name.lookup = self._loop.create_task(self._look_up(name, at))
+            name.lookup.add_done_callback(_noted)
+        if now >= name.usable_until:
+            return await asyncio.shield(name.lookup)
+        try:
+            async with asyncio.timeout(_PATIENCE_SECONDS):
+                return await asyncio.shield(name.lookup)
+        except TimeoutError:
+            pass
+        except socket.gaierror as error:
+            if error.errno != socket.EAI_AGAIN:
+                raise
+        name.until = max(name.until, self._loop.time() + 2 * _PATIENCE_SECONDS)
         return name.addresses
 
-    async def _resolved(self, host: str, port: int) -> Sequence[AddrInfoType]:
-        return await self._loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    async def _look_up(self, name: _Name, at: tuple[str, int]) -> Sequence[AddrInfoType]:
+        try:
+            async with self._lookups:
+                name.addresses = await (self.resolve or addresses_of)(*at)
+            name.until = self._loop.time() + _NAME_SECONDS
+            name.usable_until = self._loop.time() + _STALE_SECONDS
+            return name.addresses
+        finally:
+            name.lookup = None
 
     async def context(self, tls: Tls | None) -> ssl.SSLContext:
         """How TLS is spoken; made once for each set of files, and again when they have changed."""
@@ -186,6 +220,12 @@ class Dialer:
         # Nobody else calls this for a transport that was there before.
         inner.connection_made(transport)
         return inner
+
+
+def _noted(lookup: asyncio.Task[Sequence[AddrInfoType]]) -> None:
+    """Whoever waited for it may have left: asyncio is not to say that nobody has seen its error."""
+    if not lookup.cancelled():
+        lookup.exception()
 
 
 def invalid_url() -> UpstreamUnreachable:
@@ -234,6 +274,10 @@ def _not_connected(error: OSError | UnicodeError) -> UpstreamError:
         return _no_tls("its certificate is not trusted")
     if isinstance(error, ssl.SSLError):
         return _no_tls("the TLS handshake failed")
+    if error.errno in _FILES_USED_UP:
+        used_up = UpstreamUnreachable("No connection to the provider: this gateway has too many files open.")
+        used_up.ours = True
+        return used_up
     reason = f": {os.strerror(error.errno).lower()}" if error.errno else ""
     return UpstreamUnreachable(f"No connection to the provider{reason}.")
 

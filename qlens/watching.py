@@ -10,6 +10,7 @@ import orjson
 from attrs import define, field
 
 from qlens import returned, sse
+from qlens.bridges import Translation
 from qlens.call import Body, Call, Reply
 from qlens.errors import CallError
 from qlens.returned import mistakes
@@ -25,12 +26,16 @@ class Watcher(ABC):
     reply: Reply
     failed: Callable[[BaseException], CallError]
     """What a provider's mistake means for the client."""
+    translation: Translation | None = field(init=False, default=None, repr=False)
+    """What stands in front, where the provider speaks another dialect: it may know of usage earlier."""
     _source: AsyncIterator[bytes] = field(init=False, repr=False)
     _ended: bool = field(init=False, default=False)
     """Whether nothing more is read."""
     _over: bool = field(init=False, default=False)
     """Whether nothing more is passed."""
     _closed: bool = field(init=False, default=False)
+    _failed_knowing: bool = field(init=False, default=False)
+    """Whether the error that ends the stream says what was used."""
 
     def watch(self, chunks: AsyncIterator[bytes]) -> Self:
         """Pass a stream on; raises UpstreamTruncated when it ends before it is complete."""
@@ -82,6 +87,8 @@ class Watcher(ABC):
     def _is_stopped(self, reason: BaseException) -> bool:
         """End the stream; whether that is raised as it is, because it is no provider's mistake."""
         self._ended = self._over = True
+        if isinstance(reason, CallError) and reason.usage is not None:
+            self.reply.usage, self._failed_knowing = reason.usage, True
         return isinstance(reason, CallError) or not isinstance(reason, mistakes())
 
     async def aclose(self) -> None:
@@ -115,6 +122,10 @@ class Watcher(ABC):
             return returned.usage(self.reply.usage)
         except TypeError:
             return None
+
+    def heard(self) -> Usage | None:
+        """What the provider of a translated stream has said so far, which need not be its last word."""
+        return None if self.translation is None else self.translation.used
 
     @abstractmethod
     def usage(self) -> Usage:

@@ -50,7 +50,8 @@ def error_event(error: CallError, dialect: str, call_id: str) -> bytes:
     try:
         if dialect == "messages":
             return typed.write(_anthropic(error, call_id))
-        if dialect == "responses":
+        # What passes through is of no dialect and read by SDKs of any API; Anthropic's skips events that have no name.
+        if dialect in ("responses", ""):
             return typed.write(responses.error_event(error.body()))
         return sse.write(error.body())
     except TypeError:

@@ -7,10 +7,15 @@ from functools import cache
 from typing import Protocol
 
 from qlens.dialects import Body
+from qlens.usage import Usage
 
 
 class Translation(Protocol):
     """One stream on its way back: events of the provider's dialect in, events of the client's out."""
+
+    @property
+    def used(self) -> Usage | None:
+        """What the provider has said so far was used: the client's dialect may have no place for it before the end."""
 
     def feed(self, event: bytes) -> bytes:
         """What a whole event, with its blank line, becomes: none, one or several whole events.

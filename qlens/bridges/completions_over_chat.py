@@ -8,8 +8,10 @@ import orjson
 from attrs import define, field, frozen
 
 from qlens import sse
+from qlens.bridges.counts import Heard
 from qlens.dialects import Body, chunks, fields
 from qlens.errors import NotOffered
+from qlens.usage import Usage
 
 _OBJECT = "text_completion"
 _SAID_ALIKE = frozenset({*fields.SAMPLING, "model"}) - {"stream_options"}
@@ -49,7 +51,12 @@ class CompletionsOverChat:
 
 @define(eq=False)
 class _Stream:
+    _heard: Heard = field(factory=Heard, init=False)
     _over: bool = field(default=False, init=False)
+
+    @property
+    def used(self) -> Usage | None:
+        return self._heard.used
 
     def feed(self, event: bytes) -> bytes:
         """A chunk of a chat as one of a completion; what has no text, such as the role, becomes nothing."""
@@ -62,6 +69,7 @@ class _Stream:
         payload = sse.parsed(data)
         if payload.get("error"):
             return event
+        self._heard.hear(payload)
         choices = list(_deltas(payload))
         if not choices and not payload.get("usage"):
             return b""

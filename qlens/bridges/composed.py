@@ -8,6 +8,7 @@ from qlens import sse
 from qlens.bridges import Bridge, Translation, params
 from qlens.dialects import Body
 from qlens.errors import InvalidRequest
+from qlens.usage import Usage
 
 
 @frozen
@@ -41,6 +42,10 @@ class Composed:
 class _Stream:
     _first: Translation
     _second: Translation
+
+    @property
+    def used(self) -> Usage | None:
+        return self._second.used
 
     def feed(self, event: bytes) -> bytes:
         return self._through(self._second.feed(event))

@@ -1,10 +1,13 @@
-"""Usage as each dialect writes it."""
+"""Usage as each dialect writes it, and as the chunks of a chat say it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qlens.usage import Usage
+from attrs import define, evolve, field
+
+from qlens.dialects import Body, chat
+from qlens.usage import Usage, larger
 
 _TO_OPENAI = {"standard": "default"}
 _TO_ANTHROPIC = {"default": "standard", "auto": "standard"}
@@ -24,6 +27,23 @@ def as_openai(usage: Usage) -> dict[str, Any]:
         "prompt_tokens_details": details,
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": usage.audio_out},
     }
+
+
+@define(eq=False)
+class Heard:
+    """What the chunks of a chat stream have said of usage, and of the tier, which may stand in others."""
+
+    used: Usage | None = field(init=False, default=None)
+    _tier: str | None = field(init=False, default=None)
+
+    def hear(self, chunk: Body) -> None:
+        """Take what one more chunk says: of several counts the larger, of several tiers the last."""
+        if (usage := chat.usage(chunk)) is not None:
+            self.used = larger(self.used, usage)
+        if type(tier := chunk.get("service_tier")) is str:
+            self._tier = tier or self._tier
+        if self.used is not None and self.used.tier != self._tier:
+            self.used = evolve(self.used, tier=self._tier)
 
 
 def openai_tier(usage: Usage) -> str | None:

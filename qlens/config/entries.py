@@ -98,6 +98,12 @@ class Server:
     """How many processes serve the address: one for each core. Limits need a store that they share, or `per_worker`."""
     max_body_bytes: int = field(default=32 * 1024 * 1024, validator=ge(1))
     """The largest request body that is read."""
+    max_answer_bytes: int = field(default=128 * 1024 * 1024, validator=ge(1))
+    """The largest answer of a provider that is read as a whole; one beyond it is charged as the most that it can have
+    used, and not asked for again. Streams have no such bound."""
+    keepalive_seconds: float = field(default=75.0, validator=gt(0))
+    """How long a client's connection may idle, or take for the head of a request. Longer than a load balancer keeps its
+    connections to the gateway (60 s, most of them), or else it may send a call on one that is just being closed."""
     drain_seconds: float = field(default=30.0, validator=ge(0))
     """How long running calls may go on after the order to stop."""
     accept_seconds: float = field(default=0.0, validator=ge(0))

@@ -61,5 +61,5 @@ class Network:
     tls: Tls | None = None
     """Certificates, for https."""
     max_connections: int | None = field(default=None, validator=optional(ge(1)))
-    """How many connections one host and port may have, in each process; calls beyond it wait for one, and fail when
-    they have none within `connect_seconds`. Without it there is no bound. Realtime sessions are not among them."""
+    """How many connections one host and port may have, in each process; calls beyond it wait for one, and fail with 503
+    when they have none within `connect_seconds`. Without it there is no bound. Realtime sessions are not among them."""

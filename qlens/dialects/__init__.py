@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol
 
@@ -18,6 +18,12 @@ class Fixed(tuple[str | int, ...]):
 
     The last step may be a key that is such a name itself.
     """
+
+    __slots__ = ()
+
+
+class Within(tuple[str | int, ...]):
+    """A Ref to a text within a text that is JSON: the last step is its number among the texts and numbers in that."""
 
     __slots__ = ()
 
@@ -125,7 +131,20 @@ def named(name: str) -> Dialect:
 
 def put(body: Body, ref: Ref, text: str) -> None:
     """Put a text at its place in a body."""
+    if type(ref) is Within:
+        put_within(body, ref[:-1], {int(ref[-1]): text})
+        return
     node: Any = body
     for step in ref[:-1]:
         node = node[step]
     node[ref[-1]] = text
+
+
+def put_within(body: Body, ref: Ref, texts: Mapping[int, str]) -> None:
+    """Put texts at their places in the JSON that stands at this one."""
+    from qlens.dialects import jsons
+
+    source: Any = body
+    for step in ref:
+        source = source[step]
+    put(body, ref, jsons.exchanged(source, texts))

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from qlens import usage as usages
-from qlens.dialects import Body, Fixed, Ref, Strand, chunks, fields, texts
+from qlens.dialects import Body, Fixed, Ref, Strand, chunks, fields, jsons, texts
 from qlens.usage import Usage
 
 GENERATES = True
@@ -147,7 +147,7 @@ def validate(body: Body) -> None:
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
-    """List the texts a model will read: messages, the prediction, tools, and the form that the answer is to have.
+    """List the texts a model will read: messages with the names of files, the prediction, tools, the answer's form.
 
     Names, the values of enums and signed thoughts are Fixed.
     """
@@ -167,11 +167,14 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
 
 
 _DESCRIBED = ("functions", "response_format", "tools", "web_search_options")
-_OPAQUE = texts.OPAQUE | {"thinking_blocks"}
+_OPAQUE = texts.OPAQUE - {"filename"} | {"thinking_blocks"}
 
 
 def _gather(message: dict[str, Any], ref: Ref, found: list[tuple[Ref, str]]) -> None:
+    start = len(found)
     texts.gather(message, ref, found, _OPAQUE)
+    if "tool_calls" in message or "function_call" in message:
+        found[start:] = jsons.opened(found[start:])
     name = message.get("name")
     if type(name) is str:  # of who speaks, or of the function that did
         found.append(((*ref, "name") if message.get("role") in _SPEAKERS else Fixed((*ref, "name")), name))
@@ -244,7 +247,9 @@ def _message_size(message: dict[str, Any]) -> int:
 
 
 def _part_size(part: dict[str, Any]) -> int:
-    return texts.MESSAGE_TOKENS + sum(_json_size(value) for name, value in part.items() if name not in _MEDIA)
+    file = part.get("file")
+    named = texts.size(name) if type(file) is dict and type(name := file.get("filename")) is str else 0
+    return texts.MESSAGE_TOKENS + named + sum(_json_size(value) for name, value in part.items() if name not in _MEDIA)
 
 
 def _json_size(value: Any) -> int:

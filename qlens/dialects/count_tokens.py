@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from qlens.dialects import Body, fields, messages
+from qlens.dialects import Body, fields, messages, signed
 from qlens.dialects.plain import Plain
 from qlens.usage import NO_USAGE
 
+_REQUEST = fields.record(messages.FIELDS, required=("model", "messages"))
+
+
+def _checked(body: Body, path: fields.Path) -> None:
+    _REQUEST(body, path)
+    signed.without_rewritten(body)
+
+
 COUNT_TOKENS = Plain(
-    rule=fields.record(messages.FIELDS, required=("model", "messages")),
+    rule=_checked,
     asked_texts=messages.request_texts,
     used=lambda _body: NO_USAGE,  # to count costs nothing
 )

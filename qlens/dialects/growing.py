@@ -26,19 +26,29 @@ class Growing:
     longest: int
     held: str = ""
     """What has come and not passed."""
+    changed: bool = field(default=False, init=False)
+    """Whether something of it was rewritten."""
     _retry_at: int = field(default=0, init=False)
+
+    @property
+    def size(self) -> int:
+        """How many characters are held."""
+        return len(self.held)
 
     def grow(self, piece: str) -> str:
         """Take a piece; return what can pass now, rewritten. Raises what `fn` raises."""
         self.held += piece
         cut, passing = self._cut()
+        self.changed = self.changed or passing != self.held[:cut]
         self.held = self.held[cut:]
         return passing
 
     def end(self) -> str:
         """Return the rest, rewritten."""
         rest, self.held = self.held, ""
-        return self.fn(rest) if rest else ""
+        passing = self.fn(rest) if rest else ""
+        self.changed = self.changed or passing != rest
+        return passing
 
     def _cut(self) -> tuple[int, str]:
         """How much can pass, and as what.

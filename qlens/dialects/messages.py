@@ -10,7 +10,7 @@ import orjson
 from attrs import evolve
 
 from qlens import usage as usages
-from qlens.dialects import Body, Fixed, Ref, Strand, fields, texts
+from qlens.dialects import Body, Fixed, Ref, Strand, fields, jsons, signed, texts
 from qlens.usage import Usage
 
 GENERATES = True
@@ -123,6 +123,7 @@ _REQUEST = fields.record(FIELDS, required=("model", "max_tokens", "messages"))
 def validate(body: Body) -> None:
     """Refuse a request body with a 400: InvalidRequest with its param and code."""
     _REQUEST(body, None)
+    signed.without_rewritten(body)
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
@@ -177,7 +178,7 @@ def _gather_block(block: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
     if kind == "document" and type(source) is dict:
         _gather_source(source, (*ref, "source"), found)
     # What tools are called with may have any names: none of them says that a text is not read.
-    found += _strings(block.get("input"), (*ref, "input"))
+    jsons.below(block.get("input"), (*ref, "input"), found)
     content = block.get("content")
     if type(content) is list:
         _gather(content, (*ref, "content"), found)
@@ -192,18 +193,6 @@ def _gather_source(source: Block, ref: Ref, found: list[tuple[Ref, str]]) -> Non
     if source.get("type") == "text":
         _gather(source.get("data"), (*ref, "data"), found)
     _gather(source.get("content"), (*ref, "content"), found)
-
-
-def _strings(node: Any, ref: Ref) -> Iterator[tuple[Ref, str]]:
-    """Every text below a node, whatever it is called."""
-    if type(node) is str:
-        yield ref, node
-    elif type(node) is dict:
-        for name, child in node.items():
-            yield from _strings(child, (*ref, name))
-    elif type(node) is list:
-        for position, child in enumerate(node):
-            yield from _strings(child, (*ref, position))
 
 
 # --- its bounds --------------------------------------------------------------------------------
@@ -318,17 +307,28 @@ LEAST_BUDGET = 1024
 """The fewest tokens that a model may be given for thinking."""
 
 
+class Chosen(Block):
+    """A `thinking` whose budget no client has given: of `max_tokens`, whatever it becomes, half is for the answer."""
+
+
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
     """Lower what is asked to what the model allows, and with it the part of it that is for thinking."""
-    asked = body.get("max_tokens")
-    if max_output_tokens is None or asked is None or asked <= max_output_tokens:
+    asked, thinking = body.get("max_tokens"), body.get("thinking")
+    if asked is None:
         return
-    body["max_tokens"] = max_output_tokens
-    thinking = body.get("thinking")
-    if type(thinking) is not dict or (thinking.get("budget_tokens") or 0) < max_output_tokens:
+    most = asked if max_output_tokens is None else min(asked, max_output_tokens)
+    body["max_tokens"] = most
+    if type(thinking) is Chosen:
+        _leave_room(body, thinking, most // 2)
+    elif type(thinking) is dict and most < asked:
+        _leave_room(body, thinking, most - 1)
+
+
+def _leave_room(body: Body, thinking: Block, most: int) -> None:
+    if (thinking.get("budget_tokens") or 0) <= most:
         return
-    if max_output_tokens > LEAST_BUDGET:
-        body["thinking"] = {**thinking, "budget_tokens": max_output_tokens - 1}
+    if most >= LEAST_BUDGET:
+        body["thinking"] = {**thinking, "budget_tokens": most}
     else:
         del body["thinking"]  # there is no room to think
 
@@ -370,20 +370,32 @@ def _blocks(body: Body) -> list[Block]:
 
 QUIET = (b"event: content_block_delta\n", b"event: content_block_start\n", b"event: content_block_stop\n")
 """How events begin that say nothing of usage, errors or the end; most events are such."""
+QUIET_KEPT = True
+MARKS = (b'"text":"', b'"thinking":"', b'"partial_json":"')
+"""How the texts begin in which most of these differ alone."""
 
 _DELTAS = {"text": "text_delta", "thinking": "thinking_delta", "partial_json": "input_json_delta"}
 """The fields that hold a delta's text, and the deltas they belong to."""
 
 
 def event_texts(event: Body) -> list[tuple[Strand, Ref, str]]:
-    """List the text deltas of one event of a stream; a strand is a block and a field."""
+    """List the text deltas of one event of a stream, a strand being a block and a field; and what is whole in it."""
     place = {"content_block_delta": "delta", "content_block_start": "content_block"}.get(str(event.get("type")))
     part, index = event.get(place or ""), event.get("index")
     if place is None or type(part) is not dict or type(index) is not int:
         return []
-    return [
+    found: list[tuple[Strand, Ref, str]] = [
         ((index, name), (place, name), part[name]) for name in _DELTAS if type(part.get(name)) is str and part[name]
     ]
+    if place == "content_block" or "citation" in part:
+        whole: list[tuple[Ref, str]] = []
+        if place == "content_block":
+            _gather_block(part, (place,), whole)
+        else:
+            texts.gather(part["citation"], (place, "citation"), whole)
+        grown = {ref for _, ref, _ in found}
+        found += [((), ref, text) for ref, text in whole if ref not in grown and text]
+    return found
 
 
 def event_ends(event: Body) -> list[int]:

@@ -55,6 +55,9 @@ class Plain:
     """What was probably used of these bounds, when the answer with these texts does not say."""
     used: Callable[[Body], Usage | None] = tokens_of
     answer_texts: Callable[[Body], Texts] = _no_texts
+    """The texts of an answer that the model wrote."""
+    repeated_texts: Callable[[Body], Texts] = _no_texts
+    """Those that repeat the request."""
     event_text: Callable[[Body], str | None] = field(default=lambda _event: None)
     """The field of an event that holds a text."""
     last_event: str = ""
@@ -70,6 +73,8 @@ class Plain:
 
     GENERATES = False
     QUIET = ()
+    QUIET_KEPT = False
+    MARKS = ()
 
     def validate(self, body: Body) -> None:
         """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
@@ -117,7 +122,7 @@ class Plain:
 
     def reply_texts(self, body: Body) -> Texts:
         """List the texts of an answer."""
-        return self.answer_texts(body)
+        return [*self.answer_texts(body), *self.repeated_texts(body)]
 
     # --- streams of typed events ---------------------------------------------------------------
 

@@ -20,6 +20,13 @@ def _texts(body: Body) -> list[tuple[Ref, str]]:
     return found
 
 
+def _repeated(body: Body) -> list[tuple[Ref, str]]:
+    found: list[tuple[Ref, str]] = []
+    for name in ("results", "data"):
+        gather(body.get(name), (name,), found)
+    return found
+
+
 def queries(documents: int) -> int:
     """How many queries a call with so many documents is billed as."""
     return max(1, -(-documents // DOCUMENTS_PER_QUERY))
@@ -57,5 +64,6 @@ RERANK = Plain(
     asked_texts=_texts,
     meters=lambda body: {"queries": queries(len(body["documents"]))},
     used=_used,
+    repeated_texts=_repeated,
 )
 """Which documents fit a query best."""

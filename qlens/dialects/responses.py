@@ -9,7 +9,7 @@ import orjson
 from attrs import evolve
 
 from qlens import usage as usages
-from qlens.dialects import Body, Ref, Strand, fields, response_events, texts
+from qlens.dialects import Body, Ref, Strand, fields, jsons, response_events, texts
 from qlens.errors import InvalidRequest
 from qlens.usage import Usage
 
@@ -142,8 +142,9 @@ def validate(body: Body) -> None:
         )
 
 
-# What is no text of its own, in requests, answers and events alike; beside what no dialect has as text.
-_OPAQUE = texts.OPAQUE | {
+# What is no text of its own, in requests, answers and events alike; beside what no dialect has as text. What a file is
+# called is read by a model in requests, and by the client in answers.
+_OPAQUE = texts.OPAQUE - {"filename"} | {
     "approval_request_id",
     "call_id",
     "caller",
@@ -173,6 +174,7 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
     prompt = body.get("prompt")
     if type(prompt) is dict:
         texts.gather(prompt.get("variables"), ("prompt", "variables"), found, _OPAQUE)
+    found = jsons.opened(found)
     items = body.get("input")
     for position, item in enumerate(items if type(items) is list else ()):
         texts.named(item, ("input", position), found)
@@ -410,6 +412,10 @@ QUIET = (
     b"event: response.refusal.delta\n",
 )
 """How events begin that say nothing of usage, errors or the end; most events are such."""
+QUIET_KEPT = False
+"""What they say is said again, whole, by events at the end."""
+MARKS: tuple[bytes, ...] = ()
+"""Each has a number of its own."""
 
 _BINARY = "response.audio.delta"
 

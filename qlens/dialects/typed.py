@@ -19,6 +19,11 @@ class TypedDialect(Dialect, Protocol):
     QUIET: tuple[bytes, ...]
     """How events begin that need no look: they say nothing of usage, errors or the end."""
 
+    QUIET_KEPT: bool
+    """Whether `assemble` needs them."""
+    MARKS: tuple[bytes, ...]
+    """How the texts begin in which such events differ from each other, where they differ in nothing else."""
+
     def event_usage(self, payload: Body, before: Usage | None) -> Usage | None:
         """What was used so far, by an event and those before it; None when none of them says so."""
 

@@ -174,8 +174,8 @@ class Segment:
     number: int
     size: int = 0
     """Up to here there are whole records."""
-    records: int = 0
-    """How many of them are not shipped."""
+    shippable: int = 0
+    """How many of those that were synced are not shipped; below 0 when others are shipped before they are synced."""
     synced: int = 0
     file: int = -1
     """Open for writing, until all of it is synced."""
@@ -187,6 +187,11 @@ class Segment:
 
     def __str__(self) -> str:
         return f"{self.place}/{_name(self.number)}"
+
+    @property
+    def records(self) -> int:
+        """How many records are not shipped."""
+        return self.shippable + len(self.unsynced)
 
     def open(self) -> BinaryIO:
         """Open it to read it."""

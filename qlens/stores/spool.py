@@ -65,8 +65,8 @@ class Spool:
     _shipped: Position = field(default=(0, 0), init=False)
     _ends: deque[Position] = field(factory=deque, init=False)
     """Where each record ends that was read and is not shipped."""
-    _bytes: int = field(default=0, init=False)
-    """How many wait."""
+    _room: int = field(default=0, init=False)
+    """How many bytes may be appended before it is looked anew what there is room for; never too many."""
 
     # --- opening and closing -------------------------------------------------------------------
 
@@ -154,9 +154,8 @@ class Spool:
         start = segment.size = min(place, size) if segment.number == number else 0
         with segment.open() as file:
             for _, segment.size in records(file, start, size):
-                segment.records += 1
+                segment.shippable += 1
         segment.synced = segment.size
-        self._bytes += segment.size - start
         self.torn += size - segment.size
         return segment.records > 0
 
@@ -166,7 +165,19 @@ class Spool:
     def left(self) -> Left:
         """How much waits."""
         with self._changing:
-            return Left(sum(segment.records for segment in self._segments), self._bytes)
+            return Left(sum(segment.records for segment in self._segments), self._waiting)
+
+    @property
+    def _waiting(self) -> int:
+        """How many bytes wait."""
+        number, place = self._shipped
+        return sum(each.size - (place if each.number == number else 0) for each in self._segments)
+
+    def allow(self, most_bytes: int) -> None:
+        """Let as many bytes wait from now on."""
+        if most_bytes != self.most_bytes:
+            with self._changing:
+                self.most_bytes, self._room = most_bytes, 0
 
     def append(self, record: bytes) -> None:
         """Add a record at the end; raises SpoolFull, or another OSError when the disk does not take it.
@@ -177,18 +188,26 @@ class Spool:
         framed = _head(length, crc32(record, length)) + record
         size = length + _HEAD_BYTES
         with self._changing:
-            if self._bytes + size > self.most_bytes:
-                raise SpoolFull(errno.ENOSPC, f"more than {self.most_bytes} bytes would wait")
             segment = self._current
-            if segment is None or segment.size + size > self.segment_bytes:
-                segment = self._begin()
+            if segment is None or size > self._room:
+                segment = self._with_room(size)
             if _write(segment.file, framed) != size:
                 self._undo(segment)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             segment.size += size
-            segment.records += 1
             segment.unsynced.append(framed)
-            self._bytes += size
+            self._room -= size
+
+    def _with_room(self, size: int) -> Segment:
+        """The segment to append so many bytes to, and how many more there is room for."""
+        allowed = self.most_bytes - self._waiting
+        if size > allowed:
+            raise SpoolFull(errno.ENOSPC, f"more than {self.most_bytes} bytes would wait")
+        segment = self._current
+        if segment is None or segment.size + size > self.segment_bytes:
+            segment = self._begin()
+        self._room = max(size, min(allowed, self.segment_bytes - segment.size))
+        return segment
 
     def _begin(self) -> Segment:
         """Go on in a new segment."""
@@ -242,6 +261,7 @@ class Spool:
                 return False
         with self._changing:
             del segment.unsynced[:records]
+            segment.shippable += records
             segment.synced = size
             if segment is not self._current and not segment.unsynced:
                 segment.close()
@@ -265,6 +285,7 @@ class Spool:
             log.warning("spool: %s was written anew", segment)
         with self._changing:
             segment.close()
+            segment.shippable = segment.records
             segment.unsynced, segment.synced, segment.failed = [], segment.size, False
 
     # --- reading -------------------------------------------------------------------------------
@@ -302,9 +323,9 @@ class Spool:
             if self._current is segment:
                 self._current = None
             lost, segment.size = segment.size - place, place
-            segment.records = sum(number == segment.number for number, _ in self._ends)
+            readable = sum(number == segment.number for number, _ in self._ends)
+            segment.shippable = readable - len(segment.unsynced)
             self.torn += lost
-            self._bytes -= lost
         log.error("spool: %s is damaged, %d bytes are lost", segment, lost)
 
     def shipped(self, count: int) -> None:
@@ -315,13 +336,11 @@ class Spool:
         if not count:
             return
         ends = [self._ends.popleft() for _ in range(count)]
-        done, reached = Counter(number for number, _ in ends), dict(ends)
-        number, start = self._shipped
-        self._shipped = ends[-1]
+        done = Counter(number for number, _ in ends)
         with self._changing:
-            self._bytes -= sum(reached.values()) - (start if number in reached else 0)
+            self._shipped = ends[-1]
             for segment in self._segments:
-                segment.records -= done[segment.number]
+                segment.shippable -= done[segment.number]
         self._note()
         self._delete()
 

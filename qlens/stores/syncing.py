@@ -10,6 +10,7 @@ from threading import Event, Thread
 
 from attrs import define, field
 
+from qlens.background import background_thread
 from qlens.stores.spool import Spool
 
 log = logging.getLogger("qlens.spool")
@@ -41,7 +42,7 @@ class SpoolSync:
 
     def start(self) -> None:
         """Sync from now on."""
-        self._thread = Thread(target=self._run, name="qlens-spool", daemon=True)
+        self._thread = background_thread(self._run, "qlens-spool")
         self._thread.start()
 
     def wake(self) -> None:

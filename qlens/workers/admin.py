@@ -101,7 +101,7 @@ class Admin:
 
     def _ready(self) -> Reply:
         status = "draining" if self.crew.stopping else "ready" if self.crew.all_ready() else "starting"
-        workers = {"ready": len(self.crew.ready()), "wanted": self.crew.wanted}
+        workers = {"ready": self.crew.well(), "wanted": self.crew.wanted}
         return _json({"status": status, "workers": workers}, 200 if status == "ready" else 503)
 
     @contextlib.asynccontextmanager

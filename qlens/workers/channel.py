@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from itertools import count
 from typing import Any
@@ -35,6 +36,8 @@ class Channel:
     _numbers: Iterator[int] = field(factory=count, init=False)
     _answers: set[asyncio.Task[None]] = field(factory=set, init=False)
     _closed: bool = field(default=False, init=False)
+    heard_at: float = field(factory=time.monotonic, init=False)
+    """When the other side last said anything."""
 
     @classmethod
     async def over(cls, end: socket.socket, answering: Answering) -> Channel:
@@ -46,7 +49,9 @@ class Channel:
         try:
             while True:
                 size = int.from_bytes(await self._reader.readexactly(4))
-                self._take(orjson.loads(await self._reader.readexactly(size)))
+                message = await self._reader.readexactly(size)
+                self.heard_at = time.monotonic()
+                self._take(orjson.loads(message))
         except (asyncio.IncompleteReadError, OSError):
             pass
         finally:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +72,11 @@ class Child:
     def serving(self) -> bool:
         """Whether it has calls, and can say something about them."""
         return self.state in {"ready", "draining"}
+
+    @property
+    def silent_seconds(self) -> float:
+        """For how long it has said nothing, not even a late answer."""
+        return time.monotonic() - self._channel.heard_at
 
     async def order(self, what: str, **details: Any) -> dict[str, Any]:
         """Have something done; raises StartupError with the faults it found, ChannelClosed when it ended over it."""

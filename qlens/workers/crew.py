@@ -15,6 +15,10 @@ from qlens.workers.child import Child
 
 log = logging.getLogger("qlens")
 
+WELL_SECONDS = 10.0
+"""A worker that serves and said nothing for so long is not ready: it keeps the connections that it is given."""
+HUNG_SECONDS = 30.0
+"""One that said nothing for so long, not even late, hangs: it is killed, and followed by another."""
 POLL_SECONDS = 5.0
 """How often workers are asked for their metrics: what one has counted since then is lost when it is killed."""
 
@@ -37,9 +41,13 @@ class Crew:
         ready = [child for child in self.children if child.state == "ready"]
         return sorted(ready, key=lambda child: not child.answering)
 
+    def well(self) -> int:
+        """How many of them have said something lately."""
+        return sum(child.silent_seconds < WELL_SECONDS for child in self.ready())
+
     def all_ready(self) -> bool:
         """Whether as many serve as shall, and go on serving."""
-        return not self.stopping and len(self.ready()) >= self.wanted
+        return not self.stopping and self.well() >= self.wanted
 
     def lose(self, child: Child) -> None:
         """Take out a worker that has ended, and keep what it counted."""
@@ -63,7 +71,7 @@ class Crew:
 
     def _own(self) -> Iterable[merged.Family]:
         ready = "qlens_workers_ready"
-        yield ready, "gauge", "Workers that serve.", [(ready, {}, len(self.ready()))]
+        yield ready, "gauge", "Workers that serve.", [(ready, {}, self.well())]
         restarts = "qlens_worker_restarts"
         count = max(0, self.starts - self.wanted)
         yield restarts, "counter", "Workers that were started in place of another.", [(f"{restarts}_total", {}, count)]
@@ -81,7 +89,7 @@ class Crew:
         return {"worker": child.number, "state": state, "process": child.process.pid, **(said or {})}
 
     async def poll(self) -> None:
-        """Ask for metrics now and then, and say so when one stops answering."""
+        """Ask for metrics now and then; say so when one stops answering, and end one that does not begin again."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             silent = [child for child in self.children if not child.answering]
@@ -89,6 +97,10 @@ class Crew:
             for child in self.children:
                 if not child.answering and child not in silent:
                     log.warning("worker %d, process %d, does not answer", child.number, child.process.pid)
+            for child in self.ready():
+                if child.silent_seconds > HUNG_SECONDS:
+                    log.error("worker %d, process %d, hangs and is killed", child.number, child.process.pid)
+                    child.kill()
 
     async def _look(self) -> None:
         await asyncio.gather(*(child.look() for child in self.children if child.serving))

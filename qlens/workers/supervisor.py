@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from qlens import config
 from qlens.config import draft, text_of
 from qlens.errors import StartupError
 from qlens.server import bind, url_of
-from qlens.signals import ignore_stops, on_stop
+from qlens.signals import ignore_stops, on_reload, on_stop
 from qlens.workers.admin import Admin
 from qlens.workers.channel import ChannelClosed
 from qlens.workers.child import ANSWER_SECONDS, Child
@@ -74,7 +73,7 @@ async def supervise(path: Path, text: str, settings: config.Server) -> int:
     """
     stop, reload = asyncio.Event(), asyncio.Event()
     on_stop(stop.set)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload.set)
+    on_reload(reload.set)
     with ExitStack() as held:
         listeners = [held.enter_context(each) for each in shared(settings.host, settings.port, settings.workers)]
         admin = held.enter_context(bind(settings.admin.host, settings.admin.port))

@@ -47,6 +47,10 @@ LIES = {
 }
 
 
+MADE = {"no JSON", "no UTF-8", "short length"}
+"""Those of them that were made as whole answers, and what they used stood in them; of a reset nobody knows."""
+
+
 @pytest.mark.parametrize("body", [HELLO, STREAM], ids=["body", "stream"])
 @pytest.mark.parametrize("lie", LIES, ids=str)
 async def test_a_lie_before_the_first_byte_is_502_and_one_failed_attempt(lie: str, body: dict[str, Any]) -> None:
@@ -60,7 +64,11 @@ async def test_a_lie_before_the_first_byte_is_502_and_one_failed_attempt(lie: st
             assert error["code"].startswith("upstream")
             (receipt,) = await gateway.settled(1)
             assert (receipt.outcome, receipt.status, len(receipt.attempts)) == ("failed", 502, 1)
-            assert receipt.cost.picos == 0
+            # What is no JSON by its type is no answer to one who asked for a stream, and is not read.
+            made = lie in MADE and (body is HELLO or lie != "short length")
+            if lie != "reset":
+                assert (receipt.attempts[0].billed, receipt.usage.output) == (made, 100 if made else 0)
+                assert receipt.cost.state == ("unpriced" if made else "exact")
             assert (await gateway.post(CHAT, body)).status == 200  # the connection pool is not poisoned
 
 

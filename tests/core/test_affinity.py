@@ -130,15 +130,6 @@ async def test_what_the_provider_says_of_a_mistake_reaches_the_client(gateway: R
             await client.responses.cancel(made.id)
 
 
-async def test_a_cached_response_keeps_an_id_that_can_be_asked_for(one: FakeKeeper, two: FakeKeeper) -> None:
-    async with kept(settings(one, two, cache="[{plugin: exact}]")) as gateway, sdk(gateway) as client:
-        made = await client.responses.create(model="first", input="Hello", temperature=0)
-        again = await client.responses.create(model="first", input="Hello", temperature=0)
-        assert again.id == made.id
-        assert len(one.requests) == 1
-        assert (await client.responses.retrieve(again.id)).id == made.id
-
-
 async def test_a_response_of_a_provider_that_speaks_chat_is_kept_nowhere(gateway: Running) -> None:
     async with sdk(gateway) as client:
         made = await client.responses.create(model="talk", input="Hello")

@@ -366,9 +366,9 @@ async def test_a_guard_that_fails_in_a_stream_is_not_taken_for_the_calls_deadlin
 
         gateway.plugin("guard", "puppet").does["wrap_call"] = guard
         answer = await gateway.post(CHAT, STREAM)
-        assert answer.events()[-1]["error"]["code"] == "internal_error"
+        assert answer.events()[-1]["error"]["code"] == "plugin_failed"
         (receipt,) = await gateway.settled(1)
-        assert (receipt.outcome, receipt.error, one.closed) == ("failed", "internal_error", 1)
+        assert (receipt.outcome, receipt.error, one.closed) == ("failed", "plugin_failed", 1)
 
 
 async def test_a_body_is_complete_whether_its_provider_says_so_or_not_and_is_cached() -> None:

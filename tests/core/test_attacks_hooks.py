@@ -13,7 +13,7 @@ from attrs import evolve
 from puppets import Puppet, Speaker
 from yamls import CHAT, HELLO, STREAM, config, targets
 
-from qlens import Call, Caller, Cost, Outgoing, Reply, Target, UpstreamError, Usage
+from qlens import Call, Caller, CallError, Cost, Limit, Outgoing, RateLimited, Reply, Target, UpstreamError, Usage
 from qlens.testing import Running, running
 
 PUPPET = {"plugin": "puppets:Puppet", "name": "puppet"}
@@ -56,33 +56,75 @@ def _stray(*_: object) -> Any:
     raise asyncio.CancelledError  # as awaiting somebody else's task does when that was cancelled
 
 
+def _exit(*_: object) -> Any:
+    raise SystemExit("a library gives up")
+
+
+def _caller(**said: Any) -> Caller:
+    return evolve(Caller("acme", "nobody", "puppet"), **said)
+
+
+def _raise(kind: type[CallError], **said: Any) -> None:
+    raise kind("no", **said)
+
+
 NONSENSE: list[tuple[str, Callable[..., Any], int]] = [
     ("authenticate", lambda call: True, 503),
     ("authenticate", lambda call: "acme", 503),
     ("authenticate", lambda call: Caller("", "nobody", "puppet"), 503),
+    ("authenticate", lambda call: _caller(tenant="acme\nadmin"), 503),
+    ("authenticate", lambda call: _caller(subject=None), 503),
+    ("authenticate", lambda call: _caller(by=None), 503),
+    ("authenticate", lambda call: _caller(project=7), 503),
+    ("authenticate", lambda call: _caller(key_id=8), 503),
+    ("authenticate", lambda call: _caller(roles="admin"), 503),
+    ("authenticate", lambda call: _caller(models="zzz*"), 503),
+    ("authenticate", lambda call: _caller(models=(5,)), 503),
+    ("authenticate", lambda call: _caller(tags={"team": 1}), 503),
+    ("authenticate", lambda call: _caller(expires_at="tomorrow"), 503),
+    ("authenticate", lambda call: _caller(allowance={"concurrency": 1}), 503),
+    ("authenticate", lambda call: call.tags.update(team=object()), 503),
     ("authenticate", _stray, 503),
+    ("authenticate", _exit, 503),
+    ("admit", lambda call: call.limits.append(Limit("requests", "x", 10, None, 1.0)), 503),  # type: ignore[arg-type]
+    ("admit", lambda call: call.limits.append(Limit("requests", "x", 10, 5, "soon")), 503),  # type: ignore[arg-type]
+    ("admit", lambda call: call.limits.append({"kind": "requests"}), 503),
+    ("admit", lambda call: setattr(call, "limits", None), 503),
+    ("admit", lambda call: call.tags.update(team=object()), 503),
+    ("admit", lambda call: _raise(RateLimited, retry_after="soon"), 503),
+    ("admit", lambda call: _raise(RateLimited, headers="x: 1"), 503),
     ("admit", _stray, 503),
+    ("admit", _exit, 503),
     ("wrap_call", lambda call, proceed: None, 500),
     ("wrap_call", lambda call, proceed: Reply(), 500),
     ("wrap_call", lambda call, proceed: Reply(body="text"), 500),  # type: ignore[arg-type]
     ("wrap_call", _stray, 500),
+    ("wrap_call", _exit, 500),
     ("lookup", lambda call: {"choices": []}, 200),
     ("lookup", lambda call: True, 200),
     ("lookup", lambda call: Reply(), 200),
+    ("lookup", lambda call: Reply(body=b'{"choices": ['), 200),
+    ("lookup", lambda call: Reply(500, body=b"{}"), 200),
     ("lookup", _stray, 200),
+    ("lookup", _exit, 200),
     ("choose", lambda call: 5, 500),
     ("choose", lambda call: ["talker"], 500),
     ("choose", lambda call: [evolve(call.model.candidates[0], provider="nowhere")], 500),
     ("choose", _stray, 500),
+    ("choose", _exit, 500),
     ("wrap_send", lambda target, proceed: None, 500),
     ("wrap_send", lambda target, proceed: proceed(None), 500),
     ("wrap_send", lambda target, proceed: proceed(evolve(target, provider="nowhere")), 500),
     ("wrap_send", _stray, 500),
+    ("wrap_send", _exit, 500),
     ("store", _stray, 200),
+    ("store", _exit, 200),
     ("price", lambda call: 5, 200),
     ("price", lambda call: Cost(-5), 200),
     ("price", lambda call: Cost(1.5), 200),  # type: ignore[arg-type]
+    ("price", _exit, 200),
     ("settle", _stray, 200),
+    ("settle", _exit, 200),
 ]
 
 
@@ -168,7 +210,11 @@ ANSWERS: list[Callable[..., Any]] = [
     lambda call, target, outgoing: Reply(body=BODY, usage={"input": 5}, complete=True),  # type: ignore[arg-type]
     lambda call, target, outgoing: Reply(body=BODY, dialect="klingon", complete=True),
     lambda call, target, outgoing: Reply(chunks=[b"data: [DONE]\n\n"]),  # type: ignore[arg-type]
+    lambda call, target, outgoing: Reply(500, body=b'{"error": {"message": "key sk-example is over its quota"}}'),
+    lambda call, target, outgoing: Reply(500, chunks=_stream(b"no")),
+    lambda call, target, outgoing: Reply("200", body=BODY),  # type: ignore[arg-type]
     _stray,
+    _exit,
 ]
 
 
@@ -191,6 +237,7 @@ async def test_nonsense_from_a_provider_is_502_after_the_next_target_was_asked(
         assert (await gateway.post(CHAT, {**body, "model": "both"})).status == 200
         await _settled_once(gateway, puppet, 2)
         assert [receipt.outcome for receipt in puppet.settled] == ["failed", "complete"]
+        assert not any(receipt.attempts[0].billed for receipt in puppet.settled)
         assert all(count >= 0 for receipt in puppet.settled for count in (receipt.usage.total, receipt.cost.picos or 0))
 
 
@@ -201,6 +248,7 @@ BREAKS: list[Any] = [
     RuntimeError("sk-example-secret-in-an-exception"),
     StopAsyncIteration(),
     asyncio.CancelledError(),
+    SystemExit(),
     KeyError("x"),
 ]
 

@@ -429,9 +429,8 @@ async def test_requests_sent_at_once_are_answered_one_after_another_and_all_of_t
         client.close()
 
 
-async def test_an_idle_connection_and_a_slow_head_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlens.connection.KEEPALIVE_SECONDS", 0.3)
-    async with running(config(STAGES, SPEAKER, ONE)) as gateway:
+async def test_an_idle_connection_and_a_slow_head_are_closed() -> None:
+    async with running(config(STAGES, SPEAKER, ONE, keepalive_seconds=0.3)) as gateway:
         gateway.plugin("provider", "speaker").answer = lambda *_: Reply(body=_big(2), complete=True)
         for sent in (b"POST /v1", _http(HELLO), _http(HELLO) + b"POST"):
             client = await Client(gateway).send(sent)

@@ -62,6 +62,44 @@ def test_nothing_is_said_where_nobody_must_know(tmp_path: Path, capsys: pytest.C
         assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("rate_limit: [{plugin: token_bucket, limits: [{per: key, requests_per_minute: 1, match: {model: [smal]}}]}]",
+         "pipeline.rate_limit[0]: match: no model is called 'smal': this never applies; did you mean 'small'?"),
+        ("rate_limit: [{plugin: token_bucket, limits: [{per: provider, requests_per_minute: 1, "
+         "match: {provider: [ecko*]}}]}]", "pipeline.rate_limit[0]: match: no provider is called 'ecko*'"),
+        ("cost: [{plugin: prices}, {plugin: budgets, limits: [{per: tenant, usd: 1, hard: false, "
+         "match: {model: [large, none]}}]}]", "pipeline.cost[1]: match: no model is called 'none'"),
+        ("rate_limit: [{plugin: token_bucket, limits: [{per: key, requests_per_minute: 1, "
+         "match: {model: ['la*', all-x], tenant: [nobody]}}]}]", None),
+    ],
+)  # fmt: skip
+def test_a_rule_for_what_is_not_there_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, said: str | None
+) -> None:
+    text = f"""
+pipeline:
+  auth: [{{plugin: anonymous}}]
+  {stage}
+providers: {{echo: {{plugin: echo}}}}
+models:
+  small: {{max_output_tokens: 5, targets: [{{provider: echo, model: small}}]}}
+  large: {{max_output_tokens: 5, targets: [{{provider: echo, model: large}}]}}
+  all-*: {{max_output_tokens: 5, targets: [{{provider: echo, model: "*"}}]}}
+"""
+    assert check(tmp_path, text) == 0
+    warnings = capsys.readouterr().err
+    assert (said is None) == (warnings == "")
+    assert (said or "") in warnings
+
+
+def test_a_gateway_that_nobody_may_call_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "providers: {echo: {plugin: echo}}\nmodels: {m: {targets: [{provider: echo, model: m}]}}\n"
+    assert check(tmp_path, text) == 0
+    assert "pipeline.auth: no plugin says who calls" in capsys.readouterr().err
+
+
 async def test_the_same_is_logged_at_start_up(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "qlens"):
         async with running(BASE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import re
@@ -17,6 +18,7 @@ from qlens import Event, StartupError
 from qlens.events import Events
 from qlens.metrics import Metrics
 from qlens.testing import ManualClock, running
+from qlens.testing.processes import free_port
 
 PLAIN = """
 pipeline: {auth: [{plugin: anonymous}]}
@@ -147,6 +149,30 @@ async def test_a_receipt_says_all_but_what_was_said() -> None:
         200,
     )
     assert [attempt["provider"] for attempt in data["attempts"]] == ["echo"]
+
+
+async def test_a_receipt_is_told_as_the_usage_api_shows_it() -> None:
+    """But for when it came, which is the event's own time."""
+    text = f"""
+pipeline:
+  auth: [{{plugin: anonymous, roles: [admin]}}]
+  cost: [{{plugin: prices, table: [{{model: m, input: 1, output: 2}}]}}, {{plugin: ledger, flush_seconds: 0.02}}]
+providers: {{echo: {{plugin: echo}}, gone: {{plugin: openai, base_url: "http://127.0.0.1:{free_port()}/v1"}}}}
+models:
+  gpt-4o-mini: {{max_output_tokens: 9, targets: [{{provider: gone, model: m}}], fallbacks: [other]}}
+  other: {{max_output_tokens: 9, targets: [{{provider: echo, model: m}}]}}
+"""
+    async with running(text) as gateway:
+        await gateway.post("/v1/chat/completions", CHAT)
+        (receipt,) = await gateway.settled(1)
+        async with asyncio.timeout(10):
+            while (shown := await gateway.get(f"/v1/usage/calls/{receipt.id}")).status == 404:
+                await asyncio.sleep(0.02)
+    told = orjson.loads(Event.of_receipt(receipt).cloudevent_json("/qlens"))
+    expected = {key: value for key, value in shown.json().items() if key not in {"object", "created_at", "time"}}
+    assert told["data"] == expected
+    assert told["time"] == shown.json()["time"]
+    assert [attempt["billed"] for attempt in expected["attempts"]] == [False, True]
 
 
 async def test_configurations_that_are_taken_and_refused_are_told_without_what_stands_in_them(

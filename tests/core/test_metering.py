@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -15,7 +15,8 @@ from qlens import sse
 from qlens.call import Call, Cost, Reply
 from qlens.dialects import chat
 from qlens.errors import CallError, UpstreamTruncated
-from qlens.metering import Meter, merged
+from qlens.metering import Meter
+from qlens.metering_alike import merged
 from qlens.operations import OPERATIONS
 from qlens.usage import Usage
 
@@ -216,6 +217,8 @@ async def test_many_tokens_in_one_event_are_not_counted_as_one() -> None:
 
 PLAIN_CHOICE = b'data: {"choices":[{"finish_reason":null,"content":"%s","x":1}]}\n\n'
 FINISH_LAST = b'data: {"choices":[{"content":"%s","finish_reason":null}]}\n\n'
+PADDED_CHOICE = b'data: {"choices":[{"content":"%s","finish_reason":null}],"obfuscation":"p"}\n\n'
+HIDDEN_USAGE = b'","usage":{"prompt_tokens":5,"completion_tokens":2},"x":"'
 A_NAME = b'data: {"content":"%s":{},"choices":[{}]}\n\n'
 
 
@@ -232,6 +235,8 @@ A_NAME = b'data: {"content":"%s":{},"choices":[{}]}\n\n'
         (PLAIN_CHOICE, PLAIN_CHOICE.replace(b"null", b'"ok"')),
         (FINISH_LAST, FINISH_LAST.replace(b"null", b'"ok"')),
         (A_NAME, A_NAME % b"usage"),
+        (PADDED_CHOICE, PADDED_CHOICE.replace(b'"p"', b'"p' + HIDDEN_USAGE + b'"') % b"a"),
+        (PADDED_CHOICE, PADDED_CHOICE.replace(b"null", b'"ok"') % b"a"),
     ],
 )
 async def test_an_event_that_looks_much_like_others_is_looked_into(plain: bytes, odd: bytes) -> None:
@@ -358,5 +363,54 @@ def test_an_answer_is_the_same_from_fewer_events(pieces: list[tuple[str, int, st
     assert chat.assemble(fewer) == chat.assemble(payloads)
 
 
-def test_events_that_differ_only_in_their_text_become_one() -> None:
-    assert len(list(merged([_event(_delta("ab")) for _ in range(100)]))) == 1
+@pytest.mark.parametrize("padding", [{}, {"obfuscation": "aB3"}])
+def test_events_that_differ_only_in_their_text_become_one(padding: dict[str, str]) -> None:
+    (event,) = merged([_event({**_delta("ab"), **padding}) for _ in range(100)])
+    assert orjson.loads(sse.data(event) or b"")["choices"][0]["delta"]["content"] == "ab" * 100
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda text: {"delta": {"reasoning": text, "reasoning_content": text}},
+        lambda text: {"delta": {"content": text, "reasoning_content": text}},
+        lambda text: {"delta": {"content": text, "more": [{"text": text}]}},
+        lambda text: {"delta": {"content": text}, "logprobs": {"content": [{"token": text, "logprob": 0.0}]}},
+    ],
+)
+async def test_what_is_said_in_two_fields_is_kept_in_both(other: Callable[[str], dict[str, Any]]) -> None:
+    payloads = [{**HEAD, "choices": [{"index": 0, **other(text)}]} for text in ("a", " ha", " ha", " ha", "!")]
+    payloads.append(_delta("", "stop"))
+    for way in ([_event(each) for each in payloads], [b"".join(map(_event, payloads))]):
+        _, _, kept, _ = await _run([*way, _event(b"[DONE]")], keep=100_000)
+        assert [orjson.loads(body) for body in kept] == [chat.assemble(payloads)]
+
+
+PADDED = st.fixed_dictionaries({}, optional={"obfuscation": st.text(st.sampled_from('aB3"\\['), max_size=3)})
+
+
+@given(
+    st.lists(
+        st.tuples(PIECES, st.integers(0, 1), st.sampled_from(["content", "content", "refusal"]), PADDED), max_size=12
+    ),
+    st.lists(st.integers(1, 400), max_size=12),
+)
+async def test_whatever_is_alike_all_of_it_passes_and_is_kept(
+    pieces: list[tuple[str, int, str, dict[str, str]]], sizes: list[int]
+) -> None:
+    payloads = [
+        {**HEAD, "choices": [{"index": index, "delta": {name: text}, "finish_reason": None}], **padding}
+        for text, index, name, padding in pieces
+    ] + [_delta("", "stop", index) for index in (0, 1)]
+    events = [_event(payload) for payload in payloads]
+    raw = b"".join((*events, _event(b"[DONE]")))
+    ways = [[*events, _event(b"[DONE]")], [raw], []]
+    for size in (*sizes, len(raw)):
+        ways[2].append(raw[:size])
+        raw = raw[size:]
+    for way in ways:
+        seen, meter, kept, error = await _run([piece for piece in way if piece], keep=100_000, n=2)
+        assert error is None
+        assert seen == [*payloads, "[DONE]"]
+        assert (meter.events, meter.passed) == (len(events), sum(map(len, events)))
+        assert [orjson.loads(body) for body in kept] == [chat.assemble(payloads)]

@@ -14,16 +14,21 @@ from typing import Any
 import pytest
 import tiktoken
 from attrs import frozen
+from claudes import call_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlens import Receipt, vocabularies
+from qlens import CallError, Receipt, Reply, sse, vocabularies
+from qlens.call import Cost
 from qlens.dialects import response_events, typed
+from qlens.metering import Meter
 from qlens.metering_length import Length
+from qlens.metering_typed import TypedMeter
 from qlens.testing import Response, Running, Scripted, running, upstream
 from qlens.testing.anthropic import message, streamed
 from qlens.testing.anthropic import text as block
 from qlens.testing.upstreams import FakeUpstream
+from qlens.watching import EventWatcher
 
 FILES = Path(__file__).parents[2] / ".tools" / "vocabularies"
 """`make test` puts OpenAI's own files there."""
@@ -280,3 +285,64 @@ def test_several_choices_count_together_and_each_by_itself(told: list[tuple[int,
         for index, text in told:
             length.add(index, text)
         assert length.counted <= sum(len(encode(whole)) for whole in wholes)
+
+
+# --- whatever the events look like ---------------------------------------------------------------
+
+
+def _chat(number: int, delta: dict[str, Any], finish: str | None = None) -> bytes:
+    head = {"id": "c", "object": "chat.completion.chunk", "created": number, "model": "m"}
+    return sse.write({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]})
+
+
+def _typed(kind: str, text: str) -> bytes:
+    delta = {"type": f"{kind}_delta", kind: text}
+    return typed.write({"type": "content_block_delta", "index": 0, "delta": delta})
+
+
+SHAPES = {
+    "what one cannot read": [
+        _chat(1, {"content": " word"}) if n % 15 else b'data: {"choices":[{"delta":{"content":"\\x"}}]}\n\n'
+        for n in range(5000)
+    ],
+    "reasoning first": [_chat(n, {"reasoning_content" if n < 20 else "content": " word"}) for n in range(5000)],
+    "a time in each": [_chat(n, {"content": " word"}) for n in range(5000)],
+    "thinking first": [_typed("thinking", " word"), *(_typed("text", " word") for _ in range(5000))],
+    "names without data": [_chat(n, {"content": " word"}) + b"event: ping\n\n" for n in range(5000)],
+    "blank lines": [_chat(n, {"content": " word"}) + b"\n\n" for n in range(5000)],
+    "blanks": [_typed("text", " word").replace(b"}}", b"}" + b" " * (14 - n % 15) + b"}") for n in range(5000)],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_no_stream_is_endless_whatever_its_events_look_like(shape: str) -> None:
+    meter = await _metered(SHAPES[shape], 1500, "chat" if b"choices" in SHAPES[shape][1] else "messages")
+    assert meter.reply.cut
+    assert 1500 <= meter.events <= 3 * 1500
+
+
+async def test_what_is_said_in_two_fields_is_counted_once() -> None:
+    events = [_chat(1, {"reasoning": f" w{n}", "reasoning_content": f" w{n}"}) for n in range(190)]
+    meter = await _metered([*events, _chat(1, {}, "stop"), sse.DONE], 200, "chat")
+    assert (meter.reply.cut, meter.events) == (False, 191)
+
+
+async def _metered(events: list[bytes], most: int, dialect: str) -> EventWatcher:
+    async def chunks() -> AsyncIterator[bytes]:
+        for event in events:
+            yield event
+
+    async def ended(_: bytes) -> None:
+        raise AssertionError
+
+    call = call_of({"model": "m", "n": 1}, dialect)
+    call.most_output = most
+    reply = Reply(chunks=chunks(), dialect=dialect)
+    meter: EventWatcher
+    if dialect == "chat":
+        meter = Meter(call, reply, failed=lambda _: CallError(""), ended=ended, price=lambda _: Cost(0))
+    else:
+        meter = TypedMeter(call, reply, failed=lambda _: CallError(""), ended=ended)
+    async for _ in meter.watch(chunks()):
+        pass
+    return meter

@@ -536,4 +536,5 @@ ANYTHING = st.recursive(
 def test_nothing_that_an_answer_says_is_a_mistake_of_the_gateway(body: dict[str, Any], usage: dict[str, Any]) -> None:
     told = Told("chat/completions")
     told.hear(orjson.dumps({**body, "usage": usage}))
-    assert told.usage is None or told.usage.source == "provider"
+    # It is a guess where an answer says what was sent, and not what came back.
+    assert told.usage is None or told.usage.source in {"provider", "estimated"}

@@ -33,7 +33,7 @@ BODY: dict[str, Any] = {"model": "m", "max_tokens": 9, "messages": [], "stream":
 
 
 async def watched(
-    pieces: Iterable[bytes | BaseException], *, keep: int = 0
+    pieces: Iterable[bytes | BaseException], *, keep: int = 0, dialect: str = "messages"
 ) -> tuple[bytes, TypedMeter, list[bytes], BaseException | None]:
     kept: list[bytes] = []
 
@@ -46,8 +46,8 @@ async def watched(
                 raise piece
             yield piece
 
-    reply = Reply(chunks=chunks(), dialect="messages")
-    meter = TypedMeter(call_of(BODY, "messages", keep=keep), reply, ended=ended, failed=lambda _: CallError("failed"))
+    reply = Reply(chunks=chunks(), dialect=dialect)
+    meter = TypedMeter(call_of(BODY, dialect, keep=keep), reply, ended=ended, failed=lambda _: CallError("failed"))
     got, raised = b"", None
     try:
         async for chunk in meter.watch(chunks()):
@@ -76,6 +76,45 @@ async def test_the_bytes_may_come_in_any_pieces(sizes: list[int]) -> None:
         rest = rest[size:]
     got, meter, _, raised = await watched([*pieces, rest])
     assert (got, raised, meter.usage()) == (RAW, None, USED)
+
+
+SAID = st.text(st.sampled_from('ab \\"\n[]{}é😀:'), min_size=1, max_size=12)
+
+
+@given(SAID, SAID, st.integers(1, 4), st.lists(st.integers(1, 300), max_size=12))
+async def test_what_is_kept_is_the_whole_answer_however_it_came(
+    said: str, thought: str, size: int, sizes: list[int]
+) -> None:
+    told = message(thinking(thought), text(said), tool_use("toolu_1", "f", {"a": said}), text(said), usage=COUNTS)
+    events = list(streamed(told, size))
+    pieces, rest = [], b"".join(events)
+    for length in sizes:
+        pieces.append(rest[:length])
+        rest = rest[length:]
+    for way in (events, [*pieces, rest]):
+        _, meter, kept, raised = await watched(way, keep=100_000)
+        assert raised is None
+        (body,) = map(orjson.loads, kept)
+        assert body["content"] == told["content"]
+        assert body["usage"]["output_tokens"] == 40
+        assert (meter.events, meter.usage()) == (len(events), USED)
+
+
+@pytest.mark.parametrize("is_repeated", [True, False])
+async def test_of_responses_only_what_repeats_the_deltas_is_kept(is_repeated: bool) -> None:
+    item = {"type": "message", "id": "msg_1", "content": [{"type": "output_text", "text": "word " * 50}]}
+    answer = {"id": "resp_1", "status": "completed", "output": [item] if is_repeated else []}
+    delta = {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": "word "}
+    events: list[dict[str, Any]] = [
+        {"type": "response.created", "response": {"id": "resp_1", "status": "in_progress", "output": []}},
+        *({**delta, "sequence_number": number} for number in range(50)),
+        {"type": "response.output_item.done", "output_index": 0, "item": item},
+        {"type": "response.completed", "response": answer},
+    ]
+    # The deltas alone are more than may be kept.
+    got, _, kept, raised = await watched(map(typed.write, events), keep=2000, dialect="responses")
+    assert (got, raised) == (b"".join(map(typed.write, events)), None)
+    assert [orjson.loads(body) for body in kept] == [{**answer, "output": [item]}]
 
 
 async def test_a_stream_without_names_of_events_is_read_too() -> None:

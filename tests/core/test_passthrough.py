@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
+import anthropic as claudes
+import openai
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from keepers import ACME, NARROW, PROVIDER_KEY, kept, settings
 
-from qlens import StartupError
+from qlens import StartupError, sse
+from qlens.dialects import typed
 from qlens.passthrough import escaped, matching, path_patterns
 from qlens.testing import Running, Scripted, running
 from qlens.testing.anthropic import KEY, MODEL, anthropic
@@ -17,6 +22,9 @@ from qlens.testing.objects import FakeKeeper, keeper
 
 PATTERNS = '["GET /models", "GET /models/*", "POST /evals/**", "DELETE /things/*/parts"]'
 PASS = f", passthrough: {PATTERNS}"
+CHUNK = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+DELTA = sse.write({**CHUNK, "choices": [{"index": 0, "delta": {"role": "assistant", "content": "Hello"}}]})
 
 
 @pytest.fixture
@@ -84,6 +92,77 @@ async def test_what_breaks_off_ends_with_the_connection_and_is_not_complete(gate
         await gateway.get("/v1/providers/one/models", key=ACME)
     (receipt,) = await gateway.settled(1)
     assert (receipt.outcome, receipt.error) == ("failed", "upstream_truncated")
+
+
+@pytest.mark.parametrize(
+    ("half", "between"),
+    [
+        (b"", b""),
+        (DELTA, b""),
+        (DELTA[:20], b"\n\n"),
+        (DELTA[:3], b"\n\n"),
+        (DELTA[:-1], b"\n\n"),
+        (DELTA[:-2], b"\n\n"),
+        (b": keep", b"\n\n"),
+        (DELTA.replace(b"\n", b"\r\n"), b""),
+        (DELTA.replace(b"\n", b"\r\n")[:-2], b"\n\n"),
+        (DELTA.replace(b"\n", b"\r"), b""),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+async def test_the_error_that_ends_a_broken_stream_is_an_event_of_its_own(
+    gateway: Running, up: FakeKeeper, method: str, half: bytes, between: bytes
+) -> None:
+    up.script(Scripted(events=[DELTA, half, b"more"], cut_at=len(DELTA + half), gap=0.02))
+    path = {"GET": "models", "POST": "evals/run"}[method]
+    answer = await gateway.request(method, f"/v1/providers/one/{path}", body=b"{}", key=ACME)
+    assert answer.body.startswith(DELTA + half + between + b"event: error\ndata: {")
+    last = sse.data(sse.cut(answer.body)[-1])
+    assert last is not None
+    assert orjson.loads(last)["error"]["code"] == "upstream_truncated"
+    (receipt,) = await gateway.settled(1)
+    assert (receipt.outcome, receipt.error) == ("failed", "upstream_truncated")
+
+
+async def until_it_fails(stream: AsyncIterator[Any]) -> list[Any]:
+    """What an SDK makes of a stream before it raises an error."""
+    seen = []
+    try:
+        async for each in stream:
+            seen.append(each)
+    except (openai.APIError, claudes.APIError, ValueError):  # the last is what half a JSON is
+        return seen
+    raise AssertionError("the stream was taken for a whole one")
+
+
+async def test_openais_sdk_fails_wherever_a_stream_breaks(up: FakeKeeper) -> None:
+    async with kept(settings(up, up, more=', passthrough: ["POST /**"]')) as gateway:
+        client = openai.AsyncOpenAI(base_url=f"{gateway.url}/v1/providers/one", api_key=ACME, max_retries=0)
+        async with client:
+            for size in range(len(DELTA), 2 * len(DELTA) + 1):
+                up.script(Scripted(events=[DELTA + DELTA, "[DONE]"], cut_at=size))
+                stream = await client.chat.completions.create(model="m", messages=HELLO, stream=True)
+                said = [chunk.choices[0].delta.content for chunk in await until_it_fails(stream)]
+                # What lacks only its blank line was said whole.
+                assert said == ["Hello"] * (1 + (size >= 2 * len(DELTA) - 2))
+
+
+async def test_anthropics_sdk_fails_wherever_a_stream_breaks() -> None:
+    async with anthropic() as up:
+        text = f"""
+pipeline: {{auth: [{{plugin: anonymous}}], cost: []}}
+providers: {{claude: {{plugin: anthropic, base_url: "{up.url}", api_key: {KEY}, passthrough: ["POST /v1/messages"]}}}}
+models: {{m: {{max_output_tokens: 10, targets: [{{provider: claude, model: {MODEL}}}]}}}}
+"""
+        said = typed.write({"type": "content_block_stop", "index": 0})
+        async with running(text) as gateway:
+            base = f"{gateway.url}/v1/providers/claude"
+            async with claudes.AsyncAnthropic(base_url=base, api_key="sk-example", max_retries=0) as client:
+                for size in range(len(said), 2 * len(said) + 1):
+                    up.script(Scripted(events=[said + said, "[DONE]"], cut_at=size))
+                    stream = await client.messages.create(model=MODEL, max_tokens=5, messages=HELLO, stream=True)
+                    seen = [event.type for event in await until_it_fails(stream)]
+                    assert seen == ["content_block_stop"] * (1 + (size >= 2 * len(said) - 2))
 
 
 async def test_errors_are_mapped_and_not_forwarded(gateway: Running, up: FakeKeeper) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
@@ -274,3 +275,17 @@ def test_a_plugin_without_its_sdk_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(reference, "distribution", lambda _: type("Distribution", (), {"entry_points": points}))
     with pytest.raises(ValueError, match=r"qlens.cache semantic cannot be imported: .*; install qlens\[all\]"):
         reference.built_in()
+
+
+def test_every_metric_is_in_a_readme() -> None:
+    root = Path(__file__).parents[2]
+    sources = [file.read_text() for folder in ("qlens", "plugins") for file in (root / folder).rglob("*.py")]
+    made = {name for text in sources for name in re.findall(r'(?:counter|gauge|histogram)\(\s*"(qlens_\w+)"', text)}
+    core = {f"{name}_total" for text in sources for name in re.findall(r'_counter\(\s*"(qlens_\w+)"', text)}
+    core |= {
+        name for text in sources for name in re.findall(r'(?:_histogram|GaugeMetricFamily)\(\s*"(qlens_\w+)"', text)
+    }
+    said = " ".join(file.read_text() for file in (root / "README.md", *(root / "plugins").rglob("README.md")))
+    missing = {name for name in (made - {each.removesuffix("_total") for each in core}) | core if name not in said}
+    assert len(made | core) > 25
+    assert not missing

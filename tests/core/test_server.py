@@ -376,3 +376,33 @@ async def test_a_body_that_is_still_arriving_when_the_gateway_stops_is_read() ->
         assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200 OK")
         writer.close()
         await asyncio.wait_for(stopping, 5)
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/gpt-4o-mini", "/v1/models/unknown", "/healthz"])
+async def test_head_is_told_what_get_is_without_its_body(path: str) -> None:
+    async with running(config()) as gateway:
+        got = await gateway.get(path)
+        head = await _raw(gateway, _http(b"", path, method="HEAD"))
+        lines, _, body = head.decode().partition("\r\n\r\n")
+        assert lines.startswith(f"HTTP/1.1 {got.status} ")
+        assert f"content-length: {len(got.body)}\r\n" in lines
+        assert body == ""
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/realtime"])
+async def test_head_is_no_method_where_a_provider_would_be_asked(path: str) -> None:
+    async with running(config()) as gateway:
+        assert (await _raw(gateway, _http(b"", path, method="HEAD"))).startswith(b"HTTP/1.1 405 ")
+
+
+async def test_a_body_of_too_many_objects_is_refused_and_braces_in_a_text_are_none() -> None:
+    parts: list[Any] = [{"type": "text", "text": "a"}] * 49_998  # beside the message and the body
+    async with running(config()) as gateway:
+        enough = await gateway.post(CHAT, {**HELLO, "messages": [{"role": "user", "content": parts}]})
+        assert enough.status == 200
+        text = await gateway.post(CHAT, {**HELLO, "messages": [{"role": "user", "content": "{" * 300_000}]})
+        assert text.status == 200
+        parts.append(parts[0])
+        answer = await gateway.post(CHAT, {**HELLO, "messages": [{"role": "user", "content": parts}]})
+        assert answer.status == 400
+        assert "more than 50000 JSON objects" in answer.json()["error"]["message"]

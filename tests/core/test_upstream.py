@@ -17,6 +17,7 @@ from qlens import (
     UpstreamInvalid,
     UpstreamTimedOut,
     UpstreamTruncated,
+    UpstreamUnavailable,
     UpstreamUnreachable,
     header_value,
     http_url,
@@ -367,7 +368,7 @@ async def test_call_that_gets_no_connection_in_time_times_out_and_takes_no_place
     http = Upstream(max_connections=1)
     up.script(Scripted(events=EVENTS, hang=True), Scripted(body=b"fine"))
     answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)
-    with pytest.raises(UpstreamTimedOut, match=r"No connection to the provider within 0\.1 s"):
+    with pytest.raises(UpstreamUnavailable, match=r"within 0\.1 s: all 1 .*`max_connections`"):
         await fetch(http, up.url, deadlines=Deadlines(connect_seconds=0.1))
     waiting = asyncio.create_task(fetch(http, up.url))
     await asyncio.sleep(0.01)

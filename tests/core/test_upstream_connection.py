@@ -6,9 +6,10 @@ import asyncio
 import gzip
 import socket
 import struct
+import threading
 import tracemalloc
 import zlib
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -469,3 +470,37 @@ async def test_answer_that_comes_before_the_body_was_read_ends_the_sending(http:
             await asyncio.sleep(0.4)  # what was sent is read: nothing shows that there was to be more
             assert (answer.status, await answer.read()) == (413, b"big")
     assert connections == 2
+
+
+class Blind:
+    """A body whose sender looks at nothing until the peer has answered, and closed without having read it."""
+
+    def __init__(self, closed: threading.Event) -> None:
+        self.closed = closed
+
+    def __len__(self) -> int:
+        return 2 * READ_BYTES
+
+    async def __aiter__(self) -> AsyncGenerator[bytes]:
+        yield bytes(READ_BYTES)
+        assert self.closed.wait(SOON)  # the event loop stands still
+        yield bytes(READ_BYTES)
+
+
+async def test_answer_that_came_before_a_write_failed_is_read(http: Upstream) -> None:
+    closed = threading.Event()
+
+    def talk(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        connection.recv(10)
+        connection.sendall(b"HTTP/1.1 413 Too Large\r\ncontent-length: 3\r\nconnection: close\r\n\r\nbig")
+        connection.close()  # with a reset: there is something that was not read
+        closed.set()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        talking = threading.Thread(target=talk, args=(listener,), daemon=True)
+        talking.start()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        answer = await http.open("POST", url, headers={}, body=Blind(closed), deadlines=PATIENT)
+        assert (answer.status, await answer.read()) == (413, b"big")
+        talking.join()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import threading
 from base64 import b64encode
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from proxies import Proxy
 
 from qlens import Deadlines, Upstream, UpstreamTimedOut, UpstreamUnreachable
 from qlens.config import Tls
+from qlens.names import literal
 from qlens.testing import Scripted, upstream
 from qlens.testing.upstreams import FakeUpstream
 
@@ -191,34 +193,85 @@ class Names:
         self.addresses = list(addresses)
         self.asked: list[str] = []
 
-    async def getaddrinfo(self, host: str, _port: int, **_options: Any) -> list[tuple[Any, ...]]:
+    def getaddrinfo(self, host: str, _port: int, **_options: Any) -> list[tuple[Any, ...]]:
         self.asked.append(host)
-        await asyncio.sleep(0)
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in self.addresses]
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", self.getaddrinfo)
+        monkeypatch.setattr(socket, "getaddrinfo", self.getaddrinfo)
+
+
+@contextmanager
+def silent(monkeypatch: pytest.MonkeyPatch, known: Mapping[str, tuple[str, int]] | None = None) -> Iterator[list[str]]:
+    """Let no name but those that are known be answered for; which were asked for, in vain."""
+    over, asked, real = threading.Event(), list[str](), socket.getaddrinfo
+
+    def getaddrinfo(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        if known is not None and host in known:
+            return real(*known[host], **options)
+        if literal(host) is not None:
+            return real(host, *arguments, **options)
+        asked.append(host)
+        over.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    try:
+        yield asked
+    finally:
+        over.set()
 
 
 CLOSING = {"connection": "close"}
 
 
 async def test_name_without_an_address_is_unreachable(http: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def nothing(*_arguments: Any, **_options: Any) -> None:
+    def nothing(*_arguments: Any, **_options: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", nothing)
+    monkeypatch.setattr(socket, "getaddrinfo", nothing)
     with pytest.raises(UpstreamUnreachable, match="its host name has no address"):
         await fetch(http, "http://provider.example/")
 
 
 async def test_silent_resolver_times_out_as_a_connection(http: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def silent(*_arguments: Any, **_options: Any) -> None:
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", silent)
-    with pytest.raises(UpstreamTimedOut, match=r"No connection to the provider within 0\.2 s"):
+    with silent(monkeypatch), pytest.raises(UpstreamTimedOut, match=r"No connection to the provider within 0\.2 s"):
         await fetch(http, "http://provider.example/", deadlines=Deadlines(connect_seconds=0.2))
+
+
+async def test_names_whose_servers_are_silent_hold_up_no_other_and_are_asked_for_once_at_a_time(
+    http: Upstream, up: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with silent(monkeypatch, {"good.example": ("127.0.0.1", up.port)}) as asked:
+        short = Deadlines(connect_seconds=0.2)
+        calls = [fetch(http, f"http://{name}.example/", deadlines=short) for name in range(40) for _ in range(2)]
+        ends = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(end) for end in ends} == {UpstreamTimedOut}
+        with pytest.raises(UpstreamTimedOut):
+            await fetch(http, "http://0.example/", deadlines=short)
+        assert sorted(asked) == sorted(f"{name}.example" for name in range(40))
+        await fetch(http, "http://good.example/")
+        await fetch(http, f"http://127.0.0.1:{up.port}/")
+
+
+async def test_addresses_that_were_good_until_now_are_used_while_nobody_says_whether_they_are(
+    http: Upstream, up: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlens.upstream_dialer._NAME_SECONDS", 0.0)
+    monkeypatch.setattr("qlens.upstream_dialer._PATIENCE_SECONDS", 0.05)
+    up.script(*[Scripted(headers=CLOSING)] * 3)
+    with monkeypatch.context() as patched:
+        Names(("127.0.0.1", up.port)).install(patched)
+        await fetch(http, "http://provider.example/")
+    with silent(monkeypatch):
+        await fetch(http, "http://provider.example/")
+
+    def unknown(*_arguments: Any, **_options: Any) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    await fetch(http, "http://provider.example/")
+    assert len(up.requests) == 3
 
 
 async def test_name_is_asked_for_once_by_many_calls(

@@ -1,11 +1,14 @@
-"""What `qlens keys` changes reaches JetStream, through gateways of their own processes that are killed at the worst."""
+"""What is changed of keys reaches JetStream, through gateways of their own processes that are killed at the worst."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
+import urllib.request
 from collections.abc import Iterator
+from http.client import RemoteDisconnected
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +69,15 @@ def house(folder: Path) -> Path:
     return folder
 
 
-def settings(place: Place, nats: NatsServer, workers: int = 1) -> dict[str, Any]:
+def settings(place: Place, nats: NatsServer, workers: int = 1, *, hearer_first: bool = False) -> dict[str, Any]:
     demo = {"plugin": "api_keys", "file": "keys.yaml", "demo_key_file": "demo.key"}
     outbox = {"plugin": "nats", "servers": [nats.url], "stream": {"create": True}, "spool": "outbox"}
+    observe = [outbox, {"plugin": "hearer:Hearer"}]
     return {
         "server": {"workers": workers},
         "pipeline": {
             "auth": [demo, {"plugin": "key_store", "url": place.url}],
-            "observe": [outbox, {"plugin": "hearer:Hearer"}],
+            "observe": observe[::-1] if hearer_first else observe,
             **{stage: [] for stage in ("rate_limit", "cache", "cost")},
         },
     }
@@ -84,6 +88,19 @@ def keys(served: Served, *words: str) -> str:
     found = served.qlens("keys", "--plugin", "key_store", *words)
     assert found.returncode == 0, found.stderr
     return next(word for word in found.stderr.split() if word.startswith("key-"))
+
+
+def asked(served: Served, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Ask the admin API; its answer."""
+    request = urllib.request.Request(
+        f"{served.admin_url}{path}",
+        None if body is None else json.dumps(body).encode(),
+        {"Authorization": f"Bearer {served.key}", "Content-Type": "application/json"},
+        method=method,
+    )
+    with urllib.request.urlopen(request, timeout=20) as response:
+        found: dict[str, Any] = json.load(response)
+        return found
 
 
 def heard(*folders: Path) -> list[str]:
@@ -142,3 +159,58 @@ async def test_a_gateway_killed_before_it_lets_go_of_an_event_is_followed_by_one
         assert heard(folder) == [told, told]
         (message,) = await nats.messages()
         assert [message.headers["Nats-Msg-Id"], "qlens.key.created"] == told.split()
+
+
+async def test_what_operators_change_at_several_gateways_is_told_once_by_the_one_they_asked(
+    place: Place, tmp_path: Path
+) -> None:
+    one, two = house(tmp_path / "one"), house(tmp_path / "two")
+
+    def changes(served: Served) -> list[str]:
+        ids = [asked(served, "POST", "/admin/keys", {"tenant": "acme"})["id"] for _ in range(5)]
+        for id_ in ids:
+            asked(served, "PATCH", f"/admin/keys/{id_}", {"name": "other"})
+            asked(served, "POST", f"/admin/keys/{id_}/rotate", {})
+            asked(served, "DELETE", f"/admin/keys/{id_}")
+        return ids
+
+    async with nats_server() as nats:
+        with (
+            serving(one, changes=settings(place, nats, 2)) as first,
+            serving(two, changes=settings(place, nats)) as second,
+        ):
+            ids = await asyncio.gather(asyncio.to_thread(changes, first), asyncio.to_thread(changes, second))
+            told = heard(one), heard(two)  # by now, and not with a later look
+            await gone(place)
+            await nats.reached(40)
+        entries = {row["id"]: row["object"] for row in place.rows("SELECT id, object FROM audit")}
+        assert (heard(one), heard(two)) == told
+        for mine, lines in zip(ids, told, strict=True):
+            assert sorted(entries[line.split()[0]] for line in lines) == sorted(mine * 4)
+        assert len({line.split()[0] for line in (*told[0], *told[1])}) == len(entries) == 40
+
+
+@pytest.mark.parametrize("teller", ["another", "the next to start"])
+async def test_what_a_gateway_was_killed_over_that_had_just_changed_it_is_told_under_its_id(
+    place: Place, tmp_path: Path, teller: str
+) -> None:
+    one, two = house(tmp_path / "one"), house(tmp_path / "two")
+    async with nats_server() as nats:
+        changes = settings(place, nats, hearer_first=True)  # it dies before the outbox has heard of it
+        with contextlib.ExitStack() as stack:
+            if teller == "another":
+                stack.enter_context(serving(two, changes=changes))
+            with serving(one, changes=changes) as served:
+                (one / "dies").touch()
+                served.told_to_stop, served.leaves_with = True, -signal.SIGKILL
+                with pytest.raises((RemoteDisconnected, ConnectionError)):
+                    await asyncio.to_thread(asked, served, "POST", "/admin/keys", {"tenant": "acme"})
+                await asyncio.to_thread(served.process.wait, 20)
+            (entry,) = place.rows("SELECT id FROM audit")  # it is in force
+            if teller != "another":
+                stack.enter_context(serving(two, changes=changes))
+            await nats.reached(1)
+            await gone(place)
+            (message,) = await nats.messages()
+        assert message.headers["Nats-Msg-Id"] == entry["id"]
+        assert heard(two) == heard(one) == [f"{entry['id']} qlens.key.created"]

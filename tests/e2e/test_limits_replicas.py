@@ -125,7 +125,10 @@ async def test_while_the_store_is_away_nobody_is_refused_for_it_and_nobody_gets_
     assert {status for model, status in statuses if model == narrow} == {200, 429}
     passed = replicas.passed(narrow)
     seconds = max(answer.ended for answer in passed) - min(answer.sent for answer in passed)
-    assert len(passed) <= 120 + 2 * seconds + 6  # 6: what a lease of each replica may hold, one part in twenty
+    # 6: leases that others had taken and one had not heard of, one part in twenty. 12: where the store came back empty,
+    # what two may let pass in the quarter of a second in which the third has not told it what it let pass.
+    untold = 12 if fault is kill else 0
+    assert len(passed) <= 120 + 2 * seconds + 6 + untold
     assert max(answer.ended - answer.sent for _, answer in replicas.calls) < 2
 
 

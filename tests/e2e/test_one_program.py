@@ -149,12 +149,12 @@ async def schema_streamed(ask: Asking) -> None:
 
 
 async def reasoning(ask: Asking) -> None:
-    await ask.chat("Think", model=ask.thinks, reasoning_effort="low", max_completion_tokens=2000)
+    await ask.chat("Think", model=ask.thinks, reasoning_effort="low", max_completion_tokens=4000)
     await ask.stream(
         "Think",
         model=ask.thinks,
         reasoning_effort="low",
-        max_completion_tokens=2000,
+        max_completion_tokens=4000,
         stream_options={"include_usage": True},
     )
 

@@ -120,7 +120,7 @@ async def reasoning(ask: Asking) -> None:
         "model": ask.thinks,
         "reasoning": {"effort": "low", "summary": "auto"},
         "include": ["reasoning.encrypted_content"],
-        "max_output_tokens": 2000,
+        "max_output_tokens": 4000,
     }
     first = await ask.response("Think", **asked)
     await ask.stream(

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 from attrs import define, field
-from e2e.serving import Served, changed, receipts, run_qlens, serving
+from e2e.serving import Served, changed, receipts, run_qlens, serving, started
 
 WAIT_SECONDS = 15
 CALLERS = 6
@@ -345,6 +346,30 @@ def test_a_worker_that_hangs_is_seen_and_does_not_keep_the_gateway_from_stopping
         served.signal(signal.SIGTERM)
         assert served.process.wait(WAIT_SECONDS) == 0
         assert "hangs and is killed" in served.output
+
+
+QUICK = """
+import sys
+from qlens.__main__ import main
+from qlens.workers import crew
+crew.POLL_SECONDS, crew.WELL_SECONDS, crew.HUNG_SECONDS = 0.2, 1.0, 5.0
+sys.exit(main())
+"""
+
+
+def test_a_worker_that_hangs_is_not_ready_and_then_replaced(tmp_path: Path) -> None:
+    config = tmp_path / "qlens.yaml"
+    config.write_text(changed(two_workers({"drain_seconds": 0})))
+    with started([sys.executable, "-c", QUICK, "serve", str(config)], tmp_path, {}) as served:
+        victim = processes(served)[0]
+        os.kill(victim, signal.SIGSTOP)
+        until(lambda: admin(served, "/readyz").status_code == 503, "a gateway that is not ready")
+        assert not gone(victim)
+        until(lambda: metric(served, "qlens_workers_ready") == 1, "one worker that is not ready")
+        until(lambda: gone(victim), "the end of the worker that hangs")
+        until(lambda: admin(served, "/readyz").status_code == 200, "a gateway that is ready again")
+        assert processes(served)[0] != victim
+        assert f"worker 0, process {victim}, hangs and is killed" in served.output
 
 
 def test_workers_end_by_themselves_when_the_supervisor_was_killed(tmp_path: Path) -> None:

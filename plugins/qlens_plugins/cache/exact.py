@@ -198,7 +198,7 @@ class Exact:
                 self._heads.clear()
             head = _head(tenant, call)
             self._heads[about] = call.model, head
-        return _key_of(head, call.body)
+        return _key_of(head, call)
 
     def _fresh(self, key: bytes, max_age: float) -> _Entry | None:
         entry = self._shelf.get(key)
@@ -212,18 +212,21 @@ class Exact:
 
 
 def cache_key(tenant: str, call: Call) -> bytes:
-    """The one way to name an answer: tenant, operation, model with its targets, and the whole body.
+    """The one way to name an answer: tenant, operation, model with its targets, the client's betas, and the whole body.
 
     The body counts without `stream` and `stream_options`: the core turns one form of an answer into the other.
     """
-    return _key_of(_head(tenant, call), call.body)
+    return _key_of(_head(tenant, call), call)
 
 
 def _head(tenant: str, call: Call) -> bytes:
     return b"".join(map(_measured, (tenant.encode(), call.operation.name.encode(), _canonical(_model(call)))))
 
 
-def _key_of(head: bytes, body: Mapping[str, object]) -> bytes:
+def _key_of(head: bytes, call: Call) -> bytes:
+    body: Mapping[str, object] = call.body
+    if betas := call.headers.get("anthropic-beta"):  # a provider may be sent some of them, and answer otherwise for it
+        head += _measured(",".join(sorted({name.strip() for name in betas.split(",")})).encode(errors="replace"))
     if "stream" in body or "stream_options" in body:
         body = dict(body)
         body.pop("stream", None)

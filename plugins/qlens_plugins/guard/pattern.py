@@ -136,27 +136,22 @@ class Pattern:
     @hookimpl
     def explain(self, call: Call) -> list[str]:
         """Say which rules the request meets."""
-        texts = [text for _, text in call.texts()]
-        return [
-            f"the rule {rule.name} would {rule.action} the request"
-            for rule, pattern in self._on_request
-            if any(_matches(pattern, text) for text in texts)
-        ]
+        texts, said = call.texts(), []
+        for rule, pattern in self._on_request:
+            found = [(ref, text) for ref, text in texts if _matches(pattern, text)]
+            if rule.action == "redact" and any(_would_refuse(call, rule, pattern, *each) for each in found):
+                said.append(f"the rule {rule.name} would refuse the request: what it would redact must stay as it is")
+            elif found:
+                said.append(f"the rule {rule.name} would {rule.action} the request")
+        return said
 
     def _clean(self, call: Call) -> None:
         texts = call.texts()
         for _, pattern in self._on_request:
             for _, text in texts:
                 if pattern.search(text):  # most prompts meet no rule, and no rule changes them for the next
-                    self._apply_rules(call)
+                    call.rewrite_text(_Cleaner(self._on_request, "prompt", self._count))
                     return
-
-    def _apply_rules(self, call: Call) -> None:
-        clean = _Cleaner(self._on_request, "prompt", self._count)
-        for ref, text in call.texts():
-            cleaned = clean(text)
-            if cleaned != text:
-                call.replace_text(ref, cleaned)
 
     def _count(self, rule: Rule) -> None:
         self._gateway.metrics.counter(
@@ -192,6 +187,17 @@ def _matches(pattern: re.Pattern[str], text: str) -> bool:
     """Whether a text has a match that is not empty; a lookahead alone would match everywhere and say nothing."""
     first = pattern.search(text)
     return first is not None and (first.group() != "" or any(match.group() for match in pattern.finditer(text)))
+
+
+def _would_refuse(call: Call, rule: Rule, pattern: re.Pattern[str], ref: tuple[str | int, ...], text: str) -> bool:
+    """Whether a text that this rule would redact cannot be another."""
+    if _redacted(pattern, rule.replacement, text) == text:
+        return False
+    try:
+        call.replace_text(ref, text)  # with itself
+    except Blocked:
+        return True
+    return False
 
 
 def _redacted(pattern: re.Pattern[str], replacement: str, text: str) -> str:

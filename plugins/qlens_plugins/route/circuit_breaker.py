@@ -174,5 +174,5 @@ def _is_well(call: Call, error: Exception) -> bool | None:
     if isinstance(error.__cause__, _OF_CODE) and call.attempts and call.attempts[-1].error == _FAILED:
         return None  # the plugin failed and not the target, which may not even have been asked
     if isinstance(error, UpstreamError):
-        return False
+        return None if error.ours else False
     return None if isinstance(error, CallError) else False

@@ -16,6 +16,7 @@ from qlens.bridges.chat_over_messages.thinking import Thinking, thinking
 from qlens.bridges.chat_over_messages.tools import Names
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body, chat
+from qlens.dialects.messages import Chosen
 from qlens.errors import NotOffered
 
 Block = dict[str, Any]
@@ -59,6 +60,8 @@ def written(body: Body) -> Body:
     draft = _Draft(body, model, talk, form, mind)
     # Nothing may be shared with the client's own body, which is asked again when this provider fails.
     found: Body = orjson.loads(orjson.dumps(draft.written(offered, limit)))
+    if type(mind.config) is Chosen:
+        found["thinking"] = Chosen(found["thinking"])  # its budget follows a limit that is lowered later
     return found
 
 

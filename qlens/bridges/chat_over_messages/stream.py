@@ -38,7 +38,7 @@ class Chunks:
     """Writes a chat stream, event by event."""
 
     asked: Asked
-    _usage: Usage | None = field(init=False, default=None)
+    used: Usage | None = field(init=False, default=None)
     _finish: str | None = field(init=False, default=None)
     """Set once the model has stopped."""
     _head: Head | None = field(init=False, default=None)
@@ -67,7 +67,7 @@ class Chunks:
         return b"" if self._done or self._finish is None else self._counted()
 
     def _event(self, payload: Block) -> bytes:
-        self._usage = messages.event_usage(payload, self._usage)
+        self.used = messages.event_usage(payload, self.used)
         match payload.get("type"):
             case "content_block_delta":
                 return self._delta(payload["index"], payload["delta"])
@@ -108,14 +108,14 @@ class Chunks:
 
     def _counted(self) -> bytes:
         """OpenAI's usage event; whoever did not ask for it is not shown it."""
-        if self._usage is None:
+        if self.used is None:
             return b""
-        tier = counts.openai_tier(self._usage)
+        tier = counts.openai_tier(self.used)
         said = b'"service_tier":%b,' % orjson.dumps(tier) if tier else b""
         return b'%b%b"choices":[],"usage":%b}\n\n' % (
             self._opening(),
             said,
-            orjson.dumps(counts.as_openai(self._usage)),
+            orjson.dumps(counts.as_openai(self.used)),
         )
 
     # --- blocks --------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from attrs import field, frozen
 
 from qlens.bridges.claude import Claude
 from qlens.dialects import Body
-from qlens.dialects.messages import BUDGETED, LEAST_BUDGET
+from qlens.dialects.messages import BUDGETED, LEAST_BUDGET, Chosen
 
 Block = dict[str, Any]
 
@@ -44,11 +44,11 @@ def thinking(body: Body, model: Claude, limit: int, turns: list[Block]) -> Think
     if model.thinking == "adaptive":
         said = effort if effort in model.efforts else _NEAREST.get(effort)
         return Thinking({"type": "adaptive"}, {"effort": said} if said else {})
-    if limit <= LEAST_BUDGET:
-        return NO_THINKING  # there is no room to think
     # Half of what may be said is for the answer, if thinking is not to end before it began.
-    budget = min(_BUDGETS.get(effort, _BUDGETS["medium"]), max(LEAST_BUDGET, limit // 2))
-    return Thinking({"type": "enabled", "budget_tokens": budget})
+    budget = min(_BUDGETS.get(effort, _BUDGETS["medium"]), limit // 2)
+    if budget < LEAST_BUDGET:
+        return NO_THINKING  # there is no room to think
+    return Thinking(Chosen({"type": "enabled", "budget_tokens": budget}))
 
 
 def _lacks_thoughts(turns: list[Block]) -> bool:

@@ -12,6 +12,7 @@ from qlens.bridges.chat_over_responses.answer import CALLS, Head, called, counte
 from qlens.dialects import responses
 from qlens.errors import UpstreamInvalid
 from qlens.provider_errors import error_from
+from qlens.usage import Usage
 
 Event = dict[str, Any]
 
@@ -38,6 +39,7 @@ class Chunks:
 
     older: bool
     """Whether the client speaks of functions, not of tools."""
+    used: Usage | None = field(init=False, default=None)
     _before: bytes = field(init=False, default=b"", repr=False)
     """How every chunk begins; empty until the response is known."""
     _done: bool = field(init=False, default=False)
@@ -52,6 +54,7 @@ class Chunks:
         if not data.strip() or self._done or data.startswith(b"[DONE]"):
             return b""
         payload = sse.parsed(data)
+        self.used = responses.event_usage(payload, self.used)
         if (error := responses.event_error(payload)) is not None:
             raise error_from(error)
         try:

@@ -35,7 +35,7 @@ def answered(body: Body, asked: Body) -> Body:
         raise UpstreamInvalid("The provider's answer is not a chat completion.") from error
     calls = any(block["type"] == "tool_use" for block in content)
     usage = chat.usage(body) or NO_USAGE
-    return {**opening(body, usage), "content": content, **stopped(choice, calls, asked)}
+    return {**opening(body, usage), "content": content, **stopped(choice, calls, refused(message), asked)}
 
 
 def opening(body: Body, usage: Usage) -> Body:
@@ -68,12 +68,20 @@ def called(identifier: str, name: str, given: Body) -> Block:
     return {"type": "tool_use", "id": identifier, "name": name, "input": given, "caller": {"type": "direct"}}
 
 
-def stopped(choice: Block, calls: bool, asked: Body) -> Body:
+def refused(said: Block) -> bool:
+    """Whether a message, or a delta of one, says that the model refuses: a chat that does so just stops."""
+    refusal = said.get("refusal")
+    return isinstance(refusal, str) and bool(refusal)
+
+
+def stopped(choice: Block, calls: bool, refuses: bool, asked: Body) -> Body:
     """Why an answer stopped; some servers say which stop sequence it was."""
     finish, matched = choice.get("finish_reason"), choice.get("stop_reason")
     reason = _STOPS.get(str(finish), "end_turn")
     if reason == "end_turn" and calls:
         reason = "tool_use"
+    if reason == "end_turn" and refuses:
+        reason = "refusal"
     if reason == "end_turn" and isinstance(matched, str) and matched in (asked.get("stop_sequences") or ()):
         return {"stop_reason": "stop_sequence", "stop_sequence": matched}
     return {"stop_reason": reason, "stop_sequence": None}

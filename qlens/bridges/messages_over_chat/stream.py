@@ -9,11 +9,11 @@ from attrs import define, field
 
 from qlens import sse
 from qlens.bridges import counts
-from qlens.bridges.messages_over_chat.answer import REASONING, called, opening, said, stopped
-from qlens.dialects import Body, chat, typed
+from qlens.bridges.messages_over_chat.answer import REASONING, called, opening, refused, said, stopped
+from qlens.dialects import Body, typed
 from qlens.errors import UpstreamInvalid
 from qlens.provider_errors import error_from
-from qlens.usage import NO_USAGE, Usage, larger
+from qlens.usage import NO_USAGE, Usage
 
 Block = dict[str, Any]
 
@@ -35,9 +35,10 @@ class Events:
     """Writes a stream of messages, chunk by chunk. Chats may say several things at once, messages one after another."""
 
     asked: Body
-    _usage: Usage | None = field(init=False, default=None)
+    _heard: counts.Heard = field(init=False, factory=counts.Heard)
     _choice: Block = field(init=False, factory=dict)
     """What finished the answer."""
+    _refuses: bool = field(init=False, default=False)
     _began: bool = field(init=False, default=False)
     _done: bool = field(init=False, default=False)
     _index: int = field(init=False, default=-1)
@@ -50,6 +51,11 @@ class Events:
     _queue: list[int] = field(init=False, factory=list)
     """Those of the calls whose blocks did not end yet; the first one's is open."""
 
+    @property
+    def used(self) -> Usage | None:
+        """What the provider has said so far was used."""
+        return self._heard.used
+
     def feed(self, event: bytes) -> bytes:
         """The events for a chunk; raises the error that it carries."""
         data = sse.data(event)
@@ -58,6 +64,7 @@ class Events:
         if data.startswith(b"[DONE]"):
             return self.end()
         payload = sse.parsed(data)
+        self._heard.hear(payload)
         if payload.get("error"):
             raise error_from(payload)
         try:
@@ -71,20 +78,18 @@ class Events:
             return b""
         self._done = True
         closing = self._close_all()
-        delta = stopped(self._choice, bool(self._calls), self.asked)
-        usage = counts.as_anthropic(self._usage or NO_USAGE)
+        delta = stopped(self._choice, bool(self._calls), self._refuses, self.asked)
+        usage = counts.as_anthropic(self.used or NO_USAGE)
         closing.append(typed.write({"type": "message_delta", "delta": delta, "usage": usage}))
         closing.append(typed.write({"type": "message_stop"}))
         return b"".join(closing)
 
     def _chunk(self, payload: Body) -> list[bytes]:
         events = []
-        if (usage := chat.usage(payload)) is not None:
-            self._usage = larger(self._usage, usage)
         choices = [choice for choice in payload.get("choices") or () if not choice.get("index")]
         if not self._began and choices:
             self._began = True
-            events.append(typed.write({"type": "message_start", "message": opening(payload, self._usage or NO_USAGE)}))
+            events.append(typed.write({"type": "message_start", "message": opening(payload, self.used or NO_USAGE)}))
         for choice in choices:
             events += self._delta(choice.get("delta") or {})
             if choice.get("finish_reason") and not self._choice:
@@ -100,6 +105,7 @@ class Events:
             events += self._say("thinking", {"type": "thinking_delta", "thinking": thought})
         for block in delta.get("thinking_blocks") or ():
             events += self._signed(block)
+        self._refuses = self._refuses or refused(delta)
         for name in ("content", "refusal"):
             if isinstance(delta.get(name), str) and delta[name]:
                 events += self._say("text", {"type": "text_delta", "text": delta[name]})

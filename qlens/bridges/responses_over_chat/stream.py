@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from attrs import define, field
 
 from qlens import sse
+from qlens.bridges.counts import Heard
 from qlens.bridges.responses_over_chat.answer import Answer
 from qlens.dialects import Body, typed
+from qlens.usage import Usage
 
 
 @define(eq=False)
@@ -16,10 +18,16 @@ class Stream:
     """Events of chat in, events of Responses out."""
 
     asked: Body
+    _heard: Heard = field(init=False, factory=Heard)
     _answer: Answer = field(init=False)
 
     def __attrs_post_init__(self) -> None:
         self._answer = Answer(self.asked)
+
+    @property
+    def used(self) -> Usage | None:
+        """What the provider has said so far was used."""
+        return self._heard.used
 
     def feed(self, event: bytes) -> bytes:
         """What a whole event becomes; raises UpstreamInvalid for what is no chunk, and the error that it carries."""
@@ -30,7 +38,8 @@ class Stream:
             return b""
         if data.startswith(b"[DONE]"):
             return _written(self._answer.finished())
-        return _written(self._answer.read(sse.parsed(data)))
+        self._heard.hear(chunk := sse.parsed(data))
+        return _written(self._answer.read(chunk))
 
     def end(self) -> bytes:
         """What the stream ends with when it has no end mark: nothing if the model had not stopped."""

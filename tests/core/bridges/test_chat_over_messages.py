@@ -393,6 +393,44 @@ async def test_openais_sdk_uses_tools_over_turns_and_keeps_thoughts(claude: Fake
     assert [block["tool_use_id"] for block in sent[2]["content"]] == ["toolu_1", "toolu_2"]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "most", "params", "sent", "budget"),
+    [
+        ("chat/completions", {"reasoning_effort": "high"}, 8000, {}, 8000, 4000),
+        ("chat/completions", {"reasoning_effort": "low"}, 8000, {}, 8000, 1024),
+        ("chat/completions", {"reasoning_effort": "high", "max_tokens": 20_000}, 60_000, {}, 20_000, 10_000),
+        ("chat/completions", {"reasoning_effort": "medium"}, 60_000, {"max_tokens": 3000}, 3000, 1500),
+        ("chat/completions", {"reasoning_effort": "medium"}, 60_000, {"max_tokens": 2000}, 2000, None),
+        ("chat/completions", {"reasoning_effort": "low"}, 2000, {}, 2000, None),
+        ("chat/completions", {"reasoning_effort": "low", "max_tokens": 2048}, 8000, {}, 2048, 1024),
+        ("chat/completions", {"reasoning_effort": "low", "max_tokens": 2047}, 8000, {}, 2047, None),
+        # A budget of the client's own is as large as it says, if it may.
+        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 9000}}, 8000, {}, 8000, 7999),
+        ("chat/completions", {"thinking": {"type": "enabled", "budget_tokens": 6000}}, 8000, {}, 8000, 6000),
+        ("responses", {"reasoning": {"effort": "high"}}, 8000, {}, 8000, 4000),
+    ],
+)
+async def test_half_of_what_is_sent_as_the_limit_is_for_the_answer(
+    claude: FakeAnthropic,
+    path: str,
+    fields: dict[str, Any],
+    most: int,
+    params: dict[str, Any],
+    sent: int,
+    budget: int | None,
+) -> None:
+    content = json.loads(config(claude.url))
+    model = content["models"]["ours"]
+    model["max_output_tokens"], model["targets"][0]["params"] = most, params
+    given = {"input": "Hello"} if path == "responses" else {"messages": [HELLO]}
+    async with running(json.dumps(content)) as gateway:
+        answer = await gateway.post(f"/v1/{path}", {"model": "ours", **given, **fields})
+        assert answer.status == 200, answer.text
+    body = claude.requests[0].body
+    assert (body["max_tokens"], body.get("thinking", {}).get("budget_tokens")) == (sent, budget)
+    assert claude.refused == []
+
+
 async def test_openais_sdk_parses_an_answer_that_fits_a_schema(claude: FakeAnthropic, gateway: Running) -> None:
     from pydantic import BaseModel
 

@@ -217,6 +217,26 @@ def test_a_refusal_is_what_the_answer_says() -> None:
     assert messages.assemble(events(streamed(told)))["content"] == [said("I cannot.")]
 
 
+@pytest.mark.parametrize(
+    ("fields", "stop"),
+    [
+        ({"refusal": "I cannot."}, "refusal"),
+        ({"content": "I", "refusal": " cannot."}, "refusal"),
+        ({"content": "I can.", "refusal": None}, "end_turn"),
+        ({"content": "I can.", "refusal": ""}, "end_turn"),
+    ],
+)
+async def test_a_refusal_is_why_the_answer_stopped(up: FakeUpstream, gateway: Running, fields: Body, stop: str) -> None:
+    told = completion(usage=USAGE, **fields)
+    up.script(Scripted(body=told), Scripted(events=streamed(told)))
+    options: Any = {"model": "ours", "max_tokens": 100, "messages": [HELLO]}
+    async with anthropic_client(gateway) as own:
+        whole = await own.messages.create(**options)
+        async with own.messages.stream(**options) as events_of:
+            assembled = await events_of.get_final_message()
+    assert [each.stop_reason for each in (whole, assembled)] == [stop] * 2
+
+
 def test_arguments_that_are_no_object_are_the_providers_fault_unless_they_were_cut() -> None:
     broken = [call("call_1", "f", '{"a":')]
     with pytest.raises(UpstreamInvalid):

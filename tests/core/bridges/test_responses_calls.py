@@ -101,11 +101,13 @@ async def test_what_chat_cannot_do_is_refused_before_anything_is_sent(fields: An
 @pytest.mark.parametrize("model", ["native", "echo"])
 async def test_a_cached_answer_is_given_whole_or_as_a_stream(model: str) -> None:
     async with served(cache=[{"plugin": "exact"}]) as (gateway, up, client):
-        stream = await client.responses.create(model=model, input="Hello", stream=True)
+        stream = await client.responses.create(model=model, input="Hello", stream=True, store=False)
         end = [event async for event in stream][-1]
         assert end.type == "response.completed"
-        assert await client.responses.create(model=model, input="Hello") == end.response
-        again = [event async for event in await client.responses.create(model=model, input="Hello", stream=True)]
+        assert await client.responses.create(model=model, input="Hello", store=False) == end.response
+        again = [
+            event async for event in await client.responses.create(model=model, input="Hello", stream=True, store=False)
+        ]
         assert [event.sequence_number for event in again] == list(range(len(again)))
         assert again[-1].type == "response.completed"
         assert again[-1].response == end.response

@@ -336,9 +336,9 @@ NAMES = {"f", "g"}
 def test_texts_are_what_the_model_reads_and_names_are_fixed() -> None:
     found = chat.request_texts(CONVERSATION)
     assert [text for ref, text in found if type(ref) is not dialects.Fixed] == [
-        "be kind", "look", "ann", "hm", '{"q":1}', "raw", "result", "no", "{}", "guess", "does f"
+        "be kind", "look", "ann", "hm", "1", "raw", "result", "no", "guess", "does f"
     ]  # fmt: skip
-    assert {text for ref, text in found if type(ref) is dialects.Fixed} == NAMES
+    assert {text for ref, text in found if type(ref) is dialects.Fixed} == {*NAMES, "q"}
 
 
 def test_a_text_is_put_back_where_it_was_found() -> None:
@@ -364,6 +364,15 @@ def test_what_a_model_reads_of_a_schema_is_found_and_what_it_does_not_is_left_ou
     assert sorted(found) == [
         ("T", False), ("d", False), ("e", True), ("f", True), ("type", True), ("type", True), ("x", True)
     ]  # fmt: skip
+
+
+def test_what_a_file_is_called_is_read_and_bounded() -> None:
+    def asked(name: str) -> dict[str, Any]:
+        paper = {"type": "file", "file": {"file_id": "unread", "filename": name}}
+        return request(messages=[{"role": "user", "content": [paper]}])
+
+    assert chat.request_texts(asked("a.pdf")) == [(("messages", 0, "content", 0, "file", "filename"), "a.pdf")]
+    assert chat.input_bound(asked("é" * 500))[0] - chat.input_bound(asked(""))[0] == 1000
 
 
 def test_media_are_counted_apart_and_not_as_text() -> None:

@@ -112,7 +112,7 @@ def test_every_text_that_a_model_reads_is_listed_and_names_and_thoughts_are_fixe
     assert [found for ref, found in texts if type(ref) is not Fixed] == [
         "be kind", "look", "a text", "a title", "n", "u", "found", "a text", "a title",
     ]  # fmt: skip
-    assert {found for ref, found in texts if type(ref) is Fixed} == NAMES
+    assert {found for ref, found in texts if type(ref) is Fixed} == {*NAMES, "name", "url"}  # and keys
     changed = orjson.loads(orjson.dumps(RICH))
     for ref, found in texts:
         if type(ref) is not Fixed:
@@ -125,7 +125,9 @@ def test_every_text_that_a_model_reads_is_listed_and_names_and_thoughts_are_fixe
 def test_texts_of_tools_that_are_named_like_settings_are_read_too() -> None:
     given = {"type": "t", "id": "i", "data": {"role": "r"}, "signature": ["s"]}
     called = body(messages=[HELLO, {"role": "assistant", "content": [tool_use("a", "b", given)]}])
-    assert {found for _, found in messages.request_texts(called)} == {"Hello", "t", "i", "r", "s", "b"}
+    found = messages.request_texts(called)
+    assert {text for ref, text in found if type(ref) is not Fixed} == {"Hello", "t", "i", "r", "s"}
+    assert {text for ref, text in found if type(ref) is Fixed} == {"b", "type", "id", "data", "role", "signature"}
 
 
 def test_bound_holds_all_texts_and_no_media() -> None:
@@ -182,7 +184,7 @@ ANSWER = message(
 
 
 def test_an_answer_says_its_texts_usage_and_reason() -> None:
-    assert [found for _, found in messages.reply_texts(ANSWER)] == ["I must look.", "I look.", "x", "Oslo"]
+    assert [found for _, found in messages.reply_texts(ANSWER)] == ["I must look.", "I look.", "x", "city", "Oslo"]
     assert messages.finish(ANSWER) == "tool_use"
     assert messages.usage(ANSWER) == Usage(input=9, output=4, source="provider", tier="standard")
 

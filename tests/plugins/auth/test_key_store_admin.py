@@ -637,7 +637,7 @@ async def test_no_key_is_anywhere_but_in_the_answer_that_shows_it(
         ]
         texts += [record.getMessage() for record in caplog.records] + [caplog.text]
         texts.append(repr(keyring(gateway)))
-    texts += [repr(place.rows(f"SELECT * FROM {table}")) for table in ("keys", "tenants", "audit")]
+    texts += [repr(place.rows(f"SELECT * FROM {table}")) for table in ("keys", "tenants", "audit", "untold_events")]
     content = b"".join(path.read_bytes() for path in [*gateway.folder.glob("qlens.db*"), *_files(place)])
     everything = "\n".join(texts).encode() + content
     for key in plain:

@@ -1,4 +1,4 @@
-"""What `qlens keys` changes is told by a gateway that has the same database, once, and as the admin API tells it."""
+"""What is changed of keys is told by one of the gateways on a database: at the command line as over the admin API."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlens import Event
 from qlens.cli import main
 from qlens.testing import ManualClock, Running, running
 from qlens_plugins.auth.key_store import postgres_schema, schema
-from qlens_plugins.auth.key_store.telling import UNHEARD_SECONDS
+from qlens_plugins.auth.key_store.telling import OWN_SECONDS, UNHEARD_SECONDS
 
 WAITING = "SELECT n, event FROM untold_events ORDER BY n"
 
@@ -214,3 +214,117 @@ async def test_a_database_of_before_there_were_untold_events_is_taken_over(
         with heard(gateway) as events:
             await gone(place)
             assert [event.tenant for event in events] == ["acme"]
+
+
+# --- the admin API -----------------------------------------------------------------------------
+
+_KEEPS = {
+    "SqlitePlace": (
+        ("CREATE TRIGGER no BEFORE DELETE ON untold_events BEGIN SELECT RAISE(ABORT, 'no'); END",),
+        "DROP TRIGGER no",
+    ),
+    "PostgresPlace": (
+        (
+            "CREATE FUNCTION no() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE EXCEPTION 'no'; END $$",
+            "CREATE TRIGGER no BEFORE DELETE ON untold_events FOR EACH ROW EXECUTE FUNCTION no()",
+        ),
+        "DROP TRIGGER no ON untold_events",
+    ),
+}
+"""How nothing can be let go of, and how it can again."""
+
+
+async def looked(*gateways: Running) -> None:
+    """Let gateways look a few times, and do what they then do."""
+    for _ in range(5):
+        for gateway in gateways:
+            await gateway.plugin("auth", "key_store").keyring.look()
+        await asyncio.sleep(0.05)
+
+
+async def test_what_the_gateway_that_made_it_cannot_let_go_of_yet_nobody_tells_again(place: Place) -> None:
+    clock = ManualClock(now=time.time())
+    async with stored(place=place, clock=clock) as one, stored(place=place, clock=clock) as two:
+        with heard(one) as first, heard(two) as second:
+            keeps, lets = _KEEPS[type(place).__name__]
+            for statement in keeps:
+                place.execute(statement)
+            key = await made(one)
+            assert (await send(one, "DELETE", f"/admin/keys/{key['id']}")).status == 200
+            await looked(one, two)
+            assert len(place.rows(WAITING)) == 2
+            place.execute(lets)
+            await gone(place)
+            clock.advance(OWN_SECONDS + 1)
+            await looked(one, two)
+            assert [event.type for event in first] == ["qlens.key.created", "qlens.key.revoked"]
+            assert second == []
+
+
+async def test_what_a_gateway_made_that_has_nobody_to_tell_it_to_another_tells_after_a_while(place: Place) -> None:
+    clock = ManualClock(now=time.time())
+    async with stored(place=place, clock=clock) as one, stored(place=place, clock=clock) as two:
+        with heard(two) as events:
+            by_one = await made(one, project="web")
+            clock.advance(OWN_SECONDS - 1)
+            await looked(one, two)
+            assert events == []
+            clock.advance(2)
+            await gone(place)
+            by_two = await made(two, project="web")
+            assert [event.subject for event in events] == [by_one["id"], by_two["id"]]
+            found, expected = ({**event.data, "changed": []} for event in events)
+            assert found.keys() == expected.keys()
+            assert found["request_id"] is not None
+            (entry,) = (await send(two, "GET", f"/admin/audit?object={by_one['id']}")).json()["data"]
+            assert entry["id"] == events[0].id
+
+
+async def test_what_a_command_changed_does_not_wait_for_what_another_gateway_made_before(
+    house: Path, place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = ManualClock(now=time.time())
+    async with stored(place=place, clock=clock) as gateway:
+        await made(gateway)  # whom nobody hears
+        clock.advance(1)
+        await keys(capsys, "create", "--tenant", "globex")
+        with heard(gateway) as events:
+            async with asyncio.timeout(10):
+                while len(place.rows(WAITING)) > 1:
+                    await asyncio.sleep(0.02)
+            assert [event.tenant for event in events] == ["globex"]
+
+
+async def test_a_gateway_that_stops_or_goes_to_another_database_lets_go_of_what_it_has_told(
+    place: Place, tmp_path: Path
+) -> None:
+    async with stored(place=place) as gateway:
+        with heard(gateway) as events:
+            for _ in range(3):
+                await made(gateway)
+    assert len(events) == 3
+    assert place.rows(WAITING) == []
+    async with stored(config("poll_seconds: 4", place=place)) as gateway:
+        with heard(gateway) as events:
+            await made(gateway)
+            # The instance goes, and what it follows stays.
+            await gateway.reload(config("poll_seconds: 0.05", place=place))
+            await made(gateway)
+            await gone(place)
+            await made(gateway)
+            await gateway.reload(config(f"poll_seconds: 0.05, url: 'sqlite:///{tmp_path}/other.db'"))
+            await gone(place)
+            await made(gateway)
+            told = [event.id for event in events if event.type == "qlens.key.created"]
+            assert len(set(told)) == len(told) == 4
+
+
+async def test_a_listener_that_fails_holds_nothing_up(place: Place) -> None:
+    def fails(_: Event) -> None:
+        raise ValueError
+
+    async with stored(place=place) as gateway:
+        with gateway.gateway.events.listen(fails, "test"), heard(gateway) as events:
+            await made(gateway)
+            await gone(place)
+            assert len(events) == 1

@@ -611,6 +611,8 @@ class Actor:
         self.n += 1
         self.id, self.calls, self.spent, self.known = f"{self.name}{self.n}", list[Need](), 0, False
         self.last: Ask | None = None
+        self.heard = 0.0
+        """When the store heard of it last: what it held is charged when that is too long ago."""
 
 
 async def play(store: Store, moves: list[tuple[str, int, int, int]]) -> list[object]:
@@ -624,8 +626,16 @@ async def play(store: Store, moves: list[tuple[str, int, int, int]]) -> list[obj
             sum(n.excess for n in actor.calls), needs, spare, 0, actor.known,
         )  # fmt: skip
         (told,) = await store.sync(actor.id, [actor.last], now, 60)
-        actor.known = True
+        actor.known, actor.heard = True, now
         return told
+
+    async def renew(but: Actor) -> None:
+        for each in actors:
+            if each is not but and each.known:
+                if await store.renew(each.id, now, 60):
+                    each.heard = now
+                else:
+                    each.born()  # it was late before, and what it held is charged
 
     for move, who, amount, excess in moves:
         actor = actors[who]
@@ -648,20 +658,14 @@ async def play(store: Store, moves: list[tuple[str, int, int, int]]) -> list[obj
             told = await sync(actor, [], 0)
         elif move == "late":
             now += 59
-            for each in actors:
-                if each is not actor and each.known and not await store.renew(each.id, now, 60):
-                    each.born()  # it was late before, and what it held is charged
+            await renew(actor)
         elif move == "kill" and actor.known:
             charged += sum(n.likely + n.excess for n in actor.calls)
             actor.born()
             now += 59
-            for each in actors:
-                if each is not actor and each.known and not await store.renew(each.id, now, 60):
-                    each.born()
+            await renew(actor)
             now += 2
-            for each in actors:
-                if each is not actor and each.known and not await store.renew(each.id, now, 60):
-                    each.born()  # it was late before, and what it held is charged
+            await renew(actor)
         elif move == "raise":
             raised += amount
             await store.increase(Increase(f"i{len(seen)}", ACCOUNT.id, amount, int(now) + 10**6, "", "", 0))
@@ -678,7 +682,7 @@ async def play(store: Store, moves: list[tuple[str, int, int, int]]) -> list[obj
         seen.append((move, told, [(s.window, s.spent, s.held, s.limit) for s in states]))
         for state in states:
             assert state.spent <= LIMIT + raised + TOLERANCE
-            live = sum(need.likely for each in actors for need in each.calls)
+            live = sum(need.likely for each in actors if now - each.heard < 60 for need in each.calls)
             assert state.window != window or state.held >= live
     return seen
 

@@ -5,22 +5,30 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from decimal import Decimal
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from attrs import evolve
+from ledgers import Place, PostgresPlace, SqlitePlace
 
-from qlens import RedisSettings, Url, redis_store
+from qlens import Attempt, Caller, Cost, Receipt, RedisSettings, Target, Url, Usage, redis_store
 from qlens.cli import main
 from qlens.gateway import Gateway
 from qlens.testing import Response, Running, running
+from qlens.testing.postgres import PostgresServer, postgres_server
 from qlens.testing.redis import RedisServer, redis_server
 from qlens_plugins.cost.budgets.memory import MemoryStore
 from qlens_plugins.cost.budgets.redis import RedisBudgets
 from qlens_plugins.cost.budgets.sqlite import SqliteStore
 from qlens_plugins.cost.budgets.store import Account, Ask, Increase, Need, Store, Told
+from qlens_plugins.cost.ledger import rows
+from qlens_plugins.cost.ledger.store import Batch
 
 PATH = "/v1/chat/completions"
 # Input is free and a token of output costs 1 micro-dollar: each call here costs 0.00001 USD.
@@ -280,14 +288,197 @@ async def test_a_redis_that_comes_back_empty_is_told_of_all_names(server: RedisS
         }
 
 
-async def test_what_a_ledger_has_of_a_wildcard_is_the_wildcards(server: RedisServer, tmp_path: Path) -> None:
-    text = config(ONE_PER_MODEL, **in_redis(server, tmp_path))
+WILDCARDS = {**MODELS, '"more/*"': MODELS['"open/*"']}
+ASKED = ("gpt", "fast", "open/out", "more/OUT", "open/zzz", "apart")
+COUNTED = """{per: model, usd: 1}, {per: model, usd: 1, window: total},
+      {per: tenant, usd: 1, match: {model: [fast]}}, {per: key, usd: 1, match: {model: ["open/*"]}},
+      {per: project, usd: 1, match: {model: [gpt, "*"]}}, {per: key, usd: 1, window: day, match: {tenant: [acme]}}"""
+BUDGETS = {
+    **{(f"model {window}", "gpt"): 4 for window in ("month", "total")},
+    **{(f"model {window}", name): 1 for window in ("month", "total") for name in ("open/*", "apart")},
+    ("tenant month model=fast", "acme"): 4,
+    ("key month model=open/*", "all"): 3,
+    ("project month model=gpt,*", "acme"): 6,
+    ("key day tenant=acme", "all"): 6,
+}
+"""How many of ASKED count in each budget."""
+
+
+async def calls_in(gateway: Running) -> dict[tuple[str, str], Decimal]:
+    """For how many calls is spent, by rule and owner; the gateway says all it knows first."""
+    async with asyncio.timeout(10):
+        while (answer := await gateway.get("/admin/budgets", key=OPS)).status == 503:
+            await asyncio.sleep(0.05)
+    rows = answer.json()["data"]
+    return {(row["budget"], row["owner"]): Decimal(row["spent_usd"]) * 100_000 for row in rows}
+
+
+@pytest.mark.parametrize("how", ["a new gateway", "the same gateway"])
+async def test_what_is_spent_is_to_the_picodollar_the_same_once_redis_has_been_emptied(
+    server: RedisServer, how: str, tmp_path: Path
+) -> None:
+    """Whatever name of a model was asked for, and whatever windows and lines count it: each call once in each."""
+    text = config(COUNTED, models=WILDCARDS, **in_redis(server, tmp_path))
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(serving(text))
+        assert await statuses(gateway, *ASKED) == [200] * 6
+        await gateway.settled(6)
+        assert await calls_in(gateway) == BUDGETS
+        if how == "a new gateway":
+            await stack.aclose()
+        await server.command("FLUSHALL")
+        if how == "a new gateway":
+            gateway = await stack.enter_async_context(serving(text))
+        else:
+            assert await calls_in(gateway) == BUDGETS
+        assert await statuses(gateway, *ASKED) == [200] * 6
+        await gateway.settled(12 if how == "the same gateway" else 6)
+        assert await calls_in(gateway) == {name: 2 * calls for name, calls in BUDGETS.items()}
+
+
+async def test_gateways_that_name_a_model_in_another_order_take_its_past_once(
+    server: RedisServer, tmp_path: Path
+) -> None:
+    place = in_redis(server, tmp_path)
+    place["store"] = place["store"].replace("gather_seconds: 0", "gather_seconds: 2")
+    texts = [config(ONE_PER_MODEL.replace("35", "65"), models=ordered(*names), **place) for names in (
+        ("gpt", "fast"), ("fast", "gpt")
+    )]  # fmt: skip
+    async with AsyncExitStack() as stack:
+        one, other = [await stack.enter_async_context(serving(text)) for text in texts]
+        assert [*await statuses(one, "gpt"), *await statuses(other, "gpt", "fast")] == [200] * 3
+        await one.settled(1)
+        await other.settled(2)
+        for gateway in (other, one):
+            await calls_in(gateway)
+        await server.command("FLUSHALL")
+        for gateway in (one, other):  # each says what it was told
+            await calls_in(gateway)
+        for gateway in (one, other):
+            async with asyncio.timeout(10):
+                while (await gateway.post(PATH, {**TEN, "model": "gpt"}, key=ALL)).status != 200:
+                    await asyncio.sleep(0.05)
+        await one.settled(2)
+        await calls_in(other)
+        assert await calls_in(one) == {("model month", "gpt"): 5}
+        assert await statuses(one, "gpt", "fast") == [200, 429]
+
+
+async def test_a_reload_that_puts_another_name_first_takes_no_past_twice(server: RedisServer, tmp_path: Path) -> None:
+    place = in_redis(server, tmp_path)
+    async with serving(config(ONE_PER_MODEL, models=ordered("gpt", "fast"), **place)) as gateway:
+        assert await statuses(gateway, "gpt") == [200]
+        await gateway.reload(config(ONE_PER_MODEL, models=ordered("fast", "gpt"), **place))
+        assert await statuses(gateway, "gpt") == [200]
+        await gateway.settled(2)
+        assert await calls_in(gateway) == {("model month", "fast"): 2}
+        await server.command("FLUSHALL")
+        assert await calls_in(gateway) == {("model month", "fast"): 2}
+        assert await statuses(gateway, "gpt", "gpt") == [200, 429]
+
+
+async def test_what_a_fallback_has_answered_counts_as_what_was_asked_for(server: RedisServer, tmp_path: Path) -> None:
+    failing = "params: {fail_status: 500}"
+    models = {
+        "gpt": f"{{max_output_tokens: 1000, targets: [{{provider: up, model: out, {failing}}}]}}",
+        "apart": MODELS["apart"],
+        '"open/*"': f"""{{max_output_tokens: 1000, fallbacks: [apart],
+    targets: [{{provider: up, model: "*", {failing}}}]}}""",
+    }
+    text = config(ONE_PER_MODEL, models=models, **in_redis(server, tmp_path))
+    for spent in (1, 2):
+        async with serving(text) as gateway:
+            assert await statuses(gateway, "open/out", "open/zzz", "apart") == [200, 200, 200]
+            await gateway.settled(3)
+            assert await calls_in(gateway) == {("model month", name): spent for name in ("gpt", "open/*", "apart")}
+        await server.command("FLUSHALL")
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    with postgres_server() as server:
+        yield server
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_the_past_of_many_days_is_read_from_either_ledger_and_of_deleted_receipts_the_wildcard_has_it(
+    server: RedisServer, kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    ledger: Place = SqlitePlace(tmp_path / "ledger.db")
+    if kind == "postgres":
+        databases: PostgresServer = request.getfixturevalue("postgres")
+        ledger = PostgresPlace(databases, databases.new_database())
+    now, day_ns = time.time_ns(), 86_400 * 10**9
+    # Of two tenants, by three names behind the wildcard and one beside it, over ten days.
+    asked = {"OUT": "open/*", "other": "open/*", "zzz": "open/*", "out": "gpt"}
+    made = [
+        rows.row(past_receipt(number, tenant, asked[upstream], upstream, now - number * day_ns // 4))
+        for number, (tenant, upstream) in enumerate(product(("acme", "bolt"), [*asked] * 5), 1)
+    ]
+
+    # Nobody can tell what this one was asked for: it is in each budget that it may be of.
+    unknown = evolve(past_receipt(99, "bolt", "open/*", "", now), target=None, attempts=(), error="interrupted")
+    made.append(rows.row(unknown))
+
+    def fill() -> None:
+        store = ledger.store()
+        store.write("filled", Batch(1, made, {}))
+        store.close()
+
+    await asyncio.to_thread(fill)
+    limits = """{per: model, usd: 1, window: total}, {per: model, usd: 1, window: total, match: {tenant: [acme]}},
+      {per: tenant, usd: 1, window: total, match: {model: [fast]}}"""
+    store = in_redis(server, tmp_path)["store"]
+    text = config(limits, store, ledger=ledger.url)
+    expected: dict[Any, Any] = {
+        ("model total", "gpt"): 21, ("model total", "open/*"): 11, ("model total", "apart"): 11,
+        ("model total tenant=acme", "gpt"): 10, ("model total tenant=acme", "open/*"): 5,
+        ("model total tenant=acme", "apart"): 5, ("tenant total model=fast", "acme"): 10,
+    }  # fmt: skip
     async with serving(text) as gateway:
-        assert await statuses(gateway, "open/out", "open/more", "open/other") == [200, 200, 200]
+        assert await statuses(gateway, "gpt", "open/zzz", "apart") == [200] * 3
         await gateway.settled(3)
+        assert await calls_in(gateway) == {name: calls + 1 for name, calls in expected.items()}
+    ledger.execute("DELETE FROM receipts WHERE tenant = 'acme' AND cost_state = 'estimated'")
     await server.command("FLUSHALL")
     async with serving(text) as gateway:
-        assert await statuses(gateway, "open/more", "gpt") == [429, 200]
+        assert await statuses(gateway, "gpt", "open/zzz", "apart") == [200] * 3
+        await gateway.settled(3)
+        # Of those behind the wildcard 15 of acme's are left in the sums alone: they are the wildcard's.
+        changes = {"gpt": -5, "open/*": 10, "apart": -5}
+        assert await calls_in(gateway) == {
+            **{name: calls + 2 + changes[name[1]] for name, calls in expected.items() if name[1] in changes},
+            ("tenant total model=fast", "acme"): expected["tenant total model=fast", "acme"] + 2 - 5,
+        }
+
+
+def past_receipt(number: int, tenant: str, model: str, upstream: str, wall_ns: int) -> Receipt:
+    """One that cost as much as a call here; `estimated` behind a wildcard."""
+    state: Any = "estimated" if model == "open/*" else "exact"
+    digits, target = f"{wall_ns // 10**6:012x}", Target("up", upstream, model)
+    return Receipt(
+        id=f"{digits[:8]}-{digits[8:]}-7000-8000-{number:012x}",
+        caller=Caller(tenant, "bob", "keys", key_id="all"),
+        operation="chat",
+        model=model,
+        target=target,
+        outcome="complete",
+        status=200,
+        error=None,
+        usage=Usage(output=10, source="provider"),
+        cost=Cost(10**7, state, "*/m"),
+        saved_picos=0,
+        cache="off",
+        streamed=False,
+        attempts=(Attempt(1, target, 0, ended=1, status=200),),
+        tags={},
+        wall_ns=wall_ns,
+        ttft_us=1,
+        total_us=1,
+        overhead_us=1,
+        bytes_out=1,
+        config_version="v",
+    )
 
 
 # --- the stores --------------------------------------------------------------------------------

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
 import aiohttp
 import pytest
 
-from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing import ManualClock, Running, Scripted, running, upstream
 from qlens.testing.redis import redis_server
 
 PATH = "/v1/chat/completions"
@@ -89,3 +90,61 @@ async def bill_and_budget(store: str) -> None:
         assert len(provider.requests) == 260
         (row,) = (await gateway.get("/v1/budgets")).json()["data"]
         assert (Decimal(row["spent_usd"]), row["reserved_usd"]) == (Decimal(bill) / 10**12, "0")
+
+
+FAILED: dict[str, Any] = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1,
+    "model": "out",
+    "status": "failed",
+    "error": {"code": "server_error", "message": "It broke."},
+    "output": [],
+    "usage": {"input_tokens": 5, "output_tokens": 100, "total_tokens": 105},
+}
+"""A response that costs 0.0001 USD all the same, where a token of output costs 1 micro-dollar."""
+
+
+@pytest.mark.parametrize("store", ["{kind: memory}", '{kind: sqlite, url: "sqlite:///budgets.db"}'])
+@pytest.mark.parametrize(
+    ("tenants", "models", "attempts"),
+    [("1", "0.00019", 1), ("0.00019", "1", 1), ("1", "0.00029", 2), ("0.00035", "0.0003", 3), ("1", "1", 3)],
+)
+async def test_no_attempt_is_made_for_which_a_failed_one_that_is_billed_has_left_no_room(
+    tenants: str, models: str, attempts: int, store: str
+) -> None:
+    limits = f"[{{per: tenant, usd: {tenants}}}, {{per: model, usd: {models}}}]"
+    async with upstream() as provider:
+        text = CONFIG.format(url=provider.url, store=store).replace("[{per: tenant, usd: 10}]", limits)
+        text = text.replace("input: 3, output: 7", "input: 0, output: 1").replace("retry,", "retry, attempts: 3,")
+        async with running(text) as gateway:
+            provider.script(*[Scripted(body=FAILED)] * 3)
+            answer = await gateway.post("/v1/responses", {"model": "out", "input": "Hello", "max_output_tokens": 100})
+            assert (answer.status, answer.json()["error"]["code"]) == (502, "upstream_error")
+            (receipt,) = await gateway.settled(1)
+            assert len(provider.requests) == len(receipt.attempts) == attempts
+            rows = (await gateway.get("/v1/budgets")).json()["data"]
+            spent = {(Decimal(row["spent_usd"]), row["reserved_usd"]) for row in rows}
+            assert (len(rows), spent) == (2, {(attempts * Decimal("0.0001"), "0")})
+
+
+@pytest.mark.parametrize("store", ["{kind: memory}", '{kind: sqlite, url: "sqlite:///budgets.db"}'])
+async def test_a_window_that_is_over_stands_in_the_way_of_no_attempt(store: str) -> None:
+    clock = ManualClock(datetime(2026, 11, 28, 23, 59, 58, tzinfo=UTC).timestamp())
+    async with upstream() as provider:
+        text = CONFIG.format(url=provider.url, store=store).replace("usd: 10}", "usd: 10, window: day}")
+        async with running(text, clock=clock) as gateway:
+            provider.script(
+                Scripted(body=FAILED, delay=0.3), Scripted(body={**FAILED, "status": "completed", "error": None})
+            )
+            body = {"model": "out", "input": "Hello", "max_output_tokens": 100}
+            async with asyncio.TaskGroup() as tasks:
+                asked = tasks.create_task(gateway.post("/v1/responses", body))
+                while not provider.requests:
+                    await asyncio.sleep(0.01)
+                clock.advance(3)
+            assert asked.result().status == 200
+            (receipt,) = await gateway.settled(1)
+            assert [attempt.billed for attempt in receipt.attempts] == [True, True]
+            rows = (await gateway.get("/v1/budgets")).json()["data"]
+            assert {row["reserved_usd"] for row in rows} <= {"0"}

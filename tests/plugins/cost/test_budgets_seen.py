@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from qlens import Event
 from qlens.testing import ManualClock, Response, Running, running
 
 PATH = "/v1/chat/completions"
@@ -24,6 +25,7 @@ KEYS = {
     OTHERS: "id: others, tenant: bolt, tags: {team: ads}",
     OPS: "id: ops, tenant: ops, roles: [operator]",
 }
+STORES = ["{kind: memory}", '{kind: sqlite, url: "sqlite:///budgets.db"}']
 
 
 def key_file() -> dict[str, str]:
@@ -158,7 +160,7 @@ async def test_a_budget_of_a_tag_or_a_model_refuses_those_who_count_in_it(limit:
             assert (await call(gateway, OTHERS, model="open/b")).status == 200
 
 
-@pytest.mark.parametrize("store", ["{kind: memory}", '{kind: sqlite, url: "sqlite:///budgets.db"}'])
+@pytest.mark.parametrize("store", STORES)
 async def test_where_only_running_calls_stand_in_the_way_the_sdk_tries_again_and_passes(store: str) -> None:
     more = f", store: {store}"
     async with serving("{per: tenant, usd: 0.000025}", more=more, params="{first_byte_ms: 1500}") as gateway:
@@ -182,3 +184,79 @@ async def test_where_only_running_calls_stand_in_the_way_the_sdk_tries_again_and
         assert (spent.status, spent.json()["error"]["code"]) == (429, "insufficient_quota")
         assert (spent.headers["x-should-retry"], "retry-after" in spent.headers) == ("false", False)
         assert "It begins anew at" in spent.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("store", STORES)
+async def test_who_has_spent_his_own_budget_keeps_nobody_out_of_one_that_is_shared(store: str) -> None:
+    limits = "{per: model, usd: 0.000200}, {per: key, usd: 0.000015, match: {key: [web]}}"
+    async with serving(limits, more=f", store: {store}") as gateway:
+        assert (await call(gateway)).status == 200
+        await gateway.settled(1)
+        spent, passing = ([call(gateway, key) for _ in range(count)] for key, count in ((WEB, 40), (OTHERS, 5)))
+        answers = await asyncio.gather(*spent[:20], *passing, *spent[20:])
+        assert [answer.status for answer in answers[20:25]] == [200] * 5
+        refused = [answer.json()["error"] for answer in (*answers[:20], *answers[25:])]
+        assert {(error["code"], error["message"].partition(" (")[0]) for error in refused} == {
+            ("insufficient_quota", "The monthly budget of key web")
+        }
+
+
+async def test_what_is_spent_is_named_before_what_running_calls_hold() -> None:
+    limits = "{per: model, usd: 0.000030}, {per: key, usd: 0.000015, match: {key: [web]}}"
+    async with serving(limits, params="{first_byte_ms: 1000}") as gateway:
+        assert (await call(gateway)).status == 200
+        await gateway.settled(1)
+        other = asyncio.create_task(call(gateway, OTHERS, max_tokens=15))
+        async with asyncio.timeout(5):
+            while (await own(gateway, OTHERS))[0]["reserved_usd"] == "0":
+                await asyncio.sleep(0.005)
+        refused = await call(gateway)
+        assert (refused.status, refused.json()["error"]["code"]) == (429, "insufficient_quota")
+        assert "monthly budget of key web" in refused.json()["error"]["message"]
+        assert (await other).status == 200
+
+
+@pytest.mark.parametrize("store", STORES)
+async def test_that_callers_are_refused_for_what_is_spent_is_told_once_for_each_limit(store: str) -> None:
+    heard: list[Event] = []
+    limit = "{per: tenant, usd: 0.000025, warn_at: [80]}"
+    async with serving(limit, more=f", store: {store}", params="{first_byte_ms: 2000}") as gateway:
+        with gateway.gateway.events.listen(heard.append, "test"):
+            first = asyncio.create_task(call(gateway, max_tokens=20))
+            async with asyncio.timeout(5):
+                while (await own(gateway))[0]["reserved_usd"] == "0":
+                    await asyncio.sleep(0.005)
+            assert (await call(gateway)).json()["error"]["code"] == "rate_limit_exceeded"  # by what is held
+            assert (await first).status == 200
+            await gateway.settled(2)
+            assert (await call(gateway, max_tokens=30)).status == 429  # more than the whole limit
+            for _ in range(3):
+                assert (await call(gateway)).json()["error"]["code"] == "insufficient_quota"
+            text = (gateway.folder / "qlens.yaml").read_text("utf-8")
+            await gateway.reload(text.replace("0.000025", "0.000028"))
+            for _ in range(2):
+                assert (await call(gateway)).json()["error"]["code"] == "insufficient_quota"
+    told = [event for event in heard if event.type.startswith("qlens.budget.")]
+    assert [(event.type.rpartition(".")[2], event.data["percent"], event.data["limit_usd"]) for event in told] == [
+        ("threshold", 80, "0.000025"),
+        ("exhausted", 80, "0.000025"),
+        ("exhausted", 71, "0.000028"),
+    ]
+    assert {event.data["spent_usd"] for event in told} == {"0.00002"}
+    assert len({event.id for event in told}) == 3
+    assert {(event.tenant, event.subject) for event in told} == {("acme", told[0].data["id"])}
+
+
+@pytest.mark.parametrize(("tokens", "percent"), [((10, 10, 5, 10), 100), ((10, 10, 10, 5, 10), 80)])
+async def test_that_a_budget_is_refused_and_spent_to_its_limit_is_told_once(
+    tokens: tuple[int, ...], percent: int
+) -> None:
+    heard: list[Event] = []
+    async with serving("{per: tenant, usd: 0.000025, warn_at: [100]}") as gateway:
+        with gateway.gateway.events.listen(heard.append, "test"):
+            for number, most in enumerate(tokens, 1):
+                await call(gateway, max_tokens=most)
+                await gateway.settled(number)
+            assert (await own(gateway))[0]["spent_usd"] == "0.000025"
+    told = [(event.type, event.data["percent"]) for event in heard if event.type.startswith("qlens.budget.")]
+    assert told == [("qlens.budget.exhausted", percent)]

@@ -745,12 +745,22 @@ async def test_usage_reads_while_the_gateway_writes(tmp_path: Path, capsys: pyte
         assert found["total"]["calls"] == 1
 
 
-async def test_sums_are_exact_beyond_64_bits(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = await used(tmp_path, place)
-    place.execute(f"UPDATE receipts SET cost_picos = {2**63 - 1}, input = {2**60 - 1}")
-    found = await asyncio.to_thread(usage, capsys, path, "--by", "tenant")
-    assert found["total"]["cost_usd"] == "36893488.147419103228"
-    assert found["total"]["prompt_tokens"] == 4 * (2**60 - 1)
+def test_sums_are_exact_beyond_64_bits(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "qlens.yaml").write_text(config(url=place.url))
+    large, store = {"cost": Cost(2**63 - 1, "exact", "x"), "usage": Usage(input=2**60 - 1)}, place.store()
+    store.write("large", Batch(1, [rows.row(receipt(n, **large)) for n in range(4)], {}))
+    store.close()
+    for names in ("tenant", "outcome"):
+        found = usage(capsys, tmp_path / "qlens.yaml", "--by", names)
+        assert found["total"]["cost_usd"] == "36893488.147419103228"
+        assert found["total"]["prompt_tokens"] == 4 * (2**60 - 1)
+
+
+def test_usage_of_no_days_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "qlens.yaml").write_text(config(url=f"sqlite:///{tmp_path}/x.db"))
+    words = ["--since", "2026-11-02", "--until", "2026-11-01"]
+    assert main(["usage", *words, "-c", str(tmp_path / "qlens.yaml")]) != 0
+    assert "--since 2026-11-02 is after --until 2026-11-01" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", ["--by colour", "--since yesterday", "--by model;DROP"])

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager, contextmanager
 from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlencode
 
 import aiohttp
@@ -24,6 +24,7 @@ import pytest
 from ledgers import Place, SqlitePlace
 
 from qlens import Caller, Cost, Receipt, Target, Usage
+from qlens.call import Outcome
 from qlens.testing import Running, running
 from qlens_plugins.cost.ledger import rows as ledger_rows
 from qlens_plugins.cost.ledger.store import Batch
@@ -161,10 +162,11 @@ async def abandoned(gateway: Running) -> None:
 
 
 async def written(*gateways: Running) -> None:
-    """Wait until all receipts that were settled are in the file."""
+    """Wait until all receipts that were settled are in the file, and all refused calls are counted there."""
     async with asyncio.timeout(20):
         for gateway in gateways:
-            while gateway.gateway.current.running or gateway.plugin("cost", "ledger").writer.waiting:
+            writer = gateway.plugin("cost", "ledger").writer
+            while gateway.gateway.current.running or writer.waiting or writer._uncounted:
                 await asyncio.sleep(0.02)
 
 
@@ -552,9 +554,20 @@ async def test_wrong_parameters_are_refused_by_name(place: Place) -> None:
         (COSTS, "start_time=1&bucket_width=1h", "bucket_width"),
         (COSTS, "start_time=1&group_by=model", "group_by"),
         (SUMMARY, "group_by=tag:", "group_by"),
-        (SUMMARY, "group_by=tag:a%22b", "group_by"),
+        (SUMMARY, "group_by=tag:a%00b", "group_by"),
         (SUMMARY, "group_by=1;DROP", "group_by"),
         (SUMMARY, "start_time=9&end_time=3", "end_time"),
+        (SUMMARY, f"start_time={2**33}", "start_time"),
+        (SUMMARY, "outcomes=bad", "outcomes"),
+        *(
+            (path, query, param)
+            for path in (CALLS, "/v1/usage/export")
+            for query, param in (
+                ("start_time=9&end_time=3", "end_time"),
+                ("start_time=9&end_time=9", "end_time"),
+                ("outcomes=bad", "outcomes"),
+            )
+        ),
         (CALLS, "limit=101", "limit"),
         (CALLS, "after=nobody", "after"),
         ("/v1/usage/export", "format=xlsx", "format"),
@@ -566,9 +579,18 @@ async def test_wrong_parameters_are_refused_by_name(place: Place) -> None:
             assert answer.status == 400, (path, query, answer.text)
             error = answer.json()["error"]
             assert (error["type"], error["param"]) == ("invalid_request_error", param), (path, query)
+        for outcome in get_args(Outcome):
+            assert (await gateway.get(f"{CALLS}?outcomes={outcome}", key=key_of("root"))).status == 200
         for query in ("start_time=0", f"start_time={2**33}", f"start_time=1&end_time={2**33}&models[]=a'--&models=b"):
             answer = await gateway.get(f"{USAGE}?{query}", key=key_of("root"))
             assert answer.status == 200, answer.text
+
+
+async def test_no_name_of_a_call_is_more_than_a_call_that_is_not_there(place: Place) -> None:
+    async with serving(place) as gateway:
+        for name in ("nobody", "%00", "a%00b", "%ED%A0%80", "%0A", "'%22"):
+            answer = await gateway.get(f"{CALLS}/{name}", key=key_of("root"))
+            assert (answer.status, answer.json()["error"]["code"]) == (404, "not_found"), name
 
 
 async def test_a_ledger_that_cannot_be_read_is_said_to_be_and_harms_no_call(place: Place) -> None:
@@ -623,4 +645,7 @@ async def test_a_cell_that_a_spreadsheet_would_run_is_text(place: Place) -> None
         place.execute('UPDATE receipts SET subject = \'=1+1\', tags = \'{"a": "b,\\"c"}\'')
         (row,) = csv.DictReader(io.StringIO((await gateway.get("/v1/usage/export", key=key_of("root"))).text))
         assert (row["user_id"], row["streamed"]) == ("'=1+1", "0")
+        place.execute("UPDATE receipts SET subject = '\n=1+1'")
+        (again,) = csv.DictReader(io.StringIO((await gateway.get("/v1/usage/export", key=key_of("root"))).text))
+        assert again["user_id"] == "'\n=1+1"
         assert json.loads(row["tags"]) == {"a": 'b,"c'}

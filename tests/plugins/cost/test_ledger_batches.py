@@ -213,6 +213,11 @@ async def test_a_batch_whose_receipt_was_forgotten_is_not_counted_again(place: P
         async with made(gateway, one, completed_at=ENDED - 9 * 86_400) as batch:
             await asked(gateway, batch)
         assert not await rows(place, 1, 0)
+        # A receipt as old as this is deleted as soon as it is written: that it was counted is to be seen here alone.
+        days = await gateway.get(
+            f"/v1/organization/usage/completions?start_time={ENDED - 10 * 86_400}&batch=true&limit=31", key=ACME
+        )
+        assert not [result for bucket in days.json()["data"] for result in bucket["results"]]
 
 
 async def test_nobody_but_the_tenant_that_made_it_gets_a_batch_into_the_ledger(place: Place, one: FakeKeeper) -> None:

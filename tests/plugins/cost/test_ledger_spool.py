@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from ledgers import Place
 
 from qlens import Attempt, Caller, Cost, Event, Receipt, Spool, StartupError, Target, Usage
-from qlens.stores import segments
+from qlens.cli import main
+from qlens.stores import segments, sqlite
 from qlens.stores.spool import Left
 from qlens.testing import Running, running
 from qlens_plugins.cost.ledger import records, rows, source, writer
@@ -69,7 +70,7 @@ def receipt(n: int = 0, **changes: Any) -> Receipt:
 
 def begun(n: int, picos: int | None = 5_000_000) -> bytes:
     """What admission knows of the call of a receipt: at most 20 tokens in, 1000 out, for so much."""
-    return records._dumps((*rows.facts_of(receipt(n)), 20, 1000, {}, picos, "*/gpt-4o-mini"))
+    return records.opened((*rows.facts_of(receipt(n)), 20, 1000, {}, picos, "*/gpt-4o-mini"))
 
 
 def closing(n: int) -> bytes:
@@ -138,7 +139,7 @@ def test_a_record_makes_the_row_and_the_event_that_the_receipt_makes() -> None:
         receipt(tags={"other": "tags"}, streamed=True, error="\ud800"),
         receipt(usage=Usage(input=2**70), caller=Caller("t", "\udfff", "k")),
     ):
-        late = records.read(records.closing(records.begun_late(each), each))
+        late = records.read(records.closing(None, each))
         assert late.row == rows.row(each)
         assert Event.of_receipt(late.receipt) == Event.of_receipt(each)
         assert Event.of_receipt(late.receipt).data == Event.of_receipt(each).data
@@ -202,11 +203,11 @@ async def test_calls_of_a_dead_process_are_charged_what_they_cost_or_can_have_co
     folder = tmp_path / "spool"
     left_by_a_dead_process(
         folder,
-        *(records.opening(begun(n)) for n in range(4)),
+        *(begun(n) for n in range(4)),
         closing(1),
         records.voiding("call-2"),
-        records.opening(begun(4, picos=None)),
-        records.closing(records.begun_late(receipt(5)), receipt(5)),
+        begun(4, picos=None),
+        records.closing(None, receipt(5)),
     )
     for _ in range(2):
         writer = writer_of(place.store(), folder)
@@ -224,7 +225,7 @@ async def test_what_many_dead_processes_left_is_written_beside_the_living(place:
     folder = tmp_path / "spool"
     spools = [Spool.open(folder) for _ in range(3)]
     for n, spool in enumerate(spools):
-        spool.append(records.opening(begun(2 * n)))
+        spool.append(begun(2 * n))
         spool.append(closing(2 * n + 1))
     abandon(spools[0])
     abandon(spools[2])
@@ -265,13 +266,13 @@ def test_wherever_the_process_dies_each_call_is_there_once(
     for step, which in taken:
         if step == "begin":
             running_.append(number)
-            journal.note(records.opening(begun(number)))
+            journal.note(begun(number))
             number += 1
         elif step in {"end", "void"} and running_:
             n = running_.pop(which % len(running_))
             if step == "end":
                 expected[f"call-{n}"] = complete(n)
-                journal.keep(closing(n), in_memory=False)
+                journal.keep(closing(n))
             else:
                 journal.void(records.voiding(f"call-{n}"))
         elif step in {"ship", "die in commit", "die after commit"}:
@@ -290,7 +291,7 @@ def test_wherever_the_process_dies_each_call_is_there_once(
             journal.open()
     expected |= {f"call-{n}": complete(n) for n in running_}
     for n in running_:
-        journal.keep(closing(n), in_memory=False)
+        journal.keep(closing(n))
     for _ in range(60):
         for row in journal.take(3):
             database.setdefault(row[0], short(row))
@@ -306,9 +307,9 @@ def test_calls_that_run_long_do_not_keep_what_is_done(tmp_path: Path, monkeypatc
     spool = Spool.open(tmp_path / "s", segment_bytes=20_000)
     reader = Source(spool, lambda _: None)
     for n in range(3):
-        spool.append(records.opening(begun(n)))
+        spool.append(begun(n))
     for n in range(3, 1500):
-        spool.append(records.opening(begun(n)))
+        spool.append(begun(n))
         spool.append(closing(n))
         if n % 20 == 0:
             assert all(short(row)[1] == "complete" for row in reader.take(500))
@@ -324,6 +325,69 @@ def test_calls_that_run_long_do_not_keep_what_is_done(tmp_path: Path, monkeypatc
     former.done()
     assert former.left == 0
     orphan.close()
+
+
+def asked(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = main([*words, "-c", str(folder / "qlens.yaml")])
+    return code, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["usage", "ledger verify", "ledger backup", "what-if"])
+def test_the_first_command_after_a_crash_has_what_the_dead_process_left(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    folder = tmp_path / "spool"
+    left_by_a_dead_process(folder, begun(0), *(closing(n) for n in range(1, 20)))
+    text = config(f'flush_seconds: 600, spool: "{folder}"', url=place.url)
+    for name in ("qlens.yaml", "other.yaml"):
+        (tmp_path / name).write_text(text)
+    words = {"ledger backup": [str(tmp_path / "x.jsonl")], "what-if": ["--config", str(tmp_path / "other.yaml")]}
+    code, out, err = asked(capsys, tmp_path, *command.split(), *words.get(command, []))
+    assert (code, "wait" in err) == (0, False)
+    told = (tmp_path / "x.jsonl").read_text() if command == "ledger backup" else out
+    expected = {
+        "usage": "gpt-4o-mini  20 ",
+        "ledger verify": "20 receipts, ",
+        "ledger backup": '"receipts":20,',
+        "what-if": "acme    20 ",
+    }
+    assert expected[command] in told
+
+
+def test_a_command_says_what_cannot_be_written_and_does_not_wait_for_ever(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(sqlite, "BUSY_SECONDS", 0.1)
+    (tmp_path / "qlens.yaml").write_text(config("close_seconds: 0"))
+    assert asked(capsys, tmp_path, "usage")[:2] == (0, "no calls\n")
+    left_by_a_dead_process(tmp_path / "ledger.db.spool", *(closing(n) for n in range(3)))
+    other = sqlite3.connect(tmp_path / "ledger.db", isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    code, out, err = asked(capsys, tmp_path, "usage")
+    other.close()
+    assert (code, out) == (0, "no calls\n")
+    assert f"up to 3 receipts of a gateway that died wait in {tmp_path}/ledger.db.spool" in err
+    assert "gpt-4o-mini  3 " in asked(capsys, tmp_path, "usage")[1]
+
+
+def test_a_file_is_restored_when_what_waits_beside_it_is_in_it(
+    place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, url in (("old", "sqlite:///old.db"), ("new", place.url)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "qlens.yaml").write_text(config(url=url))
+    old, new, path = tmp_path / "old", tmp_path / "new", tmp_path / "old" / "old.db"
+    assert asked(capsys, old, "usage")[0] == 0
+    left_by_a_dead_process(tmp_path / "old" / "old.db.spool", begun(0), closing(1), begun(2), records.voiding("call-2"))
+    code, _, err = asked(capsys, new, "ledger", "restore", str(path))
+    assert (code, read(place)) == (1, [])
+    assert f"does not have 2 calls that wait in {path}.spool: run `qlens usage` with" in err
+    assert asked(capsys, old, "usage")[0] == 0
+    code, out, _ = asked(capsys, new, "ledger", "restore", str(path))
+    assert (code, out.startswith("2 receipts ")) == (0, True)
+    assert read(place) == [interrupted(0), complete(1)]
 
 
 # --- what is told of it ------------------------------------------------------------------------
@@ -345,7 +409,7 @@ async def test_calls_of_a_dead_process_are_told_to_those_that_opened_after_the_l
     place: Place, tmp_path: Path
 ) -> None:
     folder = tmp_path / "spool"
-    left_by_a_dead_process(folder, *(records.opening(begun(n)) for n in range(3)), closing(1), closing(9))
+    left_by_a_dead_process(folder, *(begun(n) for n in range(3)), closing(1), closing(9))
     async with running(telling(place, folder)) as gateway:
         await until(lambda: len(heard(gateway)) == 4)
         events = gateway.plugin("observe", "hearer").heard
@@ -369,7 +433,7 @@ async def test_what_a_dead_process_wrote_down_long_before_its_end_is_not_told_ag
     tmp_path: Path, place: Place
 ) -> None:
     folder = tmp_path / "spool"
-    left_by_a_dead_process(folder, records.opening(begun(0)), *(closing(n) for n in range(1, 200)))
+    left_by_a_dead_process(folder, begun(0), *(closing(n) for n in range(1, 200)))
     async with running(telling(place, folder)) as gateway:
         await until(lambda: len(heard(gateway)) == source.MAY_BE_UNTOLD + 1)
         assert heard(gateway) == [*((f"call-{n}", "complete") for n in range(150, 200)), ("call-0", "failed")]
@@ -381,7 +445,7 @@ async def test_a_call_whose_beginning_was_carried_behind_its_end_is_not_told_to_
 ) -> None:
     monkeypatch.setattr(source, "MAY_BE_UNTOLD", 1)
     folder = tmp_path / "spool"
-    begins = [records.opening(begun(n)) for n in (1, 3, 4)]
+    begins = [begun(n) for n in (1, 3, 4)]
     left_by_a_dead_process(folder, closing(1), *begins, closing(2), closing(3))
     async with running(telling(place, folder, "flush_seconds: 0, batch_size: 1")) as gateway:
         await until(lambda: len(heard(gateway)) == 2)
@@ -396,7 +460,7 @@ async def test_what_another_process_leaves_is_taken_over_and_told_while_this_one
     folder = tmp_path / "spool"
     async with running(telling(place, folder)) as gateway:
         other = Spool.open(folder)
-        other.append(records.opening(begun(0)))
+        other.append(begun(0))
         await asyncio.sleep(0.2)
         assert not read(place)
         abandon(other)
@@ -471,10 +535,10 @@ async def test_a_call_that_runs_long_does_not_fill_the_spool(tmp_path: Path, cap
 
 def test_what_cannot_be_read_for_a_while_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path / "s", lambda _: None)
-    left_by_a_dead_process(tmp_path / "s", records.opening(begun(0)), *(closing(n) for n in range(1, 40)))
+    left_by_a_dead_process(tmp_path / "s", begun(0), *(closing(n) for n in range(1, 40)))
     journal.open()
     for n in range(40, 80):
-        journal.keep(closing(n), in_memory=False)
+        journal.keep(closing(n))
     real, asked = Spool.read, [0]
 
     def read(spool: Spool, most: int, after: int = 0) -> list[bytes]:

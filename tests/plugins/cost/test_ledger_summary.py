@@ -75,7 +75,8 @@ async def serving(place: Place, up: FakeUpstream | None = None) -> AsyncIterator
 
 async def written(gateway: Running) -> None:
     async with asyncio.timeout(20):
-        while gateway.gateway.current.running or gateway.plugin("cost", "ledger").writer.waiting:
+        writer = gateway.plugin("cost", "ledger").writer
+        while gateway.gateway.current.running or writer.waiting or writer._uncounted:
             await asyncio.sleep(0.02)
 
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 import sqlite3
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlencode
 
 import pytest
 from ledgers import Place
 
 from qlens import Caller, Cost, Receipt, Target, Usage
+from qlens.testing import running
 from qlens_plugins.cost.ledger import rows, sums, verifying
 from qlens_plugins.cost.ledger.sqlite import SqliteStore, schema, writing
 from qlens_plugins.cost.ledger.store import Batch, Database
 from qlens_plugins.cost.ledger.sums import Question
 
+KEY = "sk-example-ann-0123456789abcdef0123456789"
 MIDNIGHT = 20_600 * 86_400
 DAY = Question(MIDNIGHT, MIDNIGHT + 86_400, None)
 TAGS: tuple[dict[str, str], ...] = (
@@ -72,6 +78,37 @@ def test_sums_by_tag_are_there_without_the_receipts(place: Place) -> None:
     ((_, hour),) = store.reading(30).run(partial(sums.read, question=narrowed)).items()
     assert hour["calls"] == 24
     store.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["équipe", 'o"dd', "a\\b", 'a\\"b', "x[#-1]", "$.team", "?'; --", "t" * 80, "日本 1.2"]
+)
+async def test_every_tag_that_a_key_may_have_can_be_asked_for(place: Place, name: str) -> None:
+    digest = hashlib.sha256(KEY.encode()).hexdigest()
+    key = {"id": "ann", "hash": f"sha256:{digest}", "tenant": "acme", "roles": ["admin"]}
+    config = {
+        "pipeline": {
+            "auth": [{"plugin": "api_keys", "file": "keys.yaml"}],
+            "cost": [{"plugin": "ledger", "url": place.url, "flush_seconds": 0.01}],
+        },
+        "providers": {"echo": {"plugin": "echo"}},
+        "models": {"m": {"max_output_tokens": 10, "targets": [{"provider": "echo", "model": "m"}]}},
+    }
+    keys = json.dumps({"keys": [{**key, "tags": {"other": "x", name: "rouge", f"{name}s": "y"}}]}, ensure_ascii=False)
+    async with running(json.dumps(config), files={"keys.yaml": keys}) as gateway:
+        body = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+        assert (await gateway.post("/v1/chat/completions", body, key=KEY)).status == 200
+        async with asyncio.timeout(20):
+            while gateway.gateway.current.running or gateway.plugin("cost", "ledger").writer.waiting:
+                await asyncio.sleep(0.02)
+        query = urlencode({"group_by": [f"tag:{name}", "tag:other"], "outcomes": "complete"}, doseq=True)
+        for asked in (query, query.removesuffix("&outcomes=complete")):
+            answer = await gateway.get(f"/v1/usage/summary?{asked}", key=KEY)
+            assert answer.status == 200, answer.text
+            ((found, calls),) = [
+                ((row[f"tag:{name}"], row["tag:other"]), row["calls"]) for row in answer.json()["data"]
+            ]
+            assert (found, calls) == (("rouge", "x"), 1)
 
 
 @pytest.mark.parametrize("deleted", [False, True])

@@ -56,6 +56,14 @@ def fill(store: Store, count: int = 60, step_ns: int = DAY_NS) -> None:
     store.close()
 
 
+def fill_and_forget(place: Place, days: int) -> None:
+    """Receipts of 20 days, of which the first are gone."""
+    store = place.store()
+    fill(store, 20)
+    store.forget(OCTOBER + days * DAY_NS)
+    store.close()
+
+
 def config(place: Place, ledger: str = "") -> str:
     return f"""
 pipeline: {{auth: [{{plugin: anonymous}}], cost: [{{plugin: ledger, url: "{place.url}", {ledger}}}]}}
@@ -197,10 +205,7 @@ def test_a_backup_of_the_first_format_is_read_and_sums_of_a_later_version_are_re
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place, file = SqlitePlace(tmp_path / "x.db"), tmp_path / "ledger.jsonl"
-    store = place.store()
-    fill(store, 20)
-    store.forget(OCTOBER + 3 * DAY_NS)
-    store.close()
+    fill_and_forget(place, 3)
     assert qlens(tmp_path, place, "backup", str(file)) == 0
     text = file.read_text()
     first = [line for line in text.splitlines() if "roll_up" not in line and "kept_since" not in line]
@@ -219,7 +224,9 @@ def test_a_copy_of_an_older_version_is_refused_with_the_way_out(
     old = SqlitePlace(tmp_path / "old.db")
     with monkeypatch.context() as patch:
         patch.setattr(sqlite_schema, "MIGRATIONS", sqlite_schema.MIGRATIONS[:3])
-        old.store().connect()
+        store = old.store()
+        store.connect()
+        store.close()
     new = SqlitePlace(tmp_path / "new.db")
     assert qlens(tmp_path, new, "restore", str(old.path)) == 1
     assert "run `qlens ledger migrate` on a copy of it first" in capsys.readouterr().err
@@ -316,6 +323,102 @@ def test_a_value_of_another_type_than_its_column_s_is_refused_and_nothing_is_wri
     new = SqlitePlace(tmp_path / "new.db")
     assert qlens(tmp_path, new, "restore", str(file)) == 1
     assert f"line 16 is no line of a backup: {column} is " in capsys.readouterr().err
+    assert new.rows(RECEIPTS) == []
+
+
+def _of_receipt(column: str, value: str) -> Any:
+    """A value that SQLite takes, and what is said of it; `value` is SQL."""
+    return f"UPDATE receipts SET {column} = {value} WHERE rowid = 6", f"receipts, row with rowid 6: {column} is "
+
+
+DAY_OF_ROW = f"start {OCTOBER // 10**9}, group_id 1"
+# Row 6 is not among the first that are written; of the first days the receipts are deleted.
+HARMED = [
+    *(
+        _of_receipt(column, value)
+        for column, value in [
+            ("cost_picos", "'abc'"), ("cost_picos", "-1"), ("cost_picos", "1.5"), ("cost_picos", "x'00'"),
+            ("cost_picos", "1e30"), ("wall_ns", "'x'"), ("wall_ns", "-1e300"), ("input", "-5"), ("ttft_us", "'1 ms'"),
+            ("id", "NULL"), ("id", "x'ff'"), ("tenant", "x'6163'"), ("tenant", "CAST(x'ff' AS TEXT)"),
+            ("project", "x'ff'"), ("streamed", "2"), ("streamed", "'yes'"), ("meters", "'[1]'"), ("meters", "'{'"),
+            ("meters", "'{\"images\":-1}'"), ("attempts", "'{}'"), ("tags", "'[]'"), ("tags", "''"),
+        ]
+    ),
+    ("UPDATE rejections SET calls = -7", "rejections, row with day '2026-10-01', tenant 'acme', "),
+    ("UPDATE rejections SET calls = -7", "status 429, error 'rate_limit_exceeded': calls is -7 and must be a whole"),
+    ("UPDATE rejections SET status = 'x'", "status is 'x' and must be a whole number"),
+    ("UPDATE receipts_kept SET since_ns = 'x'", "receipts_kept, row with rowid 1: since_ns is 'x' and must be"),
+    ("UPDATE usage_days SET calls = 'x' WHERE group_id = 1", f"usage_days, row with {DAY_OF_ROW}: calls is 'x' and"),
+    ("UPDATE usage_days SET start = 'x' WHERE start = 1790899200", "usage_days, row with start 'x', group_id "),
+    ("UPDATE usage_hours SET cost_low = 0.5", f"usage_hours, row with {DAY_OF_ROW}: cost_low is 0.5 and must be"),
+    ("UPDATE usage_latencies SET calls = x'00'", f"usage_latencies, row with {DAY_OF_ROW}, latency 0: calls is b"),
+    ("UPDATE usage_groups SET tags = 'x' WHERE id = 2", "usage_groups, row with id 2: tags is 'x' and must be JSON"),
+    ("UPDATE usage_groups SET model = x'ff' WHERE id = 2", "usage_groups, row with id 2: model is b'\\xff' and"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("harm", "told"), HARMED)
+def test_a_value_that_sqlite_takes_and_no_column_has_is_refused_and_nothing_is_written(
+    harm: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of SQLite's is held to what a backup is held to."""
+    monkeypatch.setattr(backup, "AT_ONCE", 3)
+    old, new = SqlitePlace(tmp_path / "old.db"), SqlitePlace(tmp_path / "new.db")
+    fill_and_forget(old, 2)
+    whole = SqlitePlace(tmp_path / "whole.db")
+    assert qlens(tmp_path, old, "backup", str(whole.path)) == 0
+    for trigger in old.rows("SELECT name FROM sqlite_master WHERE type = 'trigger'"):
+        old.execute(f"DROP TRIGGER {trigger['name']}")
+    old.execute(harm)
+    capsys.readouterr()
+    assert qlens(tmp_path, new, "restore", str(old.path)) == 1
+    message = capsys.readouterr().err
+    assert f"{old.path}: " in message
+    assert told in message
+    for table in ("receipts", "rejections", "usage_groups", "writers"):
+        assert new.rows(f"SELECT * FROM {table}") == []
+    assert qlens(tmp_path, new, "restore", str(whole.path)) == 0
+    assert len(new.rows(RECEIPTS)) == 18
+    assert said(new) == said(whole)
+
+
+def test_a_value_that_sqlite_took_is_not_made_right_by_a_backup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, file = SqlitePlace(tmp_path / "old.db"), tmp_path / "ledger.jsonl"
+    fill(old.store(), 20)
+    old.execute("UPDATE receipts SET streamed = 'no' WHERE rowid = 6")
+    assert qlens(tmp_path, old, "backup", str(file)) == 0
+    assert qlens(tmp_path, SqlitePlace(tmp_path / "new.db"), "restore", str(file)) == 1
+    assert "line 7 is no line of a backup: streamed is 'no' and must be true or false" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (("start", -1), "start is -1 and must be a whole number from 0"),
+        (("start", True), "start is True"),
+        (("tenant", None), "tenant is None and must be a text"),
+        (("tags", "x"), "tags is 'x' and must be JSON"),
+        (("latencies", {"7": 1.5}), "7 is 1.5 and must be a whole number"),
+        (("sums", {"calls": "x"}), "'x' is no sum"),
+    ],
+)
+def test_what_a_backup_says_of_deleted_receipts_is_checked(
+    harm: tuple[str, Any], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old, file = SqlitePlace(tmp_path / "old.db"), tmp_path / "ledger.jsonl"
+    fill_and_forget(old, 2)
+    assert qlens(tmp_path, old, "backup", str(file)) == 0
+    lines = file.read_text().splitlines()
+    (number, *_) = (number for number, line in enumerate(lines) if line.startswith('{"roll_up"'))
+    changed = json.loads(lines[number])
+    changed["roll_up"][harm[0]] = harm[1]
+    lines[number] = json.dumps(changed)
+    file.write_text("\n".join(lines) + "\n")
+    new = SqlitePlace(tmp_path / "new.db")
+    assert qlens(tmp_path, new, "restore", str(file)) == 1
+    assert f"line {number + 1} is no line of a backup: {told}" in capsys.readouterr().err
     assert new.rows(RECEIPTS) == []
 
 

@@ -119,6 +119,7 @@ def test_names_variants_and_regions_find_their_prices(target: Target, each_in: i
         openai("gpt-4o", kind=None),
         openai("gpt-4o", kind="echo"),
         openai("gpt-4o-mini-2031-01-01"),
+        openai("gpt-4o-2031-01-01"),
         openai("us.amazon.nova-micro-v1:0"),
         bedrock("gpt-4o-mini"),
         bedrock("arn:aws:bedrock:us-east-1:123456789012:application-inference-profile/a1b2c3d4e5f6"),
@@ -144,6 +145,30 @@ def test_tiers_batch_and_long_prompts_have_their_own_prices() -> None:
     assert picos(plugin, openai("o3"), Usage(input=1), 0) == 10_000_000
     assert row_used(plugin, openai("o3")) == "openai/o3@2025-06-10"
     assert picos(plugin, openai("o3"), Usage(input=1)) == 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("profile", "each_in", "each_cached", "each_out"),
+    [
+        ("global.", 6_000_000, 600_000, 22_500_000),
+        *((profile, 6_600_000, 660_000, 24_750_000) for profile in ("us.", "eu.", "apac.", "jp.", "")),
+    ],
+)
+def test_a_long_prompt_of_sonnet_costs_double_on_bedrock_too(
+    profile: str, each_in: int, each_cached: int, each_out: int
+) -> None:
+    target = bedrock(f"{profile}anthropic.claude-sonnet-4-5-20250929-v1:0")
+    cost = cost_of(prices(), target, Usage(input=200_000, cached_input=1, output=1000))
+    assert cost is not None
+    assert (cost.picos, cost.state) == (200_000 * each_in + each_cached + 1000 * each_out, "exact")
+    assert picos(prices(), target, Usage(input=200_000)) == 200_000 * each_in // 2
+
+
+@pytest.mark.parametrize("region", ["eu", "us"])
+def test_a_tier_of_which_only_a_part_has_a_price_is_estimated(region: str) -> None:
+    cost = cost_of(prices(), azure("gpt-4o-mini", region), Usage(input=1000, output=1000, tier="batch"))
+    assert cost is not None
+    assert (cost.picos, cost.state) == (1000 * (165_000 + 660_000), "estimated")
 
 
 async def test_an_edit_costs_what_its_texts_and_its_images_do() -> None:
@@ -343,6 +368,16 @@ async def test_a_strict_gateway_refuses_what_neither_table_nor_catalogue_prices(
         assert f"catalogue of {SHIPPED.date}" in gateway.plugin("cost", "prices").health().detail
 
 
+async def test_a_row_for_a_provider_that_is_not_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "prices.yaml").write_text("table: [{model: m, provider: elsewhere, input: 1}]\n")
+    names = ("azrue", "azure", "vllm", "openai", "bedrock", '"*"')
+    rows = ", ".join(f"{{model: m, provider: {name}, input: 1}}" for name in names)
+    async with running(FRESH % f", file: {tmp_path / 'prices.yaml'}, table: [{rows}]"):
+        told = [record.getMessage() for record in caplog.records if "row for the provider" in record.getMessage()]
+    assert len(told) == 1
+    assert "'azrue', neither under `providers:` nor a kind of provider" in told[0]
+
+
 # --- how a catalogue is made -------------------------------------------------------------------
 
 GENAI = """
@@ -377,6 +412,14 @@ providers: list[Provider] = [
         ModelInfo(id='regional.anthropic.claude-haiku-4-5-20251001-v1:0',
                   match=ClauseOr(or_=[ClauseStartsWith(starts_with='claude-haiku-4-5-20251001'), ClauseContains(contains='eu.anthropic.claude-haiku-4-5-20251001')]),
                   prices=ModelPrice(input_mtok=Decimal('1.1'), output_mtok=Decimal('5.5'))),
+        ModelInfo(id='global.anthropic.claude-sonnet-4-5-20250929-v1:0', match=ClauseContains(contains='global.anthropic.claude-sonnet-4-5-20250929'),
+                  prices=ModelPrice(input_mtok=Decimal('3'), cache_write_1h_mtok=Decimal('6'), output_mtok=Decimal('15'))),
+        ModelInfo(id='anthropic.claude-sonnet-4-5-20250929-v1:0', match=ClauseEquals(equals='anthropic.claude-sonnet-4-5-20250929-v1:0'),
+                  prices=ModelPrice(input_mtok=Decimal('3.3'), output_mtok=Decimal('16.5'))),
+        ModelInfo(id='anthropic.claude-sonnet-4-6', match=ClauseEquals(equals='anthropic.claude-sonnet-4-6'),
+                  prices=[ConditionalPrice(prices=ModelPrice(input_mtok=TieredPrices(base=Decimal('3'), tiers=[Tier(start=200000, price=Decimal('6'))]), output_mtok=Decimal('15'))),
+                          ConditionalPrice(constraint=StartDateConstraint(start_date=date(2026, 3, 13)),
+                                           prices=ModelPrice(input_mtok=Decimal('3'), output_mtok=Decimal('15')))]),
     ]),
 ]
 """
@@ -390,7 +433,15 @@ LITELLM = """{
  "omni-moderation-latest": {"litellm_provider": "openai", "mode": "moderation", "input_cost_per_token": 0.0, "output_cost_per_token": 0.0},
  "azure/gpt-4o": {"litellm_provider": "azure", "input_cost_per_token": 2.75e-06, "output_cost_per_token": 1.1e-05},
  "azure/global/gpt-4o": {"litellm_provider": "azure", "input_cost_per_token": 2.5e-06, "output_cost_per_token": 1e-05},
- "azure/eu/gpt-4o": {"litellm_provider": "azure", "input_cost_per_token": 2.75e-06, "output_cost_per_token": 1.1e-05},
+ "azure/eu/gpt-4o": {"litellm_provider": "azure", "input_cost_per_token": 2.75e-06, "output_cost_per_token": 1.1e-05,
+  "input_cost_per_token_batches": 1.375e-06, "input_cost_per_token_priority": 5.5e-06, "output_cost_per_token_priority": 2.2e-05},
+ "global.anthropic.claude-sonnet-4-5-20250929-v1:0": {"litellm_provider": "bedrock_converse", "input_cost_per_token": 3e-06, "output_cost_per_token": 1.5e-05,
+  "cache_read_input_token_cost": 3e-07, "input_cost_per_token_above_200k_tokens": 6e-06, "output_cost_per_token_above_200k_tokens": 2.25e-05,
+  "cache_read_input_token_cost_above_200k_tokens": 6e-07, "input_cost_per_token_batches": 1.5e-06, "output_cost_per_token_batches": 7.5e-06},
+ "anthropic.claude-sonnet-4-5-20250929-v1:0": {"litellm_provider": "bedrock_converse", "input_cost_per_token": 3e-06, "output_cost_per_token": 1.5e-05,
+  "input_cost_per_token_above_200k_tokens": 6e-06, "output_cost_per_token_above_200k_tokens": 2.25e-05},
+ "anthropic.claude-sonnet-4-6": {"litellm_provider": "bedrock_converse", "input_cost_per_token": 3e-06, "output_cost_per_token": 1.5e-05,
+  "input_cost_per_token_above_200k_tokens": 6e-06, "output_cost_per_token_above_200k_tokens": 2.25e-05},
  "azure/us/o3": {"litellm_provider": "azure", "input_cost_per_token": 1.1e-05, "output_cost_per_token": 4.4e-05},
  "azure/standard/1024-x-1024/dall-e-3": {"litellm_provider": "azure", "output_cost_per_image": 0.04},
  "gpt-4o-mini-tts-2025-12-15": {"litellm_provider": "openai", "mode": "audio_speech", "input_cost_per_token": 6e-07,
@@ -467,8 +518,23 @@ def test_a_catalogue_is_made_of_what_two_packages_say(made: tuple[Path, str]) ->
         "272000": {"input": "4", "output": "10"},
     }
     assert rows("azure_openai", "gpt-4o")[""]["input"] == "2.5"
-    assert rows("azure_openai", "gpt-4o", "eu")[""]["input"] == "2.75"
+    # Of its batches one price is known: the other would be the standard one, and look as if it were known.
+    assert rows("azure_openai", "gpt-4o", "eu") == {
+        "": {"input": "2.75", "output": "11"},
+        "priority": {"input": "5.5", "output": "22"},
+    }
     assert rows("azure_openai", "o3-mini")[""]["cached_input"] == "0.55"
+    # Long prompts that one of them alone has are taken where they agree, and where the other never had any.
+    assert rows("bedrock", "global.anthropic.claude-sonnet-4-5-20250929-v1:0") == {
+        "": {"input": "3", "cached_input": "0.3", "cache_write_1h": "6", "output": "15"},
+        "batch": {"input": "1.5", "cached_input": "0.3", "cache_write_1h": "6", "output": "7.5"},
+        "200000": {"input": "6", "cached_input": "0.6", "cache_write_1h": "6", "output": "22.5"},
+    }
+    assert rows("bedrock", "anthropic.claude-sonnet-4-5-20250929-v1:0") == {"": {"input": "3.3", "output": "16.5"}}
+    assert set(rows("bedrock", "anthropic.claude-sonnet-4-6")) == {"", "200000", "2026-03-13"}
+    only = "prompts of more than 200000 tokens have prices by litellm alone"
+    assert f"16.5 by genai-prices, 15 by litellm; {only}" in said
+    assert f"the sources differ: bedrock/anthropic.claude-sonnet-4-6: {only}" in said
     haiku = {"": {"input": "1.1", "output": "5.5", "cache_write_1h": "2.2"}}
     assert rows("bedrock", "eu.anthropic.claude-haiku-4-5-20251001-v1:0") == haiku
     assert rows("bedrock", "anthropic.claude-haiku-4-5-20251001-v1:0")[""] == {"input": "1.1", "output": "5.5"}

@@ -242,3 +242,14 @@ def test_days_whose_receipts_were_deleted_are_not_taken_for_days_without_calls(
     assert "before 2026-11-02 01:00 UTC were deleted" in what_if(tmp_path, capsys, other, "--from", "2026-11-02")
     assert what_if(tmp_path, capsys, other, "--from", "2026-11-03")["total"]["calls"] == 1
     assert what_if(tmp_path, capsys, other)["total"]["calls"] == 1
+    (late, early), store = (
+        [evolve(receipt(n, "a", usage, 1), wall_ns=(DAY + n) * 10**9) for n in (300_000, 5)],
+        place.store(),
+    )
+    store.write("more", Batch(1, [rows.row(late), rows.row(early)], {}))
+    store.close()
+    place.execute(f"DELETE FROM receipts WHERE id = '{early.id}'")
+    for words in ([], ["--to", "2026-11-04"]):
+        assert "before 2026-11-02 01:00 UTC were deleted: ask for" in what_if(tmp_path, capsys, other, *words)
+    assert what_if(tmp_path, capsys, other, "--to", "2026-10-31")["total"]["calls"] == 0
+    assert what_if(tmp_path, capsys, other, "--from", "2026-11-03")["total"]["calls"] == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 from qlens import StartupError
@@ -240,3 +241,23 @@ def test_explain_names_the_rules_that_a_prompt_meets(tmp_path: Path, capsys: pyt
     out = capsys.readouterr().out
     assert "the rule falcon would block the request" in out
     assert "hawk" not in out
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"description": "a falcon"}, "the rule bird would redact the request"),
+        ({"name": "falcon"}, "the rule bird would refuse the request: what it would redact must stay as it is"),
+    ],
+)
+def test_explain_says_where_a_rule_that_redacts_refuses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fields: dict[str, Any], said: str
+) -> None:
+    tools = [{"type": "function", "function": {"name": "f", **fields}}]
+    body = {"model": "small", "messages": [{"role": "user", "content": "my falcon"}], "tools": tools}
+    (tmp_path / "qlens.yaml").write_text(config("[{name: bird, words: [falcon], action: redact}]"))
+    (tmp_path / "body.json").write_bytes(orjson.dumps(body))
+    assert main(["explain", str(tmp_path / "qlens.yaml"), str(tmp_path / "body.json")]) == 0
+    assert [line.strip() for line in capsys.readouterr().out.splitlines() if "the rule bird" in line] == [
+        f"guard.pattern: {said}"
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import aiohttp
 import pytest
 from plugins.guard.test_pattern import config
 
@@ -61,6 +62,7 @@ def called(name: str) -> dict[str, Any]:
 
 
 THOUGHT = {"type": "thinking", "thinking": "of a falcon", "signature": "c2lnbmVk"}
+PAPER = {"filename": "the falcon.pdf", "file_data": "data:application/pdf;base64,aGk="}
 REWRITTEN = [
     chat(**function(description="a falcon")),
     chat(**function(parameters=schema("a falcon"))),
@@ -75,6 +77,10 @@ REWRITTEN = [
     responses(tools=[{"type": "function", "name": "f", "parameters": schema("a falcon")}]),
     responses(**form(RESPONSES, description="a falcon")),
     responses(**form(RESPONSES, schema=schema("a falcon"))),
+    chat(messages=[{"role": "user", "content": [{"type": "file", "file": PAPER}]}]),
+    responses({"role": "user", "content": [{"type": "input_file", **PAPER}]}),
+    responses({"type": "function_call_output", "call_id": "c", "output": [{"type": "input_file", **PAPER}]}),
+    responses(prompt={"id": "p", "variables": {"paper": {"type": "input_file", **PAPER}}}),
 ]
 FIXED = [
     chat(**function(name="falcon")),
@@ -129,6 +135,16 @@ async def test_what_must_stay_as_it_is_is_refused_where_it_would_be_redacted(pat
         assert receipt.outcome == "blocked"
 
 
+async def test_a_refusal_names_the_field() -> None:
+    searches = {"user_location": {"type": "approximate", "approximate": {"city": "falcon"}}}
+    async with upstream() as up, running(config(REDACT, url=up.url)) as gateway:
+        for body, field in (
+            (chat(web_search_options=searches), "'web_search_options.user_location'"),
+            (chat(**called("falcon")), "'messages[1]'"),
+        ):
+            assert field in (await ask(gateway, *body)).text
+
+
 async def test_what_no_model_reads_of_a_tool_meets_no_rule() -> None:
     rules = "[{name: r, words: [object, high, function, secret], on: [request]}]"
     tools = [
@@ -138,6 +154,32 @@ async def test_what_no_model_reads_of_a_tool_meets_no_rule() -> None:
     async with upstream() as up, running(config(rules, url=up.url)) as gateway:
         await ask(gateway, *chat(tools=tools, web_search_options={"search_context_size": "high"}))
         assert len(up.requests) == 1
+
+
+# --- forms -------------------------------------------------------------------------------------
+
+
+async def upload(gateway: Running, path: str, name: str, filename: str) -> Response:
+    sent = aiohttp.FormData(quote_fields=False)
+    for field, value in (("model", "small"), ("prompt", "hi")):
+        sent.add_field(field, value)
+    sent.add_field(name, b"of a falcon", filename=filename)
+    return await gateway.request("POST", path, body=sent())
+
+
+@pytest.mark.parametrize(("path", "name"), [("/v1/audio/transcriptions", "file"), ("/v1/images/edits", "image")])
+async def test_what_the_file_of_a_form_is_called_meets_the_rules(path: str, name: str) -> None:
+    async with upstream() as up, running(config(BLOCK, url=up.url)) as gateway:
+        answer = await upload(gateway, path, name, "my falcon.mp3")
+        assert (answer.status, "'no-falcon'" in answer.text, up.requests) == (400, True, [])
+        assert (await upload(gateway, path, name, "my hawk.mp3")).status == 200
+    async with upstream() as up, running(config(REDACT, url=up.url)) as gateway:
+        for filename in ("my falcon.mp3", "my hawk.mp3"):
+            assert (await upload(gateway, path, name, filename)).status == 200
+        sent = [(part.filename, part.content) for each in up.requests for part in each.form if part.filename]
+        assert sent == [("my bird.mp3", b"of a falcon"), ("my hawk.mp3", b"of a falcon")]
+        counted = 'qlens_guard_matches_total{action="redact",guard="pattern",rule="falcon"} 1.0'
+        assert counted in (await gateway.get("/metrics")).text
 
 
 # --- tokens ------------------------------------------------------------------------------------

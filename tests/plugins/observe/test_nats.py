@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import ssl
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -318,6 +319,68 @@ async def test_a_stream_that_is_missing_is_said_and_filled_when_it_is_there(capl
         assert ids(await nats.messages()) == [made]
         await until(lambda: health(gateway).ok)
     assert sum("cannot send, will try again" in line.getMessage() for line in caplog.records) == 1
+
+
+@pytest.mark.parametrize("fault", ["another subject", "a full tenant"])
+async def test_what_the_stream_does_not_take_holds_up_no_others_and_comes_when_it_does(fault: str) -> None:
+    quota = {"max_msgs_per_subject": 1, "discard": "new", "discard_new_per_subject": True}
+    cases: dict[str, tuple[dict[str, Any], str]] = {
+        "another subject": ({"subjects": ["qlens.receipt.>"]}, "have the subjects"),
+        "a full tenant": ({"subjects": ["qlens.>"], **quota}, "maximum messages"),
+    }
+    made, why = cases[fault]
+    async with nats_server() as nats, nats.client() as client:
+        stream = client.jetstream()
+        await stream.add_stream(name="QLENS", **made)
+        async with serving(nats.url, ", in_flight: 4", stream="{name: QLENS}") as gateway:
+            first = await call(gateway)
+            await nats.reached(1)
+            for number in range(40):
+                gateway.gateway.events.announce("qlens.test", f"{number}", {}, tenant="acme")
+                if fault == "a full tenant":
+                    await call(gateway)
+            other = await call(gateway, "sk-example-dots")
+            async with asyncio.timeout(30):
+                while not {first, other} <= {*ids(await nats.messages())}:
+                    await asyncio.sleep(0.05)
+            await until(lambda: "events are not taken" in health(gateway).detail)
+            assert why in health(gateway).detail
+            assert not health(gateway).ok
+            await stream.update_stream(name="QLENS", subjects=["qlens.>"])
+            await nats.reached(42 if fault == "another subject" else 82, seconds=30)
+            await until(lambda: health(gateway) == Health(True, "0 events wait"))
+
+
+async def test_a_shutdown_waits_for_nothing_that_is_not_taken(tmp_path: Path) -> None:
+    own = f", spool: {tmp_path / 'outbox'}"
+    async with nats_server() as nats, nats.client() as client:
+        await client.jetstream().add_stream(name="QLENS", subjects=["qlens.receipt.>"])
+        async with serving(nats.url, own, stream="{name: QLENS}") as gateway:
+            made = []
+            for number in range(20):
+                gateway.gateway.events.announce("qlens.test", f"{number}", {}, tenant="acme")
+                made.append(await call(gateway))
+            await until(lambda: "events are not taken" in health(gateway).detail)
+            await nats.reached(20)
+        assert not [thread for thread in threading.enumerate() if thread.name == "qlens-nats"]
+        await client.jetstream().update_stream(name="QLENS", subjects=["qlens.>"])
+        async with serving(nats.url, own, stream="{name: QLENS}"):
+            await nats.reached(40, seconds=30)
+        assert {*made} <= {*ids(await nats.messages())}
+
+
+async def test_a_subject_that_nobody_answers_for_holds_up_no_others() -> None:
+    gateway_may = "{user: gateway, password: sk-example-a, permissions: {publish: {deny: ['qlens.receipt.acme']}}}"
+    users = f"authorization: {{users: [{gateway_may}, {{user: test, password: sk-example-b}}]}}"
+    async with nats_server(users, user="test", password="sk-example-b") as nats:
+        more = ", user: gateway, password: sk-example-a, in_flight: 4, ack_seconds: 0.5"
+        async with serving(nats.url, more) as gateway:
+            for _ in range(12):
+                await call(gateway)
+            other = await call(gateway, "sk-example-dots")
+            await nats.reached(1, seconds=30)
+            assert ids(await nats.messages()) == [other]
+            assert not health(gateway).ok
 
 
 async def test_an_event_that_no_server_takes_is_counted_and_holds_up_no_other() -> None:

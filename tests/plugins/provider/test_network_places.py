@@ -224,7 +224,7 @@ async def test_calls_that_wait_for_a_connection_may_leave_and_time_out_and_the_n
             for each in leaving:
                 each.cancel()
             answer = await gateway.post(CHAT, HELLO)
-            assert (answer.status, answer.json()["error"]["code"]) == (504, "upstream_timeout")
+            assert (answer.status, answer.json()["error"]["code"]) == (503, "upstream_connections")
             waiting = asyncio.create_task(gateway.post(CHAT, HELLO))
             await asyncio.sleep(0.1)
             assert kept.requests == 1

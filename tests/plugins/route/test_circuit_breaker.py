@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -305,3 +306,36 @@ async def test_settings_that_make_no_sense_stop_the_start(settings: str, name: s
             pass
     (fault,) = error.value.faults
     assert f"pipeline.route[0].{name}" in fault.path
+
+
+async def test_a_bound_of_the_gateway_itself_says_nothing_about_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = "failures: 1"
+    async with upstream() as up:
+        narrow = config(up.url, settings).replace(
+            "api_key", "connect_seconds: 0.05, network: {max_connections: 1}, api_key"
+        )
+        async with running(narrow, clock=ManualClock()) as gateway:
+            up.script(Scripted(hang=True))
+            asking = asyncio.create_task(ask(gateway))
+            await up.arrived(1)
+            for _ in range(2):
+                answer = await ask(gateway)
+                assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+                assert answer.json()["error"]["code"] == "upstream_connections"
+                assert "max_connections" in answer.json()["error"]["message"]
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
+            await up.requests[0].closed.wait()
+            assert len(up.requests) == 1
+            assert (await ask(gateway)).status == 200
+            up.hang_up()
+
+            async def used_up(*_: Any, **__: Any) -> None:
+                raise OSError(errno.EMFILE, "Too many open files")
+
+            with monkeypatch.context() as patched:
+                patched.setattr("qlens.upstream_dialer.aiohappyeyeballs.start_connection", used_up)
+                for _ in range(2):
+                    answer = await ask(gateway, model="small")
+                    assert "too many files open" in answer.json()["error"]["message"]
+            assert (await ask(gateway)).status == 200

@@ -136,7 +136,7 @@ class ApiKeys:
             self._load()
         except FileNotFoundError:
             if self.demo_key is None:
-                hint = "does not exist; make the first key with: qlens keys create --tenant NAME"
+                hint = "does not exist; make the first key with: qlens keys create -c CONFIG --tenant NAME"
                 raise StartupError([Fault(str(self.config.file), hint)]) from None
             self._keys = self._table(())
         except OSError as error:

@@ -12,12 +12,14 @@ from attrs import define, evolve
 
 from qlens import Allowance, Call, Endpoint, Forbidden, Gateway, InvalidRequest, Reply
 from qlens_plugins.auth.credentials import STORED, new_key
-from qlens_plugins.auth.key_store import bodies, events
+from qlens_plugins.auth.key_store import bodies
 from qlens_plugins.auth.key_store.answers import Conflict, Missing, json, listed, no_place_to_begin
 from qlens_plugins.auth.key_store.authority import Authority
+from qlens_plugins.auth.key_store.events import event_of
 from qlens_plugins.auth.key_store.keyring import Keyring, away
 from qlens_plugins.auth.key_store.records import Key, Tenant, hint
 from qlens_plugins.auth.key_store.store import AuditQuery, StoreAway
+from qlens_plugins.auth.key_store.telling import OWN_SECONDS
 
 _TRIES = 3
 """How often a change is begun again because somebody else made one in between."""
@@ -98,8 +100,9 @@ class Admin:
         entry = await self.gateway.audit.record(
             call, "keys.create", key.id, after=row, tenant=key.tenant, but=self.keyring.store
         )
-        await self.keyring.store.add_key(key, entry)
-        events.announce(self.gateway, entry)
+        event = event_of(entry)
+        await self.keyring.store.add_key(key, entry, event, OWN_SECONDS)
+        self.keyring.teller.tell(event)
         await self.keyring.look()
         return json({**row, "key": plain})
 
@@ -203,8 +206,9 @@ class Admin:
                 tenant=key.tenant,
                 but=self.keyring.store,
             )
-            if await self.keyring.store.put_key(changed, entry):
-                events.announce(self.gateway, entry)
+            event = event_of(entry)
+            if await self.keyring.store.put_key(changed, entry, event, OWN_SECONDS):
+                self.keyring.teller.tell(event)
                 await self.keyring.look()
                 return changed
         raise Conflict("The key changes all the time. Please try again.")

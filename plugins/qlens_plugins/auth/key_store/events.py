@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qlens import AuditEntry, Event, Gateway
+from qlens import AuditEntry, Event
 
 _TYPES = {
     "keys.create": "qlens.key.created",
@@ -12,11 +12,6 @@ _TYPES = {
 }
 _LEFT_OUT = frozenset({"object", "hint", "rotated_from"})
 """What there is of a key's secret stays where keys are managed."""
-
-
-def announce(gateway: Gateway, entry: AuditEntry) -> None:
-    """Tell it."""
-    gateway.events.publish(event_of(entry))
 
 
 def event_of(entry: AuditEntry) -> Event:

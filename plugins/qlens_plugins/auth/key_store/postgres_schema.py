@@ -86,7 +86,7 @@ MIGRATIONS = (
         ),
         oldest=1,
     ),
-    # What commands have made and a gateway is to tell.
+    # What has become of keys, until that is told.
     PostgresMigration(
         (
             """

@@ -82,7 +82,7 @@ MIGRATIONS = (
         """,
     ),
     ("ALTER TABLE keys ADD COLUMN metadata TEXT NOT NULL DEFAULT '{}'",),
-    # What commands have made and a gateway is to tell.
+    # What has become of keys, until that is told.
     (
         """
         CREATE TABLE untold_events (

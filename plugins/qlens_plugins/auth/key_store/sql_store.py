@@ -13,7 +13,7 @@ from qlens import AuditEntry, Event
 from qlens_plugins.auth.key_store import audit, untold
 from qlens_plugins.auth.key_store.database import CommitLost, Database, Line, Place
 from qlens_plugins.auth.key_store.records import Key, Tenant
-from qlens_plugins.auth.key_store.rows import KEYS, TENANTS, R, Table, last_change
+from qlens_plugins.auth.key_store.rows import KEYS, TENANTS, last_change
 from qlens_plugins.auth.key_store.store import AuditQuery, Changes, Listed, Page, StoreAway
 
 FORGET_SECONDS = 30 * 86_400
@@ -101,14 +101,25 @@ class SqlStore:
 
         return await self._lists.ask(work)
 
-    async def add_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> None:
+    async def add_key(self, key: Key, entry: AuditEntry, event: Event, own_seconds: float = 0.0) -> None:
         """Implements `Store`."""
-        if not await self._put(KEYS, key, entry, event):
+        if not await self.put_key(key, entry, event, own_seconds):
             raise StoreAway(f"there is a key {key.id} already")
 
-    async def put_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> bool:
+    async def put_key(self, key: Key, entry: AuditEntry, event: Event, own_seconds: float = 0.0) -> bool:
         """Implements `Store`."""
-        return await self._put(KEYS, key, entry, event)
+
+        def change(database: Database) -> bool:
+            if not KEYS.put(database, key):
+                return False
+            untold.append(database, event, own_seconds)
+            return True
+
+        return await self._changed(change, entry)
+
+    async def forget(self, events: Sequence[Event]) -> None:
+        """Implements `Store`."""
+        await self._desk.ask(lambda database: untold.forget(database, events))
 
     async def tell(self, publish: Callable[[Sequence[Event]], None], before: int) -> bool:
         """Implements `Store`."""
@@ -145,7 +156,7 @@ class SqlStore:
 
     async def put_tenant(self, tenant: Tenant, entry: AuditEntry) -> bool:
         """Implements `Store`."""
-        return await self._put(TENANTS, tenant, entry)
+        return await self._changed(lambda database: TENANTS.put(database, tenant), entry)
 
     # --- the audit log -------------------------------------------------------------------------
 
@@ -163,11 +174,8 @@ class SqlStore:
 
     # --- changes -------------------------------------------------------------------------------
 
-    async def _put(self, table: Table[R], record: R, entry: AuditEntry, event: Event | None = None) -> bool:
-        return await self._changed(lambda database: table.put(database, record), entry, event)
-
-    async def _changed(self, change: Callable[[Database], bool], entry: AuditEntry, event: Event | None = None) -> bool:
-        """Make a change with its entry and event, once, or none of it; what the change says of itself."""
+    async def _changed(self, change: Callable[[Database], bool], entry: AuditEntry) -> bool:
+        """Make a change with its entry, once, or none of it; what the change says of itself."""
 
         def work(database: Database) -> bool:
             with database.transaction():
@@ -176,8 +184,6 @@ class SqlStore:
                 if not change(database):
                     return False
                 audit.append(database, entry)
-                if event is not None:
-                    untold.append(database, event)
             return True
 
         try:

@@ -26,7 +26,7 @@ class Changes:
     whole: bool = False
     """Whether this is all there is, instead of what is new."""
     untold: int | None = None
-    """The time of the event that waits longest to be told, in Unix nanoseconds; None: none does."""
+    """From when on the first event that waits to be told is anybody's, in Unix nanoseconds; None: none waits."""
 
 
 @frozen
@@ -76,14 +76,17 @@ class Store(Protocol):
     async def keys(self, page: Page, tenant: str | None) -> Listed | None:
         """Keys, the newest first; None when there is no key to begin after."""
 
-    async def add_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> None:
-        """Keep a new key, and perhaps an event that a gateway is to tell."""
+    async def add_key(self, key: Key, entry: AuditEntry, event: Event, own_seconds: float = 0.0) -> None:
+        """Keep a new key, and the event of that: after some time it is anybody's to tell."""
 
-    async def put_key(self, key: Key, entry: AuditEntry, event: Event | None = None) -> bool:
+    async def put_key(self, key: Key, entry: AuditEntry, event: Event, own_seconds: float = 0.0) -> bool:
         """Change a key, unless it is no longer what it was at `key.change`: False."""
 
+    async def forget(self, events: Sequence[Event]) -> None:
+        """Let go of events that are told."""
+
     async def tell(self, publish: Callable[[Sequence[Event]], None], before: int) -> bool:
-        """Call `publish` with some of the events of before a time, on the event loop; whether there were any.
+        """Call `publish` with some of what was anybody's before a time, on the event loop; whether there was anything.
 
         They are forgotten when it returns, and are there again when anything is raised. Whoever else tells waits.
         """

@@ -231,11 +231,15 @@ class Budgets:
         return plan, held
 
     async def _ask(self, plan: Plan, cost: int, held: list[tuple[Till, Need]], call: Call) -> Hold:
-        """Reserve in one budget after the other, where one at least must be asked of the store."""
+        """Reserve in one budget after the other, where one at least must be asked of the store.
+
+        The one with the least left comes first: a call that it has no money for holds nothing of the others meanwhile,
+        which other callers may share, and is told of what is spent rather than of what is held.
+        """
         tills = self.tills
         taken: list[tuple[Till, Need]] = []
         try:
-            for purse in plan.hard:
+            for purse in sorted(plan.hard, key=lambda purse: tills.current(purse).left):
                 need = self._need(plan, purse, cost, call)
                 try:
                     till = await tills.take(purse, need)
@@ -251,9 +255,35 @@ class Budgets:
             raise
         return plan, [*held, *taken]
 
+    async def reserve_more(self, call: Call, hold: Hold, picos: int) -> bool:
+        """Reserve this beside what a call holds, in all its hard budgets or in none: a failed attempt has cost it."""
+        tills, more = self.tills, Need(picos)
+        _, held = hold
+        taken: list[Till] = []
+        try:
+            for till in [till for till, need in held if need is not NOTHING]:
+                # What a call costs counts in the window in which it was admitted: once that is over nobody else takes
+                # of it, and no other window has anything to do with it.
+                if tills.current(till.purse) is not till:
+                    continue
+                granted = await tills.take(till.purse, more)
+                taken += [] if granted is None else [granted]
+                if granted is not till:
+                    return False
+            held[:] = [(till, Need(need.likely + picos, need.excess) if till in taken else need) for till, need in held]
+            taken = []
+            return True
+        except StoreAway:
+            return False
+        finally:
+            for till in taken:
+                tills.give_back(till, more)
+
     def _refuse(self, purse: Purse, need: Need) -> NoReturn:
         if self._count is not None:
             self._count.refused.labels(purse.line.name).inc()
+        if refusals.is_spent(purse.till, need):
+            reached.exhaust(self.gateway, purse.till)
         raise refusals.spent(purse.till, need)
 
     def _need(self, plan: Plan, purse: Purse, cost: int, call: Call) -> Need:

@@ -227,10 +227,11 @@ class RedisBudgets:
             raise StoreAway(_LOST)
         # Up to the last second that may have begun before the store did: rather too much than too little.
         spent = await self.spent(ask.account, ask.window, until + 1)
-        await self._seed(ask.account, ask.window, ask.limit, spent)
+        await self._seed(ask.account, ask.window, ask.limit, spent, ask.beside)
 
-    async def _seed(self, account: Account, window: int, limit: int, spent: int) -> None:
-        await self._run(script.SEED, [self.epoch, account.id, window, str(limit), str(spent), _what(account)])
+    async def _seed(self, account: Account, window: int, limit: int, spent: int, beside: Sequence[str] = ()) -> None:
+        what = _what(account), " ".join(beside)
+        await self._run(script.SEED, [self.epoch, account.id, window, str(limit), str(spent), *what])
 
 
 def _words(ask: Ask) -> list[str | int]:

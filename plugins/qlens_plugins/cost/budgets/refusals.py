@@ -16,6 +16,13 @@ def shown(text: str) -> str:
     return "".join(each if each.isprintable() else "?" for each in text[:64])
 
 
+def is_spent(till: Till, need: Need) -> bool:
+    """Whether a budget refuses for what is spent: waiting for others is no help, and the limit would be enough."""
+    limit = till.told.limit or till.purse.line.limit
+    left = limit - till.told.spent - till.told.beside
+    return need.likely + need.excess <= limit and not (need.likely <= left and till.told.held)
+
+
 def spent(till: Till, need: Need) -> CallError:
     """A budget has not enough left: for good, until its window ends, or only as long as other calls run.
 
@@ -35,7 +42,7 @@ def spent(till: Till, need: Need) -> CallError:
     left = limit - told.spent - told.beside
     # What others spend of a budget that is everybody's is in no message, which clients log: GET /v1/budgets has it.
     sums = "" if account.tenant is None else f": {usd(max(0, left))} USD are left"
-    if need.likely <= left and told.held:
+    if not is_spent(till, need):
         held = "" if account.tenant is None else f", of which calls that are running hold {usd(told.held)} USD"
         return RateLimited(
             f"{what} has no room at present{sums}{held}, and this call may cost up to {usd(cost)} USD. Try again when "

@@ -127,12 +127,8 @@ while n < #ARGV do
   ask.seeded = is_seeded and '1' or '0'
   asks[#asks + 1] = ask
 end
-if #unseeded > 2 then return unseeded end
-redis.call('ZADD', KEYS[6], now + tonumber(ARGV[4]), process)
-local told = {'told'}
-for _, ask in ipairs(asks) do
-  local place = ask.place
-  local r = row(place) -- anew: another part of it may have been written just now
+local function known(ask)
+  local r = row(ask.place) -- anew: another part of it may have been written just now
   if not r then
     r = {seeded = ask.seeded, base = num('0'), spent = num('0'), held = num('0'), excess = num('0')}
     redis.call('HSETNX', KEYS[3], ask[1], ask[12])
@@ -148,10 +144,21 @@ for _, ask in ipairs(asks) do
     end
     redis.call('HSET', KEYS[4], ask[1], table.concat(windows, ' '))
   end
-  local spent, held, excess = num('0'), num('0'), num('0')
-  if ask.before then spent, held, excess = part(ask.before) end
   r.cap = ask[3]
   r.base = most(r.base, num(ask[8]))
+  return r
+end
+if #unseeded > 2 then
+  -- First what this process was told of each: a ledger does not say which names of a model had spent it.
+  for _, ask in ipairs(asks) do write(ask.place, known(ask)) end
+  return unseeded
+end
+redis.call('ZADD', KEYS[6], now + tonumber(ARGV[4]), process)
+local told = {'told'}
+for _, ask in ipairs(asks) do
+  local place, r = ask.place, known(ask)
+  local spent, held, excess = num('0'), num('0'), num('0')
+  if ask.before then spent, held, excess = part(ask.before) end
   local my_held, my_excess = num(ask[6]), num(ask[7])
   r.spent = add(r.spent, sub(num(ask[5]), spent))
   r.held, r.excess = add(r.held, sub(my_held, held)), add(r.excess, sub(my_excess, excess))
@@ -255,7 +262,8 @@ SEED = Script(
     "budgets seed",
     _COMMON
     + """\
--- ARGV: epoch, account, window, limit, what was spent, what the account is.
+-- ARGV: epoch, account, window, limit, what was spent, what the account is, the accounts beside it: in these was spent
+-- what is known of them, and in this one the rest.
 if not epoch then return {'lost'} end
 if epoch ~= ARGV[1] then return {'epoch', epoch} end
 local place = ARGV[2] .. ' ' .. ARGV[3]
@@ -266,8 +274,16 @@ if not r then
   local windows = redis.call('HGET', KEYS[4], ARGV[2])
   redis.call('HSET', KEYS[4], ARGV[2], windows and windows .. ' ' .. ARGV[3] or ARGV[3])
 end
+local rest = num(ARGV[5])
+for id in string.gmatch(ARGV[7], '%S+') do
+  local other = row(id .. ' ' .. ARGV[3])
+  if other then
+    rest, other.seeded = sub(rest, other.base), '1'
+    write(id .. ' ' .. ARGV[3], other)
+  end
+end
 -- What processes knew of, or what the ledger has: whichever is more, so that it is never too little.
-r.base, r.seeded = most(r.base, num(ARGV[5])), '1'
+r.base, r.seeded = most(r.base, rest), '1'
 write(place, r)
 return {'told'}
 """,

@@ -71,11 +71,18 @@ class Till:
     """The highest percentage that was warned of."""
     warn_from: int = 0
     """The sum from which the next warning is due."""
+    exhausted: int = 0
+    """The limit at which it was told that it is exhausted."""
 
     @property
     def all_spent(self) -> int:
         """By everybody, as far as this process knows."""
         return self.told.spent + self.told.beside + self.spent - self.said
+
+    @property
+    def left(self) -> int:
+        """Of the limit, as far as this process knows, what running calls hold included: most of that comes back."""
+        return (self.told.limit or self.purse.line.limit) - self.all_spent
 
 
 @define(eq=False)

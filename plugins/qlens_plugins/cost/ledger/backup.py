@@ -5,10 +5,8 @@ In it are the receipts, the counts of refused calls, and what roll-ups say of re
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +22,11 @@ import orjson
 from attrs import asdict, define, frozen
 
 from qlens import StartupError
+from qlens_plugins.cost.ledger import checks, unwritten
+from qlens_plugins.cost.ledger.checks import KEY
 from qlens_plugins.cost.ledger.rests import kept_since_ns, rests
-from qlens_plugins.cost.ledger.rollups import COUNTS, GROUPED, SUMS, TABLES
-from qlens_plugins.cost.ledger.rows import BUCKETS, COLUMNS, LARGEST, OPTIONAL, Rejection, Row
+from qlens_plugins.cost.ledger.rollups import GROUPED
+from qlens_plugins.cost.ledger.rows import COLUMNS, Rejection, Row
 from qlens_plugins.cost.ledger.sqlite.reading import SqliteDatabase
 from qlens_plugins.cost.ledger.sqlite.schema import connect_to_read
 from qlens_plugins.cost.ledger.store import Batch, Database, Rest, Store
@@ -39,7 +39,6 @@ AT_ONCE = 1000
 SQLITE_MAGIC = b"SQLite format 3\0"
 _END_BYTES = 4096
 """Longer than the last line of any backup."""
-_KEY = ("day", "tenant", "operation", "model", "status", "error")
 _STATE = """
 SELECT (SELECT count(*) FROM (SELECT 1 FROM receipts UNION ALL SELECT 1 FROM rejections
                               UNION ALL SELECT 1 FROM usage_groups LIMIT 1) AS found),
@@ -81,8 +80,8 @@ def batches(database: Database) -> Iterator[Batch]:
             break
         yield Batch(number, list(map(_row, found)), {})
         last_id, wall_ns = found[-1][:2]
-    counts = database.rows(f"SELECT {', '.join(_KEY)}, calls FROM rejections")  # noqa: S608 - only names from the code
-    yield Batch(number, (), {_key(row): row[-1] for row in counts}, kept_since_ns=kept_since_ns(database))
+    counts = database.rows(f"SELECT {', '.join(KEY)}, calls FROM rejections")  # noqa: S608 - only names from the code
+    yield Batch(number, (), {checks.key(row): row[-1] for row in counts}, kept_since_ns=kept_since_ns(database))
     left = rests(database)
     while found_rests := list(islice(left, AT_ONCE)):
         number += 1
@@ -93,12 +92,7 @@ _STREAMED = COLUMNS.index("streamed")
 
 
 def _row(found: Sequence[Any]) -> Row:
-    return (*found[:_STREAMED], bool(found[_STREAMED]), *found[_STREAMED + 1 :])
-
-
-def _key(found: Sequence[Any]) -> Rejection:
-    day, tenant, operation, model, status, error = found[: len(_KEY)]
-    return day, tenant, operation, model, status, error
+    return (*found[:_STREAMED], checks.flag(found[_STREAMED]), *found[_STREAMED + 1 :])
 
 
 # --- to a file ---------------------------------------------------------------------------------
@@ -113,7 +107,7 @@ def write(database: Database, path: Path) -> Counts:
             counts.add(batch)
             receipts = (_line({"receipt": dict(zip(COLUMNS, row, strict=True))}) for row in batch.receipts)
             rejections = (
-                _line({"rejections": {**dict(zip(_KEY, key, strict=True)), "calls": calls}})
+                _line({"rejections": {**dict(zip(KEY, key, strict=True)), "calls": calls}})
                 for key, calls in batch.rejections.items()
             )
             kept = [_line({"kept_since_ns": batch.kept_since_ns})] if batch.kept_since_ns else ()
@@ -136,84 +130,6 @@ def _rest_said(rest: Rest) -> dict[str, object]:
     if rest.latencies:
         said["latencies"] = {str(number): calls for number, calls in rest.latencies.items()}
     return said
-
-
-def _rest(said: dict[str, Any]) -> Rest:
-    """Of what was said; raises KeyError, TypeError and ValueError."""
-    for value in said["sums"].values():
-        if not _WHOLE.fullmatch(value):
-            raise ValueError(f"{value!r} is no sum")
-    for value in (said["start"], *said.get("latencies", {}).values()):
-        if type(value) is not int:
-            raise ValueError(f"{value!r} is no whole number")
-    values = {name: int(value) for name, value in said["sums"].items()}
-    if said["seconds"] not in TABLES or not {*COUNTS, *SUMS}.issuperset(values):
-        raise ValueError("it has sums that this QLens does not know")
-    latencies = {int(number): calls for number, calls in said.get("latencies", {}).items()}
-    return Rest(said["seconds"], said["start"], tuple(said[name] for name in GROUPED), values, latencies)
-
-
-_INTEGERS = {
-    *("wall_ns", "status", "cost_picos", "saved_picos", "ttft_us", "total_us", "overhead_us", "bytes_out"),
-    *BUCKETS,
-}
-_JSON: dict[str, type] = {"meters": dict, "tags": dict, "attempts": list}
-_KINDS: tuple[type, ...] = tuple(bool if name == "streamed" else int if name in _INTEGERS else str for name in COLUMNS)
-_SAID = {bool: "true or false", int: f"a whole number from 0 to {LARGEST}", str: "a text"}
-_WHOLE = re.compile(r"-?[0-9]{1,100}")
-
-
-def _receipt(said: dict[str, Any]) -> Row:
-    """The row of a receipt; raises KeyError, and ValueError with the column that is wrong: SQLite takes anything."""
-    row = tuple(said[name] for name in COLUMNS)
-    for name, kind, value in zip(COLUMNS, _KINDS, row, strict=True):
-        if value is None and name in OPTIONAL:
-            continue
-        if not _fits(value, kind):
-            raise ValueError(f"{name} is {value!r:.40} and must be {_SAID[kind]}")
-        if name in _JSON and not _is_json(name, value):
-            raise ValueError(f"{name} is {value!r:.40} and must be JSON of its kind")
-    return row
-
-
-def _fits(value: object, kind: type) -> bool:
-    """Whether it is of a kind, and in the range of a column."""
-    if kind is int:
-        return type(value) is int and 0 <= value <= LARGEST
-    return type(value) is kind
-
-
-def _is_json(name: str, text: str) -> bool:
-    """Whether it is what a column has."""
-    kind = _JSON[name]
-    if text in {"{}", "[]"}:
-        return text == ("{}" if kind is dict else "[]")
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    if kind is list:
-        return isinstance(found, list) and all(isinstance(each, dict) for each in found)
-    if not isinstance(found, dict):
-        return False
-    return name != "meters" or all(type(each) is int and each >= 0 for each in found.values())
-
-
-def _rejection(said: dict[str, Any]) -> tuple[Rejection, int]:
-    """A count of refused calls; raises KeyError and ValueError."""
-    for name in (*_KEY, "calls"):
-        kind: type = int if name in {"status", "calls"} else str
-        if said[name] is None and name in OPTIONAL:
-            continue
-        if not _fits(said[name], kind):
-            raise ValueError(f"{name} is {said[name]!r:.40} and must be {_SAID[kind]}")
-    return _key([said[name] for name in _KEY]), said["calls"]
-
-
-def _kept(value: object) -> int:
-    if not isinstance(value, int) or not _fits(value, int):
-        raise ValueError(f"kept_since_ns is {value!r:.40} and must be {_SAID[int]}")
-    return value
 
 
 def copy_sqlite(source: Path, path: Path) -> Counts:
@@ -275,13 +191,7 @@ class Source:
                 writer = f"restore {self.path.resolve()}" if is_sqlite else f"restore {self._begin(file)}"
                 if not store.reading(60).run(partial(_may_take, writer)):
                     raise StartupError(f"the ledger {store} is not empty: restore into a new one")
-                if not is_sqlite:
-                    place = file.tell()
-                    for _ in self._of_lines(file):
-                        pass
-                    file.seek(place)
-                noted()
-                for batch in self._of_sqlite() if is_sqlite else self._of_lines(file):
+                for batch in self._of_sqlite(noted) if is_sqlite else self._of_backup(file, noted):
                     store.write(writer, batch)
                     counts.add(batch)
         except OSError as error:
@@ -289,16 +199,39 @@ class Source:
         counts.receipts, counts.rejections = store.reading(math.inf).run(_held)
         return counts
 
-    def _of_sqlite(self) -> Iterator[Batch]:
+    def _of_sqlite(self, noted: Callable[[], None]) -> Iterator[Batch]:
         try:
             with closing(connect_to_read(self.path)) as database:
+                database.text_factory = checks.text
                 database.execute("BEGIN")
+                try:
+                    checks.sqlite_file(database)
+                except ValueError as error:
+                    raise StartupError(f"{self.path}: {error}") from error
+                self._refuse_half(database)
+                noted()
                 yield from batches(SqliteDatabase(database))
         except sqlite3.Error as error:
             raise StartupError(
                 f"{self.path} cannot be read as a ledger of this version ({error}); if an older QLens has written it, "
                 "run `qlens ledger migrate` on a copy of it first"
             ) from error
+
+    def _refuse_half(self, database: sqlite3.Connection) -> None:
+        """Raise StartupError when calls wait beside the file that a gateway which died has not written to it."""
+        if waiting := unwritten.count(database, self.path):
+            raise StartupError(
+                f"{self.path} does not have {waiting} calls that wait in {unwritten.spool_of(self.path)}: run "
+                "`qlens usage` with a configuration whose ledger is this file, which writes them to it; then restore it"
+            )
+
+    def _of_backup(self, file: IO[bytes], noted: Callable[[], None]) -> Iterator[Batch]:
+        place = file.tell()
+        for _ in self._of_lines(file):
+            pass
+        file.seek(place)
+        noted()
+        yield from self._of_lines(file)
 
     def _begin(self, file: IO[bytes]) -> str:
         """The backup's name. Looks at both ends, so that nothing is written of half a file."""
@@ -328,14 +261,14 @@ class Source:
                     raise StartupError(f"{self.path} is damaged: line {place} comes after its end")
                 try:
                     if "receipt" in value:
-                        receipts.append(_receipt(value["receipt"]))
+                        receipts.append(checks.receipt(value["receipt"]))
                     elif "rejections" in value:
-                        key, calls = _rejection(value["rejections"])
+                        key, calls = checks.rejection(value["rejections"])
                         rejections[key] = calls
                     elif "roll_up" in value:
-                        left.append(_rest(value["roll_up"]))
+                        left.append(checks.rest(value["roll_up"]))
                     elif "kept_since_ns" in value:
-                        kept = _kept(value["kept_since_ns"])
+                        kept = checks.kept_since_ns(value)
                     else:
                         end, told = Counts(**value["end"]), value.get("sha256")
                         continue

@@ -26,6 +26,8 @@ ROWS, MOST_ROWS = 20, 100
 AT_ONCE = 500
 """Calls that an export reads at once, and sends before it reads more."""
 
+_NO_CALL = "There is no such call."
+
 Row = dict[str, Any]
 
 FILTERS = {
@@ -39,8 +41,12 @@ FILTERS = {
     "outcomes": "outcome",
 }
 """The parameters that narrow, and the dimension of each."""
+OUTCOMES = ("complete", "cached", "failed", "abandoned", "rejected", "blocked", "cut")
 TIMES: Mapping[str, parameters.Reader] = {"start_time": parameters.time, "end_time": parameters.time}
-LISTS: Mapping[str, parameters.Reader] = dict.fromkeys(FILTERS, parameters.texts)
+LISTS: Mapping[str, parameters.Reader] = {
+    **dict.fromkeys(FILTERS, parameters.texts),
+    "outcomes": parameters.some_of(OUTCOMES),
+}
 
 # As everywhere in the API, and not as in the table.
 _RENAMED = {"key_id": "api_key_id", "subject": "user_id", "tier": "service_tier"}
@@ -58,7 +64,7 @@ _FLAT = (
     *("bytes_out", "config_version", "tags"),
 )
 """The columns of a table of calls."""
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 @frozen
@@ -75,8 +81,10 @@ class Asked:
 def asked_of(found: Mapping[str, Any], own: Where) -> Asked:
     """Which calls the parameters mean, of those that may be seen."""
     conditions = {FILTERS[name]: found[name] for name in FILTERS if name in found}
-    start, end = found.get("start_time", 0) * SECOND_NS, found.get("end_time")
-    return Asked(narrowed(own, conditions), start, LARGEST if end is None else end * SECOND_NS)
+    start, end = found.get("start_time", 0), found.get("end_time")
+    if end is not None and end <= start:
+        raise parameters.wrong("end_time", "must be after `start_time`")
+    return Asked(narrowed(own, conditions), start * SECOND_NS, LARGEST if end is None else end * SECOND_NS)
 
 
 # --- one page, one call ------------------------------------------------------------------------
@@ -97,15 +105,18 @@ async def listed(call: Call, reader: Reader, own: Where) -> Reply:
 async def one(call: Call, reader: Reader, own: Where) -> Reply:
     """One call, with its attempts."""
     parameters.asked(call, {})
+    id_ = call.path_params["id"]
+    if not id_.isprintable():  # no call is called so, and PostgreSQL would not take the question
+        raise NothingThere(_NO_CALL)
 
     def read(database: Database) -> Found | None:
         conditions, values = where(own, database.dialect, receipts=True)
         sql = f"SELECT {_COLUMNS}, attempts FROM receipts WHERE id = ?{conditions}"  # noqa: S608 - only names from above
-        return database.one(sql, [call.path_params["id"], *values])
+        return database.one(sql, [id_, *values])
 
     row = await reader.ask(read)
     if row is None:
-        raise NothingThere("There is no such call.")
+        raise NothingThere(_NO_CALL)
     return json({"object": "usage.call", **_whole(row[:-1]), "attempts": orjson.Fragment(row[-1])})
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from qlens_plugins.cost.ledger.rollups import DAY, HOUR, TABLES
 from qlens_plugins.cost.ledger.store import Database
@@ -24,6 +24,12 @@ def pieces(database: Database, conditions: Where, start_ns: int, end_ns: int) ->
         return
     for hour in _hours(database, known, start_ns // SECOND_NS, -(-end_ns // SECOND_NS)):
         yield max(hour * SECOND_NS, start_ns), min((hour + HOUR) * SECOND_NS, end_ns)
+
+
+def has_calls(database: Database, conditions: Mapping[str, tuple[str, ...]], start: int, end: int) -> bool:
+    """Whether an hour that has a part in a time, in Unix seconds, may have calls that are meant."""
+    known = {name: values for name, values in conditions.items() if is_rolled(name)}
+    return next(_hours(database, known, start, end), None) is not None
 
 
 def _hours(database: Database, conditions: Where, start: int, end: int) -> Iterator[int]:

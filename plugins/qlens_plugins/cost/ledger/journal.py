@@ -67,30 +67,33 @@ class Journal:
 
     def note(self, record: bytes) -> bool:
         """Put a record on the disk; False when that takes nothing."""
-        spool = self._spool
-        if spool is None:
+        syncing = self._syncing
+        if syncing is None:
             return False
         try:
-            spool.append(record)
+            syncing.spool.append(record)
         except OSError as error:
             self._refused(error)
             return False
-        syncing = self._syncing
-        if syncing is not None and syncing.asleep:
+        if syncing.asleep:
             syncing.wake()
         if self._problem is not None and time.monotonic() > self._refusal + RETRY_SECONDS:
             self._recovered()
         return True
 
-    def keep(self, record: bytes, *, in_memory: bool) -> bool:
-        """Put a record on the disk, or else in memory if it may be there; False when it is nowhere."""
+    def keep(self, record: bytes) -> bool:
+        """Put a receipt on the disk; False when that takes nothing."""
         if not self.note(record):
-            if not in_memory:
-                return False
-            self._memory.append(record)
+            return False
         self._given += 1
         self.fresh += 1
         return True
+
+    def remember(self, record: bytes) -> None:
+        """Keep a receipt in memory, because the disk has not taken it."""
+        self._memory.append(record)
+        self._given += 1
+        self.fresh += 1
 
     def void(self, record: bytes) -> None:
         """Take a record back by another one, which is no receipt: it waits until there is something to write."""
@@ -121,7 +124,8 @@ class Journal:
     @property
     def left_behind(self) -> int:
         """How many records of dead processes may be of receipts that are not in the database."""
-        return sum(source.left for source in self._sources if source.is_former and not source.is_written)
+        # Of a copy: the thread takes sources away meanwhile, and then the one behind would be passed over.
+        return sum(source.left for source in tuple(self._sources) if source.is_former and not source.is_written)
 
     @property
     def has_news(self) -> bool:
@@ -148,9 +152,9 @@ class Journal:
                 "or name another one in `spool`"
             ) from error
         self._sources.append(Source(spool, self.lost))
-        self._syncing = SpoolSync(spool)
-        self._syncing.start()
-        self._spool = spool
+        syncing = SpoolSync(spool)
+        syncing.start()
+        self._spool, self._syncing = spool, syncing
 
     def take_over(self) -> None:
         """Take what processes left that are dead by now; raises OSError."""
@@ -163,7 +167,7 @@ class Journal:
     def take(self, most: int) -> list[Row]:
         """The next rows, at most so many; they stay where they are until `done`."""
         if self._spool is not None:
-            self._spool.most_bytes = self.most_bytes
+            self._spool.allow(self.most_bytes)
         elif time.monotonic() > self._tried + RETRY_SECONDS:
             self._open_late()
         # Before it looks: what comes meanwhile is looked for once more.

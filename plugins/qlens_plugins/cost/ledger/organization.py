@@ -13,7 +13,7 @@ import orjson
 from attrs import evolve, frozen
 
 from qlens import Call, InvalidRequest, Reply, usd
-from qlens_plugins.cost.ledger import parameters, sums
+from qlens_plugins.cost.ledger import kept, parameters, sums
 from qlens_plugins.cost.ledger.answers import reply, written
 from qlens_plugins.cost.ledger.reader import Reader
 from qlens_plugins.cost.ledger.rollups import DAY, HOUR
@@ -200,7 +200,7 @@ async def answer(kind: Kind, call: Call, reader: Reader, own: Where) -> Reply:
     question = _question(kind, asked, page, own)
     if question is None:
         return reply(_written(kind, by, page, {}))
-    return reply(await reader.ask(lambda database: _written(kind, by, page, sums.read(database, question))))
+    return reply(await reader.ask(lambda database: _written(kind, by, page, kept.read(database, question))))
 
 
 def _written(kind: Kind, by: tuple[str, ...], page: Page, found: sums.Found) -> bytes:

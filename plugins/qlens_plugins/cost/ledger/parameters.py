@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,6 @@ from qlens_plugins.cost.ledger.sums import LAST_SECOND, TAG
 MOST_VALUES = 100
 MOST_DIMENSIONS = 8
 MOST_CHARACTERS = 512
-_TAG = re.compile(r"[A-Za-z0-9_.:/ -]{1,64}")
 
 Reader = Callable[[str, Sequence[str]], Any]
 """Makes a setting of the name of a parameter and all that was said for it; raises InvalidRequest."""
@@ -100,13 +98,18 @@ def texts(name: str, values: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text(name, (value,)) for value in values))
 
 
+def _is_tag(value: str) -> bool:
+    """Whether it is `tag:` with a name that a tag may have."""
+    name = value.removeprefix(TAG)
+    return value.startswith(TAG) and name != "" and name.isprintable()
+
+
 def some_of(choices: Collection[str], *, tags: bool = False) -> Reader:
     """Several of some words, each once; with tags, also `tag:` with the name of one."""
 
     def read(name: str, values: Sequence[str]) -> tuple[str, ...]:
         for value in values[:MOST_VALUES]:
-            is_tag = tags and value.startswith(TAG) and _TAG.fullmatch(value.removeprefix(TAG))
-            if value not in choices and not is_tag:
+            if value not in choices and not (tags and _is_tag(value)):
                 known = ", ".join((*choices, f"{TAG}NAME") if tags else choices)
                 raise wrong(name, f"may be any of {known}")
         found = tuple(dict.fromkeys(values))

@@ -12,8 +12,11 @@ from typing import TypeVar
 from attrs import frozen
 
 from qlens import StartupError
+from qlens_plugins.cost.ledger.hours import has_calls
+from qlens_plugins.cost.ledger.rests import kept_since_ns
 from qlens_plugins.cost.ledger.rows import DAY_NS, LARGEST
 from qlens_plugins.cost.ledger.store import Database, Found, Question, Store, StoreAway, Value
+from qlens_plugins.cost.ledger.sums import SECOND_NS
 
 AT_ONCE = 10_000
 """Calls that are read at once: no transaction lasts longer, whatever there is to read."""
@@ -78,12 +81,22 @@ def ask(store: Store, question: Question[T]) -> T:
 
 def check_kept(store: Store, days: Days) -> None:
     """Raise StartupError when receipts of the first day, or of a later one, were deleted."""
-    ((since_ns,),) = ask(store, partial(_rows, "SELECT max(since_ns) FROM receipts_kept", ()))
-    if days.first is not None and days.times[0] < (since_ns or 0):
+    if (since_ns := ask(store, partial(_deleted, days))) is not None:
         since = datetime.fromtimestamp(since_ns // 10**9, UTC)
         raise StartupError(
             f"receipts from before {since:%Y-%m-%d %H:%M} UTC were deleted: ask for days after it, --from"
         )
+
+
+def _deleted(days: Days, database: Database) -> int | None:
+    """From when on all receipts are there, when some of these days are not."""
+    since_ns = kept_since_ns(database)
+    start_ns, end_ns = days.times
+    if start_ns >= since_ns:
+        return None
+    # Nobody says that there was anything before a day that was not named: the roll-ups do.
+    end = min(end_ns, since_ns) // SECOND_NS
+    return since_ns if days.first is not None or has_calls(database, {}, 0, end) else None
 
 
 def calls(store: Store, columns: Sequence[str], days: Days, condition: str = "") -> Iterator[Found]:

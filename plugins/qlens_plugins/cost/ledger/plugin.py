@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable
@@ -10,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from attrs import define, field, frozen, validators
+from attrs import define, evolve, field, frozen, validators
 
 from qlens import Call, Command, Endpoint, Health, Receipt, Unavailable, Url, hookimpl
 from qlens_plugins.cost.ledger import analytics
@@ -22,6 +23,7 @@ from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.spent import spent
 from qlens_plugins.cost.ledger.sqlite import SqliteStore
 from qlens_plugins.cost.ledger.store import Store
+from qlens_plugins.cost.ledger.unwritten import spool_of
 from qlens_plugins.cost.ledger.versions import note_upgrade, version
 from qlens_plugins.cost.ledger.writer import Begun, Writer
 
@@ -123,7 +125,7 @@ class Ledger:
         if self.config.spool is not None:
             return self.config.spool
         if isinstance(store, SqliteStore):
-            return store.path.with_name(f"{store.path.name}.spool")
+            return spool_of(store.path)
         return gateway.config.folder / f"{self.name}.spool"
 
     @property
@@ -149,12 +151,14 @@ class Ledger:
         """Note that the call may be sent: what a provider is paid for must be accounted for, whatever happens."""
         if call.operation.runs == "local":
             return None
-        begun = self.writer.begin(call)
-        if begun is None and self.config.when_full == "refuse":
+        writer, config = self._writer, self.config
+        assert writer is not None
+        begun = writer.begin(call)
+        if begun is None and config.when_full == "refuse":
             raise _unavailable()
-        if self.config.sync == "call" and isinstance(begun, bytes):
+        if config.sync == "call" and isinstance(begun, bytes):
             try:
-                await self.writer.synced(call, begun)
+                await writer.synced(call, begun)
             except OSError as error:
                 raise _unavailable() from error
         return begun
@@ -162,7 +166,8 @@ class Ledger:
     @hookimpl
     async def settle(self, call: Call, receipt: Receipt, hold: Begun | None) -> None:
         """Keep the receipt; refused calls are only counted, or a flood of them would fill the disk."""
-        writer = self.writer
+        writer = self._writer
+        assert writer is not None
         if receipt.id != call.id:
             # Of a batch that is over. What was forgotten since would be counted a second time.
             if not self._is_forgotten(receipt) and not writer.keep(receipt):
@@ -209,10 +214,29 @@ class Ledger:
         async def run(gateway: Gateway, args: Namespace) -> int:
             return await usage.run(self.writer.store, args)
 
-        yield upkeep.command(self._store, lambda: self._found)
-        yield Command("usage", usage.HELP, usage.add_arguments, run)
-        yield reconcile.command(lambda: self.writer.store)
-        yield what_if.command(lambda: self.writer.store)
+        yield upkeep.command(self._store, lambda: self._found, self._caught_up)
+        yield self._reading(Command("usage", usage.HELP, usage.add_arguments, run))
+        yield self._reading(reconcile.command(lambda: self.writer.store))
+        yield self._reading(what_if.command(lambda: self.writer.store))
+
+    def _reading(self, command: Command) -> Command:
+        """A command that reads what there is, also what dead processes left."""
+
+        async def run(gateway: Gateway, args: Namespace) -> int:
+            await self._caught_up()
+            return await command.run(gateway, args)
+
+        return evolve(command, run=run)
+
+    async def _caught_up(self) -> None:
+        """Wait until what dead processes left is in the database, or say how much of it is not."""
+        writer = self.writer
+        if left := await writer.caught_up():
+            reason = writer.problem or writer.journal.problem or "it takes too long to write them"
+            sys.stderr.write(
+                f"qlens: the ledger {writer.store}: up to {left} receipts of a gateway that died wait in "
+                f"{writer.journal.folder}, and this does not have them: {reason}\n"
+            )
 
 
 def _unavailable() -> Unavailable:

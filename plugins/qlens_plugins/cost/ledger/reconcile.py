@@ -119,9 +119,13 @@ def _reconcile(about: Asked, args: argparse.Namespace, store: Store) -> int:
         raise StartupError(
             f"nothing in the files is a charge of {KINDS[kind]} for usage in these days ({bill.other_rows} other rows)"
         )
-    charged = [day for day, _ in bill.charges]
+    if bill.goes_on:
+        sys.stderr.write(
+            "qlens: the costs go on: `has_more` is true on each of these pages. Name the rest too (`page`: the "
+            "`next_page` of the page before), or ask OpenAI for more days at once (`limit`: up to 180)\n"
+        )
     # Days that the bill does not have are no drift: it may not be complete yet.
-    days = past.Days(asked.first or min(charged), asked.last or max(charged))
+    days = past.Days(asked.first or min(day for day, _ in bill.charges), asked.last or bill.last)
     places = Places(about.accounts, rules)
     found = compare(bill, spent(store, days, providers), about.models, Matcher(kind, rules), places)
     report = Report(found, bill, days, providers, args.threshold, by_tokens)

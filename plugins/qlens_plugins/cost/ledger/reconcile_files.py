@@ -46,10 +46,14 @@ class Bill:
     """What a provider charged."""
 
     charges: dict[tuple[date, Meter], Charge] = field(factory=dict)
+    last: date | None = None
+    """The last day that is charged for."""
     other_rows: int = 0
     """Rows about other services or other days."""
     other_charges: dict[str, Decimal] = field(factory=dict)
     """Taxes, credits and what else is not for usage, in USD, by what the bill calls it."""
+    goes_on: bool | None = None
+    """Whether there are pages of OpenAI's behind all of these; None when no page says it."""
 
     def add(self, line: Line, usd: Decimal) -> None:
         """Add a line."""
@@ -57,6 +61,7 @@ class Bill:
             self.other_charges[line.kind] = EXACT.add(self.other_charges.get(line.kind, Decimal(0)), usd)
             return
         self.charges.setdefault((line.day, line.meter), Charge()).add(usd, line.tokens)
+        self.last = max(line.until, self.last or line.until)
 
 
 def read(kind: str, files: Sequence[Path], days: Days, *, money: bool = True) -> Bill:
@@ -67,17 +72,33 @@ def read(kind: str, files: Sequence[Path], days: Days, *, money: bool = True) ->
     bill = Bill()
     for file in files:
         with _told(file), _opened(file) as text:
-            for number, line in _lines(kind, text):
-                if line is None or line.day not in days:
+            for number, line in _lines(kind, text, bill):
+                if line is None or not _is_asked(line, days):
                     bill.other_rows += 1
                     continue
                 try:
+                    _check_within(line, days)
                     bill.add(line, _usd(line) if money else Decimal(0))
                 except ValueError as error:
                     raise _Faulty(number, str(error)) from error
                 except DecimalException as error:
                     raise _Faulty(number, "the sum has too many digits to be exact") from error
     return bill
+
+
+def _is_asked(line: Line, days: Days) -> bool:
+    """Whether a line is about one of the days."""
+    if line.kind is not None:
+        return line.day in days
+    return (days.last is None or line.day <= days.last) and (days.first is None or line.until >= days.first)
+
+
+def _check_within(line: Line, days: Days) -> None:
+    if line.kind is None and not (line.day in days and line.until in days):
+        raise ValueError(
+            f"this is one charge for {line.day} to {line.until}, and only a part of that is asked about; ask about "
+            "all of it (--from, --to), or export the costs by days or hours"
+        )
 
 
 def _usd(line: Line) -> Decimal:
@@ -130,13 +151,13 @@ def _opened(file: Path) -> Iterator[io.TextIOWrapper]:
 # --- rows --------------------------------------------------------------------------------------
 
 
-def _lines(kind: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Line | None]]:
+def _lines(kind: str, text: io.TextIOWrapper, bill: Bill) -> Iterator[tuple[int, Line | None]]:
     """Lines with their numbers in the file; None for a row about something else."""
     first = text.read(1)
     while first.isspace():
         first = text.read(1)
     if kind == "openai" and first and first in "{[":
-        form, rows = FORMATS[kind][0].of(_PAGE), _pages(_documents(first, text))
+        form, rows = FORMATS[kind][0].of(_PAGE), _pages(_documents(first, text), bill)
     else:
         reader = csv.reader(_again(first, text))
         columns = [plain(name) for name in next(reader, [])]
@@ -183,11 +204,13 @@ def _documents(first: str, text: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
             place += 1
 
 
-def _pages(documents: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Row]]:
+def _pages(documents: Iterable[tuple[int, Any]], bill: Bill) -> Iterator[tuple[int, Row]]:
     """The results in pages of OpenAI's `/v1/organization/costs`, as rows of a table."""
     for number, document in documents:
         try:
             for page in document if isinstance(document, list) else [document]:
+                if "has_more" in page:  # whichever order they are in, a walk that is over has a last page
+                    bill.goes_on = bool(page["has_more"]) and bill.goes_on is not False
                 for bucket in page.get("data", [page]):
                     for result in bucket["results"]:
                         yield number, _result(bucket, result)
@@ -197,14 +220,16 @@ def _pages(documents: Iterable[tuple[int, Any]]) -> Iterator[tuple[int, Row]]:
             ) from error
 
 
-_PAGE = ("starttime", "amountvalue", "amountcurrency", "lineitem", "projectid", "quantity")
+_PAGE = ("starttime", "amountvalue", "amountcurrency", "lineitem", "projectid", "quantity", "quantityunit")
 
 
 def _result(bucket: dict[str, Any], result: dict[str, Any]) -> Row:
     amount = result["amount"] or {}
-    quantity = result.get("quantity")
+    usd, quantity, item = amount.get("value"), result.get("quantity"), result.get("line_item") or ""
+    nothing = 0 if item else ""
     values = (
-        *(bucket["start_time"], amount.get("value", 0), amount.get("currency") or "usd"),
-        *(result.get("line_item") or "", result.get("project_id") or "", "" if quantity is None else quantity),
+        *(bucket["start_time"], nothing if usd is None else usd, amount.get("currency") or "usd"),
+        *(item, result.get("project_id") or "", "" if quantity is None else quantity),
+        result.get("quantity_unit") or "",
     )
     return dict(zip(_PAGE, map(str, values), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Context, Decimal, DecimalException, Inexact, InvalidOperation, Overflow
 from functools import lru_cache
 from typing import Any
@@ -21,6 +21,8 @@ MOST_BEFORE, MOST_BEHIND = 30, 60
 
 Row = Mapping[str, str]
 _UNIT = re.compile(r"([0-9]*)\s*([km]?)\s*(tokens?)?", re.IGNORECASE)
+_OF_TOKENS = re.compile(r" (input|output|cache writes?)(, long context)?$")
+"""Line items of OpenAI that count tokens, where no unit is said."""
 _AMERICAN = re.compile(r"([0-9]{1,2})/([0-9]{1,2})/([0-9]{4})( .*)?")
 _TIMES = {"": 1, "k": 1000, "m": 1_000_000}
 _BEDROCK = {
@@ -34,6 +36,8 @@ class Line:
     """A row that is about models."""
 
     day: date
+    until: date
+    """The last day it is for: the same one, but where the export is by months."""
     meter: Meter
     amount: Decimal
     currency: str
@@ -62,6 +66,8 @@ class Format:
     resource: str = ""
     quantity: str = ""
     unit: str = ""
+    end: str = ""
+    """When what is charged for was over."""
     usd: str = ""
     """The amount in USD, for bills in another currency."""
     must: tuple[str, ...] = ()
@@ -85,20 +91,22 @@ class Format:
         return frozenset((*self.told, *(getattr(self, name) for name in _COLUMNS)))
 
     def line(self, row: Row) -> Line | None:
-        """What a row says, None when it is about another service; raises ValueError when it is faulty."""
+        """What a row says, None when it is about another service or nothing; raises ValueError when it is faulty."""
         for column in self.must:
             if column not in row:
                 raise ValueError("the row ends before its columns do: is the file whole?")
         about = self.about([row.get(column, "") for column in self.told])
-        if about is None:
-            return None
+        if about is None or not (row[self.meter].strip() or row[self.amount].strip()):
+            return None  # OpenAI writes a row without either for a day without costs
         kind, currency = row.get(self.kind, ""), row.get(self.currency, "") or "USD"
         meter = Meter(row.get(self.meter, ""), about, row.get(self.resource, ""))
         amount = self.amount
         if currency.upper() != "USD" and self.usd:
             amount, currency = self.usd, "USD"
+        day = _day(row.get(self.day, ""))
         return Line(
-            day=_day(row.get(self.day, "")),
+            day=day,
+            until=max(day, _last_day(row[self.end])) if row.get(self.end) else day,
             meter=meter,
             amount=_number(row, amount),
             currency=currency.upper(),
@@ -110,17 +118,16 @@ class Format:
         """The number of tokens; None where the unit is another one, or not said."""
         if not row.get(self.quantity):
             return None
-        quantity = _number(row, self.quantity)
-        if not self.unit:
-            # OpenAI, which counts single tokens.
-            return quantity if meter.name.endswith((" input", " output")) else None
-        found = _UNIT.fullmatch(row.get(self.unit, "").strip())
+        quantity, unit = _number(row, self.quantity), row.get(self.unit, "").strip().replace("_", " ")
+        if not unit and _OF_TOKENS.search(meter.name):
+            return quantity
+        found = _UNIT.fullmatch(unit)
         if found is None or not (found[3] or "token" in meter.name.lower()):
             return None
         return EXACT.multiply(quantity, Decimal(int(found[1] or 1) * _TIMES[found[2].lower()]))
 
 
-_COLUMNS = ("day", "meter", "amount", "currency", "kind", "resource", "quantity", "unit", "usd")
+_COLUMNS = ("day", "meter", "amount", "currency", "kind", "resource", "quantity", "unit", "end", "usd")
 
 
 def plain(column: str) -> str:
@@ -156,16 +163,26 @@ def _plain(text: str) -> str:
 @lru_cache(maxsize=1024)
 def _day(text: str) -> date:
     """A day in UTC, of an ISO time, of `11/28/2026` as Azure has it, or of Unix seconds."""
+    return _moment(text).date()
+
+
+@lru_cache(maxsize=1024)
+def _last_day(text: str) -> date:
+    """The last day before a time at which something was over."""
+    return (_moment(text) - timedelta(microseconds=1)).date()
+
+
+def _moment(text: str) -> datetime:
     try:
         if _plain(text).isdecimal() and len(text) > 8:
-            return datetime.fromtimestamp(int(text), UTC).date()
+            return datetime.fromtimestamp(int(text), UTC)
         if american := _AMERICAN.fullmatch(text):
             month, day, year = map(int, american.groups()[:3])
-            return date(year, month, day)
+            return datetime(year, month, day, tzinfo=UTC)
         found = datetime.fromisoformat(text.strip().removesuffix(" UTC"))
     except (ValueError, OverflowError, OSError):
         raise ValueError(f"{text[:40]!r} is no day") from None
-    return found.astimezone(UTC).date() if found.tzinfo is not None else found.date()
+    return found.astimezone(UTC) if found.tzinfo is not None else found.replace(tzinfo=UTC)
 
 
 # --- whose rows they are -----------------------------------------------------------------------
@@ -210,6 +227,7 @@ def _focus(meter: str, told: tuple[str, ...], about: Callable[[Sequence[str]], s
         resource="resourceid",
         quantity="consumedquantity",
         unit="consumedunit",
+        end="chargeperiodend",
         usd=usd,
     )
 
@@ -252,6 +270,7 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
             resource="lineitemresourceid",
             quantity="lineitemusageamount",
             unit="pricingunit",
+            end="lineitemusageenddate",
         ),
     ),
     "openai": (
@@ -263,6 +282,7 @@ FORMATS: Mapping[str, tuple[Format, ...]] = {
             currency="amountcurrency|currency",
             resource="projectid|projectname",
             quantity="quantity",
+            unit="quantityunit",
         ),
     ),
 }

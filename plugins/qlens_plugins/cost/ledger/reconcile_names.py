@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _DATE = re.compile(r"(?<!\d)20\d\d-?(0[1-9]|1[0-2])-?([0-2]\d|3[01])(?!\d)")
 _MONTH_AND_DAY = re.compile(r"(?<![\d.])(0[1-9]|1[0-2])([0-2]\d|3[01])(?![\d.])")
 _ZERO = re.compile(r"(?<=\d)\.0(?!\d)")
-_VERSION = re.compile(r"-v?\d+:\d+(:\w+)?$")
+_VERSION = re.compile(r"-(v1|v?\d+:\d+(:\w+)?)$")
 _VENDOR = re.compile(r"^[a-z0-9]+\.(?=[a-z])")
 _PROFILE = re.compile(r"^(us|eu|apac|global|us-gov|jp|au|ca|sa|me|af|il|mx)\.(?=[a-z0-9]+\.)")
 _INSTRUCT = re.compile(r"\binstruct\b")
@@ -29,11 +29,20 @@ _AWS_REGION = re.compile(r"^[A-Z]{2,5}\d{0,2}-")
 _AWS_DIRECTION = re.compile(r"-(mantle-)?(input|output|cache-read|cache-write)-")
 EDITION = " (Amazon Bedrock Edition)"
 """What the marketplace puts behind the name of a model."""
-_AZURE_DIRECTIONS = {"inp", "inpt", "input", "outp", "outpt", "output", "opt", "cached", "cchd", "cache"}
-_AZURE_PLACES = {"glbl", "gl", "global", "regnl", "rgnl", "regional", "dz", "dzn", "dzone", "data", "zone"}
+_BILLED_AS = {"titan-embed-text-v2": "TitanEmbeddingV2-Text"}
+"""What AWS calls models of its own whose ids are made of other words."""
+_AZURE_DIRECTIONS = {
+    *("inp", "inpt", "input", "out", "outp", "outpt", "output", "opt"),
+    *("cached", "cchd", "ccchd", "cd", "cache"),
+}
+_AZURE_PLACES = {"glbl", "gl", "global", "regnl", "rgnl", "regional", "dz", "dzn", "dzone", "datazone", "data", "zone"}
 _AZURE_TIERS = {"std", "standard", "batch", "pp", "prty", "priority", "flex", "shortco", "longco"}
 _AZURE_WORDS = _AZURE_DIRECTIONS | _AZURE_PLACES | _AZURE_TIERS | {"token", "tokens", "1k", "1m"}
 """What a meter's name says beside the model. Not `aud`, `rt` or `img`: those models have prices of their own."""
+_AZURE_NAMES = {"embedding ada": "text-embedding-ada-002"}
+"""Models that meters call otherwise."""
+_OPENAI_TIERS = {"batch", "default", "fast", "flex", "priority", "scale", "standard"}
+_OPENAI_KINDS = re.compile(r" (text|image|audio)$")
 
 
 @frozen
@@ -77,6 +86,7 @@ def azure_name(meter: Meter) -> Name | None:
     """`gpt 4o 1120 cached Inp glbl Tokens` is `gpt 4o 1120`; `5.4 inp Gl Tokens` of `Azure OpenAI GPT5` is GPT 5.4."""
     words = [word for word in re.split(r"[\s_-]+", meter.name) if word.lower() not in _AZURE_WORDS]
     text = " ".join(words)
+    text = _AZURE_NAMES.get(text.lower(), text)
     return Name.of(f"gpt {text}" if text[:1].isdecimal() and "gpt" in meter.about.lower() else text) if words else None
 
 
@@ -90,9 +100,10 @@ def aws_name(meter: Meter) -> Name | None:
 
 
 def openai_name(meter: Meter) -> Name | None:
-    """`gpt-4o-2024-08-06, cached input` is `gpt-4o-2024-08-06`."""
-    model, comma, _ = meter.name.partition(", ")
-    return Name.of(model) if comma else None
+    """`gpt-4o-2024-08-06, cached input` is `gpt-4o-2024-08-06`, `flex | gpt-image-1 text, input` is `gpt-image-1`."""
+    tier, bar, rest = meter.name.partition(" | ")
+    model, comma, _ = (rest if bar and tier.lower() in _OPENAI_TIERS else meter.name).partition(", ")
+    return Name.of(_OPENAI_KINDS.sub("", model)) if comma else None
 
 
 def model_names(text: str) -> tuple[Name, ...]:
@@ -100,8 +111,11 @@ def model_names(text: str) -> tuple[Name, ...]:
     text = text.rpartition("/")[2] if text.startswith("arn:") else text
     if text.startswith("ft:"):
         text = "ft-" + text.split(":")[1]
-    text = _VERSION.sub("", _PROFILE.sub("", text.lower()))
-    return tuple(dict.fromkeys((Name.of(_VENDOR.sub("", text)), Name.of(text))))
+    text = _PROFILE.sub("", text.lower())
+    billed = _BILLED_AS.get(_VENDOR.sub("", text).partition(":")[0])
+    text = _VERSION.sub("", text)
+    names = (*(() if billed is None else (billed,)), _VENDOR.sub("", text), text)
+    return tuple(dict.fromkeys(map(Name.of, names)))
 
 
 # --- the operator's own ------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 from attrs import frozen
 
-from qlens_plugins.cost.columns import aligned
+from qlens_plugins.cost.columns import aligned, visible
 from qlens_plugins.cost.ledger.past import Days
 from qlens_plugins.cost.ledger.reconcile_compare import Comparison, Drift, Sums
 from qlens_plugins.cost.ledger.reconcile_files import Bill
@@ -159,7 +159,7 @@ class Report:
         return aligned([("METER", "RESOURCE", "BILL_USD", "BILL_TOKENS", "MAY_BE"), *rows])
 
     def _notes(self) -> list[str]:
-        others = [f"{kind} {_text(usd)} USD" for kind, usd in sorted(self.bill.other_charges.items())]
+        others = [f"{visible(kind)} {_text(usd)} USD" for kind, usd in sorted(self.bill.other_charges.items())]
         notes = [f"Not compared: {', '.join(others)}\n"] if others else []
         ignored = self._billed(self.found.ignored)["bill_usd"]
         if ignored not in (None, "0"):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from qlens import Call, Receipt, trimmed
+from qlens import Call, Receipt
 from qlens_plugins.cost.ledger import rows
 
-# Small letters: written by orjson. Capitals: by json, because there is a lone surrogate or an integer beyond 64 bits.
+# Small letters: written by orjson. Capitals: by json, because there is a lone surrogate, or an integer beyond 64 bits,
+# of which orjson would make a float.
 _BEGUN, _BEGUN_ODD = b"b", b"B"
 _ENDED, _ENDED_ODD = b"e", b"E"
 _VOID = b"v"
@@ -21,8 +22,7 @@ _LOADS: Mapping[bytes, Callable[[bytes], Any]] = {
     _BEGUN_ODD: json.loads,
     _ENDED_ODD: json.loads,
 }
-_ODD = 32
-"""A space, in front of JSON that orjson must not read: it would make a float of a large integer."""
+_IS_BEGUN = _BEGUN[0]
 
 
 class Record(NamedTuple):
@@ -60,31 +60,44 @@ class Record(NamedTuple):
         return self.before, rows.interrupted(self.before) if self.after is None else self.after
 
 
-def begun(call: Call) -> bytes:
-    """What is known of a call before it is sent: `opening` makes a record of it, and `closing` of how it ended."""
-    return trimmed(_dumps(rows.facts_before(call)))  # kept for as long as the call runs
-
-
-def begun_late(receipt: Receipt) -> bytes:
-    """The same, of a call that has ended."""
-    return _dumps(rows.facts_of(receipt))
-
-
-def opening(begun: bytes) -> bytes:
+def opening(call: Call) -> bytes:
     """The record that a call may be sent from now on."""
-    return (_BEGUN if begun[0] != _ODD else _BEGUN_ODD) + begun
+    return opened(rows.facts_before(call))
 
 
-def closing(begun: bytes, receipt: Receipt) -> bytes:
-    """The record of how it ended; it says all, whether the other one is still there or not."""
-    ended = _dumps(rows.facts_after(receipt))
-    kind = _ENDED if begun[0] != _ODD and ended[0] != _ODD else _ENDED_ODD
-    return b"%b[%b,%b]" % (kind, begun, ended)
+def opened(facts: rows.Facts) -> bytes:
+    """The same, of what is known of the call."""
+    try:
+        # A copy, and so no longer than it is, as what orjson writes often is: it is kept for as long as the call runs.
+        return _BEGUN + orjson.dumps(facts, dict)
+    except TypeError:
+        return _BEGUN_ODD + _odd(facts)
+
+
+def closing(opening: bytes | None, receipt: Receipt) -> bytes:
+    """The record of how it ended; it says all, whether the other one was ever written or not."""
+    if opening is None:
+        opening = opened(rows.facts_of(receipt))
+    facts = rows.facts_after(receipt)
+    try:
+        if opening[0] == _IS_BEGUN:
+            return b"e[%b,%b]" % (opening[1:], orjson.dumps(facts, dict))
+    except TypeError:
+        pass
+    return b"E[%b,%b]" % (opening[1:], _odd(facts))
 
 
 def voiding(id_: str) -> bytes:
     """The record that a call was refused before it was sent."""
     return _VOID + id_.encode("utf-8", "surrogatepass")
+
+
+def begun(record: bytes) -> str | None:
+    """The call that this record says has begun, without all that it says of it; None where only `read` knows."""
+    if not record.startswith(_BEGUN + b'["'):
+        return None
+    id_ = record[3 : record.index(b'"', 3)]
+    return None if b"\\" in id_ else id_.decode()
 
 
 def read(record: bytes) -> Record:
@@ -98,8 +111,5 @@ def read(record: bytes) -> Record:
     return Record(found[0], found, None) if kind in (_BEGUN, _BEGUN_ODD) else Record(found[0][0], *found)
 
 
-def _dumps(facts: Sequence[object]) -> bytes:
-    try:
-        return orjson.dumps(facts, default=dict)
-    except TypeError:
-        return b" " + json.dumps(facts, default=dict).encode()
+def _odd(facts: rows.Facts) -> bytes:
+    return json.dumps(facts, default=dict).encode()

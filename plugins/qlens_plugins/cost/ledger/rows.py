@@ -7,7 +7,6 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from itertools import compress
 from typing import Any
 
 import orjson
@@ -189,27 +188,20 @@ def interrupted(before: Facts) -> Facts:
 
 def ended(before: Facts, after: Facts) -> Row:
     """The row of a call that has ended."""
-    *ending, used, cost, saved, ttft, total, overhead, bytes_out, tags, attempts = after
-    times = (saved, ttft, total, overhead, bytes_out)
-    texts = (before[9] if tags is None else tags, [_attempt(facts, used, cost) for facts in attempts])
-    return _row(before, ending, used, cost, (times, texts))
-
-
-def _row(before: Facts, ending: Facts, used: Facts, cost: Facts, rest: tuple[Facts, Facts]) -> Row:
-    id_, wall_ns, tenant, project, key_id, subject, operation, model, config = before[:9]
+    id_, wall_ns, tenant, project, key_id, subject, operation, model, config, known = before[:10]
+    *ending, used, cost, saved, ttft, total, overhead, bytes_out, own, attempts = after
     *buckets, meters, source, tier = used
     picos, state, price_id, _ = cost
     if picos is not None and picos > LARGEST:
         log.error("ledger: receipt %s costs %s USD, more than a row can hold: cut off", id_, usd(picos))
         picos, state = LARGEST, "estimated"
-    times, (tags, attempts) = rest
     return (
         *(id_, wall_ns, _day(wall_ns // DAY_NS), tenant, project, key_id, subject, operation, model),
         *ending,
         *buckets,
         *(_json(meters), source, tier, picos, state, price_id),
-        *times,
-        *(config, _json(tags), _json(attempts)),
+        *(saved, ttft, total, overhead, bytes_out),
+        *(config, _json(known if own is None else own), _json([_attempt(facts, used, cost) for facts in attempts])),
     )
 
 
@@ -236,9 +228,11 @@ def _attempt(facts: Facts, used: Facts, cost: Facts) -> dict[str, object]:
 
 
 def _usage(used: Facts) -> dict[str, object]:
-    """The buckets that were used."""
-    *buckets, meters, source, _ = used
-    return {**dict(compress(zip(BUCKETS, buckets, strict=True), buckets)), **meters, "source": source}
+    """The buckets that were used; they stand in front."""
+    found = {name: count for name, count in zip(BUCKETS, used, strict=False) if count}
+    found.update(used[-3])
+    found["source"] = used[-2]
+    return found
 
 
 # --- receipts of it ------------------------------------------------------------------------------
@@ -309,6 +303,8 @@ def _day(days: int) -> str:
 
 
 def _json(value: object) -> str:
+    if not value:  # as meters and tags nearly always: no more than a look
+        return "{}" if value == {} else "[]"
     try:
         return orjson.dumps(value, default=dict).decode()
     except TypeError:

@@ -66,6 +66,9 @@ class Dialect(Protocol):
     def tag(self, name: str) -> tuple[str, str]:
         """The text of a receipt's tag, with one `?` in it, and the value for that; NULL where there is none."""
 
+    def before(self, column: str, mark: str) -> str:
+        """What a column has before a text that is in it."""
+
     def meter(self, name: str) -> str:
         """How much a receipt's meter of a name says, a whole number of 64 bits; 0 where there is none."""
 

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from qlens import Call, Reply, usd
-from qlens_plugins.cost.ledger import parameters, sums
+from qlens_plugins.cost.ledger import kept, parameters, sums
 from qlens_plugins.cost.ledger.answers import reply, written
 from qlens_plugins.cost.ledger.calls import FILTERS, LISTS, TIMES, asked_of
 from qlens_plugins.cost.ledger.reader import Reader
@@ -43,7 +43,7 @@ async def summarised(call: Call, reader: Reader, own: Where) -> Reply:
 
 def _written(question: Question, names: tuple[str, ...], limit: int, database: Database) -> bytes:
     """The summary as JSON."""
-    groups = {group: added for (_, group), added in sums.read(database, question).items()}
+    groups = {group: added for (_, group), added in kept.read(database, question).items()}
     latencies = sums.latencies(database, question)
     refused = _refused(database, question)
     groups |= {group: Sums.none() for group in refused or () if group not in groups}
@@ -73,13 +73,13 @@ def _written(question: Question, names: tuple[str, ...], limit: int, database: D
 
 def _question(asked: Mapping[str, Any], own: Where) -> Question:
     """Whole days: those that the times are in; without times, the last thirty."""
-    now = int(time.time())
+    now, where = int(time.time()), asked_of(asked, own).where
     end = asked.get("end_time", now + 1)
     start = asked.get("start_time", max(0, end - 1 - (DAYS - 1) * DAY))
     if end <= start:
-        raise parameters.wrong("end_time", "must be after `start_time`")
+        raise parameters.wrong("start_time", "must not be in the future where there is no `end_time`")
     by = tuple(_DIMENSIONS.get(name, name) for name in asked.get("group_by", ()))
-    return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, asked_of(asked, own).where)
+    return Question(start // DAY * DAY, -(-end // DAY) * DAY, None, by, where)
 
 
 def _refused(database: Database, question: Question) -> dict[Group, dict[str, int]] | None:

@@ -44,6 +44,8 @@ for _columns in (_IN_RECEIPTS, _IN_ROLLUPS):
     _columns[PROJECT_ID] = _PROJECT_ID.format_map(_columns)
 TAG = "tag:"
 """Before the name of a tag, where a dimension is named."""
+FIRST = "first_attempt"
+"""The dimension that says where a call was sent first: the beginning of its attempts' JSON, in receipts alone."""
 
 
 @frozen
@@ -190,6 +192,8 @@ def _dimensions(names: Sequence[str], dialect: Dialect, *, receipts: bool) -> tu
     for name in names:
         if name in known:
             found.append(known[name])
+        elif name == FIRST:
+            found.append(dialect.before("attempts", ',"status":'))
         else:
             text, value = dialect.tag(name.removeprefix(TAG))
             found.append(f"coalesce({text}, '')")

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from qlens import Command, Gateway, StartupError, usd
@@ -25,17 +25,23 @@ examples:
   qlens ledger verify                 whether the roll-ups say what the receipts say, to the last picodollar
 """
 _COPIES = (".db", ".sqlite")
+_READING = ("backup", "verify")
 
 NewStore = Callable[[Gateway], Store]
 Noted = Callable[[], None]
 """Notes what is about to be done, from the thread that does it; raises StartupError when it cannot be noted."""
 
 
-def command(new_store: NewStore, found: Callable[[], int]) -> Command:
-    """The command, given what makes the ledger's store, and the version that its tables had at the beginning."""
+def command(new_store: NewStore, found: Callable[[], int], caught_up: Callable[[], Awaitable[None]]) -> Command:
+    """The command, given what makes the ledger's store, the version that its tables had, and what waits for the spool.
+
+    A `restore` does not wait: what is in the spool would make an empty ledger another one.
+    """
 
     async def run(gateway: Gateway, args: argparse.Namespace) -> int:
         work = {"migrate": _migrate, "backup": _backup, "restore": _restore, "verify": _verify}[args.action]
+        if args.action in _READING:
+            await caught_up()
         store, loop = new_store(gateway), asyncio.get_running_loop()
 
         def noted() -> None:

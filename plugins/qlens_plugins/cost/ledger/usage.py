@@ -8,16 +8,17 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from datetime import date
+from datetime import UTC, date, datetime
 from functools import partial
 
 from attrs import define, frozen
 
-from qlens import unicode_argument, usd
+from qlens import StartupError, unicode_argument, usd
 from qlens_plugins.cost.columns import aligned
-from qlens_plugins.cost.ledger.rollups import COUNTS
-from qlens_plugins.cost.ledger.rows import DAY_NS, LARGEST
+from qlens_plugins.cost.ledger import kept, sums
+from qlens_plugins.cost.ledger.rollups import DAY
 from qlens_plugins.cost.ledger.store import Database, Store, StoreAway
+from qlens_plugins.cost.ledger.sums import LAST_SECOND
 
 HELP = "Show calls, tokens and cost from the ledger, by tenant, model, day and more."
 _EXAMPLES = """\
@@ -36,14 +37,15 @@ COLUMNS = {
     "outcome": "outcome",
     "day": "day",
 }
-"""What usage can be grouped by, and the column of the receipts."""
+"""What usage can be grouped by, and what roll-ups and receipts call it."""
 REJECTION_COLUMNS = {"tenant": "tenant", "operation": "operation", "model": "model", "day": "day"}
 """What of it is known of a refused call."""
 
-# Added up one by one: two of a call's own may be more than 64 bits hold.
 _PROMPT = ("input", "cached_input", "cache_write_5m", "cache_write_1h", "audio_in")
 _COMPLETION = ("output", "reasoning", "audio_out")
-_COUNTS = [f"count(*) FILTER (WHERE {COUNTS[name]})" for name in ("calls", "estimated", "unpriced")]
+_NAMES = ("calls", "estimated", "unpriced", *_PROMPT, *_COMPLETION, "cost", "saved")
+_EPOCH = date(1970, 1, 1)
+_END = LAST_SECOND // DAY * DAY
 
 
 @frozen
@@ -56,8 +58,16 @@ class Question:
     tenant: str | None = None
     model: str | None = None
 
-    def where(self) -> tuple[str, list[str | int]]:
-        """The condition in SQL and its values; the columns it names are in both tables."""
+    def of_calls(self) -> sums.Question:
+        """The same, as it is asked of roll-ups and receipts: of whole days."""
+        start = 0 if self.since is None else _seconds(self.since)
+        end = _END if self.until is None else _seconds(self.until, 1)
+        by = tuple(COLUMNS[name] for name in self.by if name != "day")
+        where = {name: (said,) for name, said in (("tenant", self.tenant), ("model", self.model)) if said is not None}
+        return sums.Question(start, end, DAY if "day" in self.by else None, by, where, _NAMES)
+
+    def of_rejections(self) -> tuple[str, list[str]]:
+        """The condition in SQL, and its values, for refused calls."""
         asked: dict[str, str | None] = {
             "day >= ?": self.since.isoformat() if self.since else None,
             "day <= ?": self.until.isoformat() if self.until else None,
@@ -100,6 +110,11 @@ class Sums:
         return None if self.calls and self.calls == self.unpriced else usd(self.cost_picos)
 
 
+def _seconds(day: date, more: int = 0) -> int:
+    """When a day begins, or one that many days later; there are no calls before or after what is added up."""
+    return max(0, min(((day - _EPOCH).days + more) * DAY, _END))
+
+
 Group = tuple[str | None, ...]
 
 
@@ -138,6 +153,8 @@ def _day(text: str) -> date:
 
 async def run(store: Store, args: argparse.Namespace) -> int:
     """Answer the command; 1 when the ledger cannot be read."""
+    if args.since is not None and args.until is not None and args.since > args.until:
+        raise StartupError(f"--since {args.since} is after --until {args.until}")
     question = Question(args.by, args.since, args.until, args.tenant, args.model)
     try:
         groups = await asyncio.to_thread(store.reading(math.inf).run, partial(read, question=question))
@@ -153,41 +170,41 @@ async def run(store: Store, args: argparse.Namespace) -> int:
 
 def read(database: Database, question: Question) -> dict[Group, Sums]:
     """Ask the ledger; groups in order."""
-    groups = dict(_receipts(database, question))
-    for group, sums in _rejections(database, question):
-        groups.setdefault(group, Sums()).add(sums)
+    groups = dict(_calls(database, question))
+    for group, refused in _rejections(database, question):
+        groups.setdefault(group, Sums()).add(refused)
     return dict(sorted(groups.items(), key=lambda item: [(name is not None, name or "") for name in item[0]]))
 
 
-def _receipts(database: Database, question: Question) -> Iterable[tuple[Group, Sums]]:
-    columns = [COLUMNS[name] for name in question.by]
-    names = (*_PROMPT, *_COMPLETION, "coalesce(cost_picos, 0)", "saved_picos")
-    summed = database.dialect.summed(names)
-    where, values = question.where()
-    if question.since is not None:
-        # Receipts are indexed by time, not by day.
-        where, values = f"{where} AND wall_ns >= ?", [*values, _nanoseconds(question.since)]
-    found = database.rows(
-        f"SELECT {', '.join((*columns, *_COUNTS, *summed))} "  # noqa: S608 - only names from above
-        f"FROM receipts WHERE {where} GROUP BY {', '.join(columns)}",
-        values,
+def _calls(database: Database, question: Question) -> Iterable[tuple[Group, Sums]]:
+    """From the roll-ups, which know all but the outcome; raises StartupError where only deleted receipts would know."""
+    asked = question.of_calls()
+    if gone := kept.gone(database, asked):
+        raise StartupError(
+            f"{gone}, and only they know the outcome: leave it out of --by, or ask for days after it, --since"
+        )
+    for (start, group), found in sums.read(database, asked).items():
+        day = datetime.fromtimestamp(start, UTC).date().isoformat()
+        values = {**dict(zip(asked.by, group, strict=True)), "day": day}
+        yield tuple(values[COLUMNS[name]] or None for name in question.by), _used(found)
+
+
+def _used(found: sums.Sums) -> Sums:
+    return Sums(
+        calls=found["calls"],
+        prompt=sum(found[name] for name in _PROMPT),
+        cached=found["cached_input"],
+        completion=sum(found[name] for name in _COMPLETION),
+        cost_picos=found["cost"],
+        saved_picos=found["saved"],
+        estimated=found["estimated"],
+        unpriced=found["unpriced"],
     )
-    width = len(columns)
-    for row in found:
-        calls, estimated, unpriced = row[width : width + len(_COUNTS)]
-        *tokens, cost, saved = database.dialect.whole(row[width + len(_COUNTS) :])
-        prompt, completion = sum(tokens[: len(_PROMPT)]), sum(tokens[len(_PROMPT) :])
-        yield tuple(row[:width]), Sums(calls, 0, prompt, tokens[1], completion, cost, saved, estimated, unpriced)
-
-
-def _nanoseconds(day: date) -> int:
-    # Beyond what 64 bits can hold there are no calls.
-    return max(0, min((day - date(1970, 1, 1)).days * DAY_NS, LARGEST))
 
 
 def _rejections(database: Database, question: Question) -> Iterable[tuple[Group, Sums]]:
     known = [_known(name) for name in question.by]
-    where, values = question.where()
+    where, values = question.of_rejections()
     found = database.rows(
         f"SELECT {', '.join(known)}, sum(calls) FROM rejections WHERE {where} "  # noqa: S608 - only names from above
         f"GROUP BY {', '.join(str(place + 1) for place in range(len(known)))}",
@@ -208,28 +225,28 @@ def _known(name: str) -> str:
 
 
 def _as_json(question: Question, groups: dict[Group, Sums]) -> str:
-    rows = [{**dict(zip(question.by, group, strict=True)), **_values(sums)} for group, sums in groups.items()]
+    rows = [{**dict(zip(question.by, group, strict=True)), **_values(found)} for group, found in groups.items()]
     return json.dumps({"by": question.by, "rows": rows, "total": _values(_total(groups))}, indent=2) + "\n"
 
 
-def _values(sums: Sums) -> dict[str, int | str | None]:
+def _values(found: Sums) -> dict[str, int | str | None]:
     return {
-        "calls": sums.calls,
-        "rejected": sums.rejected,
-        "prompt_tokens": sums.prompt,
-        "cached_tokens": sums.cached,
-        "completion_tokens": sums.completion,
-        "cost_usd": sums.cost_usd,
-        "estimated_calls": sums.estimated,
-        "unpriced_calls": sums.unpriced,
-        "saved_usd": usd(sums.saved_picos),
+        "calls": found.calls,
+        "rejected": found.rejected,
+        "prompt_tokens": found.prompt,
+        "cached_tokens": found.cached,
+        "completion_tokens": found.completion,
+        "cost_usd": found.cost_usd,
+        "estimated_calls": found.estimated,
+        "unpriced_calls": found.unpriced,
+        "saved_usd": usd(found.saved_picos),
     }
 
 
 def _total(groups: dict[Group, Sums]) -> Sums:
     total = Sums()
-    for sums in groups.values():
-        total.add(sums)
+    for found in groups.values():
+        total.add(found)
     return total
 
 
@@ -237,12 +254,12 @@ def _as_text(question: Question, groups: dict[Group, Sums]) -> str:
     if not groups:
         return "no calls\n"
     heads = [name.upper() for name in (*question.by, *_values(Sums()))]
-    lines = [_cells(group, sums) for group, sums in groups.items()]
+    lines = [_cells(group, found) for group, found in groups.items()]
     if len(lines) > 1:
         lines.append(_cells(("total", *([""] * (len(question.by) - 1))), _total(groups)))
     return aligned([heads, *lines])
 
 
-def _cells(group: Sequence[str | None], sums: Sums) -> list[str]:
-    values = (*group, *_values(sums).values())
+def _cells(group: Sequence[str | None], found: Sums) -> list[str]:
+    values = (*group, *_values(found).values())
     return ["-" if value is None else str(value) for value in values]

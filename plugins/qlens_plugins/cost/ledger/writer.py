@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from attrs import define, field, frozen
 
-from qlens import Call, Receipt
+from qlens import Call, Receipt, background_thread
 from qlens_plugins.cost.ledger import records, rows
 from qlens_plugins.cost.ledger.journal import Journal
 from qlens_plugins.cost.ledger.news import News
@@ -29,8 +29,12 @@ LOOK_SECONDS = 600.0
 """Between two looks for receipts that are old enough to be deleted."""
 TAKE_OVER_SECONDS = 30.0
 """Between two looks for what dead processes left."""
+LOOK_AGAIN_SECONDS = 0.01
+"""Between two looks of a command at whether that is written."""
 TELL_SECONDS = 0.2
 """Between two tries to tell of it."""
+PATIENCE_SECONDS = 10.0
+"""How long a command waits for what dead processes left while none of it is written."""
 GRACE_SECONDS = 5.0
 """How much longer than the closing time one stuck call into the database or the disk is waited for."""
 
@@ -39,11 +43,11 @@ GRACE_SECONDS = 5.0
 class Promised:
     """A call that the disk has no record of; its receipt has a place in memory."""
 
-    begun: bytes
+    opening: bytes
 
 
 Begun = bytes | Promised
-"""What `begin` gives for a call, and `keep` or `void` takes back."""
+"""What `begin` gives for a call, the record on the disk if it is there, and `keep` or `void` takes back."""
 
 
 @define(eq=False)
@@ -110,7 +114,7 @@ class Writer:
         if self._users > 1:
             return
         opened: Future[None] = Future()
-        threading.Thread(target=self._run, args=(opened,), name="qlens-ledger", daemon=True).start()
+        background_thread(lambda: self._run(opened), "qlens-ledger").start()
         try:
             await asyncio.wrap_future(opened)
         except BaseException:
@@ -137,6 +141,18 @@ class Writer:
                 *(self.store, lost, self._uncounted, reason),
             )
 
+    async def caught_up(self) -> int:
+        """Wait until what dead processes left is written, as long as that goes on.
+
+        Returns how many of their records may be of receipts that are still not in the database.
+        """
+        batches, last = self._batches, time.monotonic()
+        while (left := self.journal.left_behind) and time.monotonic() < last + PATIENCE_SECONDS:
+            await asyncio.sleep(LOOK_AGAIN_SECONDS)
+            if self._batches != batches:
+                batches, last = self._batches, time.monotonic()
+        return left
+
     def _end(self, seconds: float) -> None:
         with self._wake:
             self._closing = time.monotonic() + seconds
@@ -149,27 +165,30 @@ class Writer:
 
     def begin(self, call: Call) -> Begun | None:
         """Note that a call may be sent from now on; None when there is no place for that."""
-        begun = records.begun(call)
-        if self.journal.note(records.opening(begun)):
-            return begun
+        opening = records.opening(call)
+        if self.journal.note(opening):
+            return opening
         if not self._has_place:
             return None
         self._promised += 1
-        return Promised(begun)
+        return Promised(opening)
 
     def keep(self, receipt: Receipt, begun: Begun | None = None) -> bool:
         """Put a receipt in the queue; False when it has no place there, because the call had not begun."""
         try:
-            before = begun if isinstance(begun, bytes) else self._redeemed(begun) or records.begun_late(receipt)
-            record = records.closing(before, receipt)
+            record = records.closing(begun if type(begun) is bytes else self._redeemed(begun), receipt)
         except Exception:
             # One receipt that cannot be written down must not hold up all that come after it.
             log.exception("ledger %s: receipt %s cannot be written down and is lost", self.store, receipt.id)
             self.dropped(1)
             return True
-        if not self.journal.keep(record, in_memory=begun is not None or self._has_place):
-            return False
-        if self.journal.fresh in (1, self.batch_size):
+        journal = self.journal
+        if not journal.keep(record):
+            if begun is None and not self._has_place:
+                return False
+            journal.remember(record)
+        fresh = journal.fresh
+        if fresh == 1 or fresh == self.batch_size:  # noqa: PLR1714 - a tuple would be made for every call
             with self._wake:
                 self._wake.notify()
         return True
@@ -201,7 +220,7 @@ class Writer:
         """What is known of a call from before, whose place in memory is free again."""
         if isinstance(begun, Promised):
             self._promised -= 1
-            return begun.begun
+            return begun.opening
         return begun
 
     def count(self, receipt: Receipt) -> None:
@@ -280,7 +299,9 @@ class Writer:
 
     @property
     def _has_batch(self) -> bool:
-        return self.journal.has_more or self.journal.fresh >= self.batch_size
+        # What a dead process left has waited long enough.
+        journal = self.journal
+        return journal.has_more or journal.fresh >= self.batch_size or journal.left_behind > 0
 
     def _persist(self, batch: Batch) -> bool:
         """Write a batch, however often it takes; False when the end came first."""

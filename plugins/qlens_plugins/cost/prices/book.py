@@ -196,8 +196,14 @@ class Sheet:
     """The prices in force for one provider and model pattern, those for the longest prompts first."""
 
     entries: tuple[Entry, ...]
+    only: Entry | None = field(init=False)
+    """The entry for prompts of all sizes, where it is the only one."""
     by_request: bool = field(init=False)
     """Whether a call costs something beside what it uses."""
+
+    @only.default
+    def _for_all_sizes(self) -> Entry | None:
+        return self.entries[0] if len(self.entries) == 1 and not self.entries[0].above else None
 
     @by_request.default
     def _takes_fees(self) -> bool:
@@ -221,20 +227,23 @@ class Sheet:
 
         None when part of it has no price.
         """
-        for entry in self.entries:
-            if not entry.above or usage.prompt > entry.above:
-                rates = entry.tiers.get(usage.tier)
-                if rates is None:
-                    return entry.standard.cost(usage, "estimated")
-                return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
-        return None
+        entry = self.only or self._entry(usage.prompt)
+        if entry is None:
+            return None
+        rates = entry.tiers.get(usage.tier)
+        if rates is None:
+            return entry.standard.cost(usage, "estimated")
+        return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
+
+    def _entry(self, prompt: int) -> Entry | None:
+        return next((entry for entry in self.entries if not entry.above or prompt > entry.above), None)
 
     def bound(self, usage: Usage) -> Cost | None:
         """What a usage can cost at most, while nobody knows which buckets and tier it will be counted in."""
+        if self.only is not None:
+            return self.only.dearest.cost(usage, "estimated")
         if not self.entries or self.entries[-1].above:
             return None  # the prompt may turn out to be a short one, which has no price
-        if len(self.entries) == 1:
-            return self.entries[0].dearest.cost(usage, "estimated")
         dearest: Cost | None = None
         for entry in self.entries:
             if entry.above and usage.prompt <= entry.above:

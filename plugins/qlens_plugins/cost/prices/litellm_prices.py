@@ -108,7 +108,12 @@ def _cases(entry: Mapping[str, Any], by_size: set[Any]) -> dict[Case, Prices]:
     for case, prices in cases.items():
         if case.above and not case.tier:
             cases[case] = {**standard, **prices}
-    return cases
+    return {case: prices for case, prices in cases.items() if not case.tier or _is_whole(prices, standard)}
+
+
+def _is_whole(tier: Prices, standard: Prices) -> bool:
+    """Whether a tier prices what is sent and what comes back: the rest would be at the standard price, and `exact`."""
+    return all(name in tier for name in ("input", "output") if name in standard)
 
 
 def _told(entry: Mapping[str, Any]) -> Iterator[tuple[Case, str, Decimal]]:

@@ -28,7 +28,7 @@ from qlens import (
     usd,
 )
 from qlens_plugins.cost.prices.book import REQUESTS, Book
-from qlens_plugins.cost.prices.catalogue import Catalogue
+from qlens_plugins.cost.prices.catalogue import KINDS, Catalogue
 from qlens_plugins.cost.prices.needed import needed
 from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
 
@@ -131,12 +131,26 @@ class Prices:
                 "%s: the price table is empty: all calls are unpriced; give `file` or `table`, or `catalogue: true`",
                 self.name,
             )
+        for name in self._strangers(gateway):
+            log.warning(
+                "%s: `table` has a row for the provider %r, neither under `providers:` nor a kind of provider; "
+                "no call is priced by it",
+                self.name,
+                name,
+            )
         following = asyncio.create_task(self._follow(), name="follow prices")
         try:
             yield
         finally:
             following.cancel()
             await asyncio.wait({following})
+
+    def _strangers(self, gateway: Gateway) -> Iterable[str]:
+        """The providers of rows that can price nothing here; the rows of a file may be for other gateways too."""
+        entries = gateway.config.providers
+        kinds = {target.kind for model in gateway.models.values() for target in model.candidates}
+        known = {"*", *KINDS, *kinds, *entries, *(entry.plugin for entry in entries.values())}
+        return dict.fromkeys(row.provider for row in self.config.table if row.provider not in known)
 
     async def _follow(self) -> None:
         while self.config.file is not None:

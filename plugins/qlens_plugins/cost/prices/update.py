@@ -16,8 +16,8 @@ from qlens_plugins.cost.prices.quotes import Case, Key, Prices, Quote, Quotes
 from qlens_plugins.cost.prices.rows import BUCKETS
 
 RULE = (
-    "genai-prices wins where both name a model. What it leaves open (a bucket, a service tier) is taken from litellm "
-    "only when both have the same price for input and output. litellm alone prices the rest."
+    "genai-prices wins where both name a model. What it leaves open (a bucket, a service tier, long prompts) is taken "
+    "from litellm only when both have the same price for input and output. litellm alone prices the rest."
 )
 
 
@@ -95,7 +95,7 @@ def _merge(quotes: list[Quotes]) -> list[str]:
             added[key] = other
             continue
         name, mine = found
-        if differing := _differing(mine.standard(), other.standard()):
+        if differing := [*_differing(mine.standard(), other.standard()), *_left_out(mine, other)]:
             conflicts.append(f"{key.provider}/{key.model}: {'; '.join(differing)}")
         if _agree(mine, other):
             first.known[name] = _completed(mine, other)
@@ -113,12 +113,26 @@ def _agree(mine: Quote, other: Quote) -> bool:
     return all(one.get(name) == two.get(name) for name in ("input", "output"))
 
 
+def _sizes_of(mine: Quote, other: Quote) -> set[int]:
+    """Of the other's prompt sizes, those that only it has: none may be taken where the first list ever said some."""
+    return other.sizes() - mine.sizes() if not any(case.above for case in mine.cases) else set()
+
+
+def _left_out(mine: Quote, other: Quote) -> list[str]:
+    """The prices for long prompts that are not taken over."""
+    left = other.sizes() - mine.sizes() - (_sizes_of(mine, other) if _agree(mine, other) else set())
+    return [f"prompts of more than {above} tokens have prices by litellm alone" for above in sorted(left)]
+
+
 def _completed(mine: Quote, other: Quote) -> Quote:
-    """A quote with what only the other says: buckets of the standard prices, and tiers."""
+    """A quote with what only the other says: buckets of the standard prices, prompt sizes, and tiers."""
     since, cases = mine.newest(), dict(mine.cases)
     for above in mine.sizes() & other.sizes():
         cases[Case(since, above)] = {**other.standard(above), **cases[Case(since, above)]}
-    if mine.sizes() == other.sizes():
+    taken = _sizes_of(mine, other)
+    for above in taken:
+        cases[Case(since, above)] = {**cases[Case(since)], **other.standard(above)}
+    if mine.sizes() | taken == other.sizes():
         for tier in other.tiers() - mine.tiers():
             for above in other.sizes(tier):
                 cases[Case(since, above, tier)] = other.cases[Case(other.newest(), above, tier)]

@@ -149,10 +149,10 @@ class Link:
 
     # --- events --------------------------------------------------------------------------------
 
-    async def deliver(self, messages: Sequence[Message], seconds: float) -> None:
+    async def deliver(self, messages: Sequence[Message], seconds: float) -> bool:
         """Publish events and wait for what becomes of them, so many seconds at most; raises what connections fail with.
 
-        What was acknowledged is `done`, and so is what the stream will never take.
+        What was acknowledged is `done`, and so is what the stream will never take. False when nothing was answered.
         """
         self._awaited = {reply: message for reply, message in self._awaited.items() if not message.done}
         self._open, self._answered = len(messages), asyncio.get_running_loop().create_future()
@@ -168,9 +168,7 @@ class Link:
             answered.cancel()
         if self.client.is_closed:
             raise errors.ConnectionClosedError
-        if self._open == len(messages):
-            # As good as no connection: the next one may be to a server that answers.
-            raise errors.Error(self.trouble or f"no acknowledgement within {seconds:g} s")
+        return self._open < len(messages)
 
     async def _publish(self, message: Message) -> None:
         message.refusal = None

@@ -94,7 +94,7 @@ class Outbox:
         self.config = config
         self._subjects.clear()
         if self.spool is not None:
-            self.spool.most_bytes = config.spool_bytes
+            self.spool.allow(config.spool_bytes)
 
     # --- on the event loop ---------------------------------------------------------------------
 

@@ -75,7 +75,8 @@ class Nats:
             return Health(True)
         said = [f"{shipper.waiting} events wait"]
         if problem := shipper.problem:
-            said.insert(0, f"cannot send since {time.monotonic() - shipper.since:.0f} s: {problem}")
+            since = f"cannot send since {time.monotonic() - shipper.since:.0f} s: " if shipper.away else ""
+            said.insert(0, f"{since}{problem}")
         if trouble := outbox.trouble:
             said.append(f"{outbox.lost} are lost, the outbox takes nothing: {trouble}")
         if unsynced := outbox.unsynced:

@@ -6,17 +6,17 @@ import asyncio
 import logging
 import random
 import time
-from collections import deque
 from contextlib import suppress
 from threading import Event, Thread
 
 from attrs import define, field
 
-from qlens import Spool, StartupError
+from qlens import Spool, StartupError, background_thread
 from qlens_plugins.observe.nats.link import Away, Link, Refused, connected
 from qlens_plugins.observe.nats.messages import Message
 from qlens_plugins.observe.nats.outbox import Outbox
 from qlens_plugins.observe.nats.settings import NatsConfig
+from qlens_plugins.observe.nats.source import Source
 
 log = logging.getLogger("qlens.nats")
 
@@ -32,28 +32,11 @@ GRACE_SECONDS = 3.0
 
 
 @define(eq=False)
-class Source:
-    """A spool whose records go when the stream has them, in order."""
-
-    spool: Spool
-    batch: deque[Message] = field(factory=deque, init=False)
-    """What was read, and is there still."""
-
-    def let_go(self) -> list[Message]:
-        """Do without what is done, up to the first that is not; what that is."""
-        gone = []
-        while self.batch and self.batch[0].done:
-            gone.append(self.batch.popleft())
-        self.spool.shipped(len(gone))
-        return gone
-
-
-@define(eq=False)
 class Shipper:
     """Sends events as long as it is open, and again what was not acknowledged."""
 
     outbox: Outbox
-    problem: str = field(default="", init=False)
+    away: str = field(default="", init=False)
     """Why nothing can be sent at present."""
     since: float = field(default=0.0, init=False)
     """Since when, in monotonic seconds."""
@@ -67,6 +50,8 @@ class Shipper:
     _ending: asyncio.Event = field(init=False)
     _wait: float = field(default=FIRST_WAIT_SECONDS, init=False)
     _looked: float = field(default=0.0, init=False)
+    _refusing: bool = field(default=False, init=False)
+    """Whether it was said that some events are not taken."""
 
     # --- for the gateway's event loop ----------------------------------------------------------
 
@@ -79,7 +64,7 @@ class Shipper:
         """Open the outbox and send, if nobody does yet; raises StartupError. To be closed in any case."""
         self._users += 1
         if self._thread is None:
-            self._thread = Thread(target=self._run, name="qlens-nats", daemon=True)
+            self._thread = background_thread(self._run, "qlens-nats")
             self._thread.start()
             await asyncio.to_thread(self._started.wait)
         if self._unusable is not None:
@@ -103,6 +88,18 @@ class Shipper:
     def waiting(self) -> int:
         """How many events are not sent, those of dead processes included."""
         return sum(source.spool.left.records for source in tuple(self._sources))
+
+    @property
+    def problem(self) -> str:
+        """Why nothing, or not all, can be sent at present."""
+        refused = next((source for source in tuple(self._sources) if source.why), None)
+        if self.away or refused is None:
+            return self.away
+        return f"{self._aside} events are not taken: {refused.why}"
+
+    @property
+    def _aside(self) -> int:
+        return sum(source.aside for source in tuple(self._sources))
 
     # --- on the thread -------------------------------------------------------------------------
 
@@ -158,13 +155,22 @@ class Shipper:
         config = self.outbox.config
         async with connected(config, f"qlens {self.outbox.name}") as link:
             await link.find_stream()
-            while config is self.outbox.config and not self._is_over():
+            while not self._is_over():
+                if config is not self.outbox.config:
+                    for source in self._sources:
+                        source.look_again(now=True)
+                    break
                 spent = time.thread_time()
                 is_full = await self._round(link, config)
-                self._recovered()
+                if (stuck := next((source for source in self._sources if source.is_stuck), None)) is not None:
+                    self._failed(stuck.why)
+                else:
+                    self._recovered()
                 if link.is_lost:
                     raise ConnectionError(link.trouble or "the connection is lost")
-                if not self._ending.is_set():
+                if self._ending.is_set():
+                    await asyncio.sleep(0)  # a round without messages waits for nothing
+                else:
                     self._look_after()
                     # After an outage, half of the processor's time at most: calls need it too.
                     await asyncio.sleep(time.thread_time() - spent if is_full else LOOK_SECONDS)
@@ -173,27 +179,35 @@ class Shipper:
         """Send once what each source has; whether one had as much as may be on its way."""
         is_full = False
         for source in tuple(self._sources):
-            messages = self._filled(source, config.in_flight)
-            is_full = is_full or len(messages) >= config.in_flight
+            source.look_again()
+            messages, has_more = source.filled(config.in_flight)
+            is_full = is_full or has_more
+            is_answered = True
             try:
                 if messages:
-                    await link.deliver(messages, config.ack_seconds)
+                    is_answered = await link.deliver(messages, config.ack_seconds)
+                    self._sent(source, messages, link.trouble or f"no acknowledgement within {config.ack_seconds:g} s")
             finally:
-                self._count(source.let_go())
-            _check(messages)
+                done = source.done
+                self._count(done)  # before they go: nobody sees that none waits and that one is not counted yet
+                source.let_go(len(done))
+            if not is_answered:
+                # As good as no connection: the next one may be to a server that answers.
+                raise ConnectionError(source.why or link.trouble or "no acknowledgement in time")
         self.outbox.count.waiting.set(self.waiting)
+        if self._refusing and not any(source.why for source in self._sources):
+            self._refusing = False
+            log.warning("nats: %s: all events are taken again", self.outbox.name)
         return is_full
 
-    def _filled(self, source: Source, most: int) -> list[Message]:
-        """What is to be sent, with further records up to so many."""
-        for record in source.spool.read(most - len(source.batch), after=len(source.batch)):
-            try:
-                source.batch.append(Message.read(record))
-            except ValueError:
-                source.batch.append(
-                    Message("", "", b"", done=True, refusal=f"a record in {source.spool.place} is no event")
-                )
-        return [message for message in source.batch if not message.done]
+    def _sent(self, source: Source, messages: list[Message], silence: str) -> None:
+        """Note what became of events; raises Refused when it is not the fault of their subjects."""
+        why = next((message.refusal for message in messages if message.refusal and not message.done), silence)
+        if source.sent(messages, why):
+            raise Refused(why)
+        if source.why and not self._refusing:
+            self._refusing = True
+            log.warning("nats: %s: events are not taken and wait: %s", self.outbox.name, why)
 
     def _count(self, gone: list[Message]) -> None:
         """Count what became of events."""
@@ -218,7 +232,7 @@ class Shipper:
     # --- its state -----------------------------------------------------------------------------
 
     def _is_over(self) -> bool:
-        return self._ending.is_set() and (bool(self.problem) or not self.waiting)
+        return self._ending.is_set() and (bool(self.away) or not any(source.unsent for source in tuple(self._sources)))
 
     async def _rest(self) -> None:
         seconds = self._wait * random.uniform(0.75, 1.25)  # noqa: S311 - no secret
@@ -227,20 +241,13 @@ class Shipper:
             await asyncio.wait_for(self._ending.wait(), seconds)
 
     def _failed(self, problem: str) -> None:
-        if not self.problem:
+        if not self.away:
             self.since = time.monotonic()
             log.warning("nats: %s cannot send, will try again: %s", self.outbox.name, problem)
-        self.problem = problem
+        self.away = problem
         self.outbox.count.waiting.set(self.waiting)
 
     def _recovered(self) -> None:
-        if self.problem:
+        if self.away:
             log.warning("nats: %s sends again after %.1f s", self.outbox.name, time.monotonic() - self.since)
-        self.problem, self._wait = "", FIRST_WAIT_SECONDS
-
-
-def _check(messages: list[Message]) -> None:
-    """Raise Refused when the stream did not take one of them."""
-    refusal = next((message.refusal for message in messages if message.refusal and not message.done), None)
-    if refusal is not None:
-        raise Refused(refusal)
+        self.away, self._wait = "", FIRST_WAIT_SECONDS

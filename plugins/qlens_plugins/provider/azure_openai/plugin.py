@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from urllib.parse import quote, urlencode
 
-import orjson
 from attrs import define, evolve, field
 
 from qlens import (
@@ -26,6 +25,7 @@ from qlens import (
     UpstreamModelMissing,
     UpstreamRejected,
     hookimpl,
+    json_of,
     post_openai,
     send_request,
 )
@@ -438,7 +438,7 @@ class AzureOpenAI:
         if tier is not None and reply.usage is not None:
             reply.usage = evolve(reply.usage, tier=tier)
         if target.base_model in _HIDDEN and reply.body is not None and not reply.raw:
-            _answered_by(reply, target, orjson.loads(reply.body).get("model"))
+            _answered_by(reply, target, json_of(reply.body).get("model"))
         return reply
 
 

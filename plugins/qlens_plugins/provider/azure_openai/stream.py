@@ -14,6 +14,8 @@ from uuid import uuid4
 import orjson
 from attrs import define, field
 
+from qlens import json_of
+
 # What makes an event worth parsing. Inside a JSON string the quotes would be escaped, so text never matches.
 _ODD = re.compile(rb'"content_filter_offsets"|"finish_reason"\s*:\s*"|"id"\s*:\s*""')
 _ODD_OR_USAGE = re.compile(_ODD.pattern + rb'|"usage"\s*:\s*\{')
@@ -110,7 +112,7 @@ class Mender:
         """What goes to the client for one event: none while it waits, and those that have waited for it."""
         before, data = _parts(event)
         try:
-            payload = orjson.loads(data)
+            payload = json_of(data)
         except orjson.JSONDecodeError:
             # A comment, [DONE], or something for the core to judge.
             return [*(self._named_early() if b"[DONE]" in data else ()), event]
@@ -190,7 +192,7 @@ class Tiered(Mender):
     def _event(self, event: bytes) -> bytes:
         before, data = _parts(event)
         try:
-            payload = orjson.loads(data)
+            payload = json_of(data)
         except orjson.JSONDecodeError:
             return event  # something for the core to judge
         # A response's usage stands in the response; that of an image or a transcript in the event itself.

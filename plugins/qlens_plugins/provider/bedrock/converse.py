@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from qlens_plugins.provider.bedrock.converse_reply import Head, choice_of
 from qlens_plugins.provider.bedrock.converse_request import Asked
 from qlens_plugins.provider.bedrock.converse_stream import DONE, ChunkWriter, event_name, usage_chunk
 from qlens_plugins.provider.bedrock.eventstream import MEDIA_TYPE, Frame, FrameReader
-from qlens_plugins.provider.bedrock.exchange import ToldBy, Wire, dumped, request_id_of
+from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire, dumped, request_id_of
 from qlens_plugins.provider.bedrock.fan_out import gathered, merged
 from qlens_plugins.provider.bedrock.model_ids import ModelId
 
@@ -30,15 +30,16 @@ _END_SECONDS = 1.0
 # --- whole answers -----------------------------------------------------------------------------
 
 
-async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Reply:
-    """Ask for whole answers; their usage adds up."""
+async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int, most: Callable[[int], Usage]) -> Reply:
+    """Ask for whole answers; their usage adds up. `most` is what one of them can use."""
     path, body = f"/model/{model.segment}/converse", dumped(asked.body)
-    answers = await gathered([partial(wire.ask, path, body)] * choices)
+    answers = await gathered([partial(wire.ask, path, body)] * choices, _used, most)
     request_id = answers[0].request_id
     head = Head.of(model.shown, request_id)
-    with ToldBy(request_id):
+    said = [_used(answer) for answer in answers]
+    with ToldBy(request_id, usages.together(said)):
         written = [choice_of(answer.body, asked, index) for index, answer in enumerate(answers)]
-    usage = usages.total([_usage(answer.body) for answer in answers])
+    usage = usages.total(said)
     content: Block = {
         "id": head.id,
         "object": "chat.completion",
@@ -61,7 +62,8 @@ async def converse(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Re
     )
 
 
-def _usage(answer: Block) -> Usage | None:
+def _used(told: Told) -> Usage | None:
+    answer = told.body
     more = answer.get("additionalModelResponseFields")
     return usages.read(answer.get("usage"), _tier(answer), usages.reasoning(more))
 
@@ -146,8 +148,13 @@ class _Stream:
             return None
 
 
-async def converse_stream(wire: Wire, model: ModelId, asked: Asked, choices: int) -> Reply:
-    """Ask for streams; the reply comes once the first frame of each is in hand."""
+async def converse_stream(
+    wire: Wire, model: ModelId, asked: Asked, choices: int, most: Callable[[int], Usage]
+) -> Reply:
+    """Ask for streams; the reply comes once the first frame of each is in hand.
+
+    Where one fails, the others are taken to use the `most`: they say at their end what they used, and are closed.
+    """
     path, body = f"/model/{model.segment}/converse-stream", dumped(asked.body)
     answers: list[Answer] = []
     head: Head | None = None
@@ -162,11 +169,11 @@ async def converse_stream(wire: Wire, model: ModelId, asked: Asked, choices: int
             await answer.close()
 
     try:
-        opened = await gathered([open_one] * choices)
+        opened = await gathered([open_one] * choices, most=most)
         request_id = request_id_of(opened[0])
         head = Head.of(model.shown, request_id)
         streams = [_Stream(answer, ChunkWriter(asked, head, index)) for index, answer in enumerate(opened)]
-        await gathered([stream.begin for stream in streams])
+        await gathered([stream.begin for stream in streams], most=most)
     except BaseException as error:
         await close()
         if isinstance(error, CallError) and answers:

@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 from attrs import define, field
 
-from qlens import UpstreamError, UpstreamInvalid, Usage
+from qlens import UpstreamError, UpstreamInvalid, Usage, json_of
 from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.converse_reply import Head, finish_of, older
 from qlens_plugins.provider.bedrock.converse_request import Asked
@@ -70,7 +70,7 @@ class ChunkWriter:
         """The chunks for a frame; raises what the frame says went wrong."""
         name = event_name(frame)
         try:
-            payload = orjson.loads(frame.payload)
+            payload = json_of(frame.payload)
         except orjson.JSONDecodeError:
             raise UpstreamInvalid("The provider sent an event that is not JSON.") from None
         try:

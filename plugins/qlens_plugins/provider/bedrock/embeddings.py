@@ -6,12 +6,14 @@ import struct
 from base64 import b64encode
 from collections.abc import Iterator
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import orjson
 from attrs import frozen
 
 from qlens import InvalidRequest, Reply, UpstreamInvalid, Usage
+from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire
 from qlens_plugins.provider.bedrock.families import Family
 from qlens_plugins.provider.bedrock.fan_out import gathered
@@ -21,6 +23,7 @@ from qlens_plugins.provider.bedrock.model_ids import ModelId
 Block = dict[str, Any]
 Vector = list[float]
 
+_BYTES_PER_TOKEN = 3
 _COHERE_TEXTS = 96
 _TITAN_DIMENSIONS = (1024, 512, 256)
 _COHERE_DIMENSIONS = (1536, 1024, 512, 256)
@@ -32,7 +35,7 @@ class _Part:
     """The answer to one request."""
 
     vectors: list[Vector]
-    tokens: int | None
+    usage: Usage | None
     request_id: str | None
 
 
@@ -42,13 +45,11 @@ async def embed(wire: Wire, model: ModelId, family: Family, body: Block, estimat
     `estimate` is how many tokens they may have, for models that do not say.
     """
     texts = _texts(body)
-    requests = _titan(texts, body, model) if family.vectors == "titan" else _cohere(texts, body, family)
-    parts = await gathered([partial(_asked, wire, model, request, count) for request, count in requests])
+    requests = list(_titan(texts, body, model) if family.vectors == "titan" else _cohere(texts, body, family))
+    sends = [partial(_asked, wire, model, request, count) for request, count in requests]
+    parts = await gathered(sends, attrgetter("usage"), lambda place: _guessed(requests[place][0]), alike=False)
     vectors = [vector for part in parts for vector in part.vectors]
-    told = [part.tokens for part in parts if part.tokens is not None]
-    usage = Usage(input=sum(told), source="provider")
-    if len(told) < len(parts):
-        usage = Usage(input=estimate, source="estimated")
+    usage = usages.total([part.usage for part in parts]) or Usage(input=estimate, source="estimated")
     packed = body.get("encoding_format") == "base64"
     content: Block = {
         "object": "list",
@@ -133,21 +134,32 @@ def _wrong_dimensions(allowed: tuple[int, ...]) -> InvalidRequest:
 
 async def _asked(wire: Wire, model: ModelId, request: Block, count: int) -> _Part:
     answer = await invoked(wire, model, request)
-    with ToldBy(answer.request_id):
-        return _part(answer, count)
+    usage = _used(answer)
+    with ToldBy(answer.request_id, usage):
+        return _Part(_vectors(answer.body, count), usage, answer.request_id)
 
 
-def _part(told: Told, count: int) -> _Part:
-    answer, counted = told.body, told.headers.get("x-amzn-bedrock-input-token-count")
+def _vectors(answer: Block, count: int) -> list[Vector]:
     vectors = [answer["embedding"]] if "embedding" in answer else answer.get("embeddings")
     if isinstance(vectors, dict):
         vectors = vectors.get("float")
     if not isinstance(vectors, list) or len(vectors) != count or not all(map(_is_vector, vectors)):
         raise UpstreamInvalid("The provider's answer does not have a vector for each text.")
-    tokens = answer.get("inputTextTokenCount")
-    if type(tokens) is not int:
+    return vectors
+
+
+def _used(told: Told) -> Usage | None:
+    tokens, counted = told.body.get("inputTextTokenCount"), told.headers.get("x-amzn-bedrock-input-token-count")
+    if type(tokens) is not int or tokens < 0:
         tokens = int(counted) if counted is not None and counted.isdecimal() and len(counted) < 10 else None
-    return _Part(vectors, tokens, told.request_id)
+    return None if tokens is None else Usage(input=tokens, source="provider")
+
+
+def _guessed(request: Block) -> Usage:
+    """What the texts of a request are likely to use, by their size."""
+    texts = request.get("texts") or [request["inputText"]]
+    size = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    return Usage(input=-(-size // _BYTES_PER_TOKEN), source="estimated")
 
 
 def _is_vector(vector: object) -> bool:

@@ -9,7 +9,18 @@ from typing import Any, Protocol
 import orjson
 from attrs import define, field, frozen
 
-from qlens import Answer, CallError, Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamRejected, trimmed
+from qlens import (
+    Answer,
+    CallError,
+    Deadlines,
+    Upstream,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamRejected,
+    Usage,
+    json_of,
+    trimmed,
+)
 from qlens_plugins.provider.bedrock.failures import CredentialsExpired, from_answer
 from qlens_plugins.provider.bedrock.signing import NOTHING, Proof
 
@@ -93,9 +104,10 @@ class Wire:
 
 @define(eq=False)
 class ToldBy:
-    """Around the reading of an answer: what is wrong with it is told with AWS's id of its request."""
+    """Around the reading of an answer: what is wrong with it is told with AWS's id of its request, and what it used."""
 
     request_id: str | None
+    usage: Usage | None = None
 
     def __enter__(self) -> None:
         pass
@@ -105,9 +117,10 @@ class ToldBy:
             return
         if isinstance(error, CallError):
             error.upstream_id = error.upstream_id or self.request_id
+            error.usage = error.usage or self.usage
         elif isinstance(error, AttributeError | IndexError | KeyError | TypeError):
             invalid = UpstreamInvalid("The provider's answer is not as its API promises.")
-            invalid.upstream_id = self.request_id
+            invalid.upstream_id, invalid.usage = self.request_id, self.usage
             raise invalid from error
 
 
@@ -121,9 +134,11 @@ def dumped(body: dict[str, Any]) -> bytes:
 
 def _parsed(raw: bytes) -> dict[str, Any]:
     try:
-        parsed = orjson.loads(raw)
+        parsed = json_of(raw)
     except orjson.JSONDecodeError:
-        raise UpstreamInvalid("The provider's answer is not valid JSON.") from None
+        error = UpstreamInvalid("The provider's answer is not valid JSON.")
+        error.answered = raw.lstrip().startswith(b"{")  # it was made all the same
+        raise error from None
     if not isinstance(parsed, dict):
         raise UpstreamInvalid("The provider's answer is not a JSON object.")
     return parsed

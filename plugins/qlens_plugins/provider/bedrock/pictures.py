@@ -10,6 +10,7 @@ from typing import Any, Literal
 import orjson
 
 from qlens import CallError, InvalidRequest, Reply, UpstreamInvalid, Usage, error_from
+from qlens_plugins.provider.bedrock import usage as usages
 from qlens_plugins.provider.bedrock.exchange import Told, ToldBy, Wire
 from qlens_plugins.provider.bedrock.fan_out import gathered
 from qlens_plugins.provider.bedrock.invoke import guarded, invoked
@@ -35,10 +36,12 @@ async def paint(wire: Wire, model: ModelId, painter: Painter, body: Block, guard
         )  # fmt: skip
     asked = _amazon(body) if painter == "amazon" else _stability(body)
     own = guarded(guardrail)
-    answers = await gathered([partial(invoked, wire, model, each, own) for each in asked])
+    sends = [partial(invoked, wire, model, each, own) for each in asked]
+    answers = await gathered(sends, _used, lambda place: _most(asked[place]))
     images: list[str] = []
+    made = usages.together(map(_used, answers))
     for answer in answers:
-        with ToldBy(answer.request_id):
+        with ToldBy(answer.request_id, made):
             images += _images(answer)
     content = {"created": int(time.time()), "data": [{"b64_json": image} for image in images]}
     return Reply(
@@ -112,6 +115,19 @@ def _format(body: Block) -> str:
             "Invalid 'output_format'. Supported values are: 'png', 'jpeg'.", param="output_format", code="invalid_value"
         )
     return str(asked)
+
+
+def _used(answer: Told) -> Usage:
+    """What an answer counts for: nothing where an image was held back, or there is none."""
+    try:
+        return Usage(meters={"images": len(_images(answer))}, source="provider")
+    except CallError:
+        return Usage(source="provider")
+
+
+def _most(asked: Block) -> Usage:
+    count = asked.get("imageGenerationConfig", {}).get("numberOfImages", 1)
+    return Usage(meters={"images": count}, source="estimated")
 
 
 def _images(answer: Told) -> list[str]:

@@ -27,12 +27,13 @@ from qlens import (
     Target,
     UpstreamModelMissing,
     UpstreamRejected,
+    Usage,
     hookimpl,
 )
 from qlens_plugins.provider.bedrock import credentials, model_ids, sdk
 from qlens_plugins.provider.bedrock.chain import Chain, apart
 from qlens_plugins.provider.bedrock.converse import converse, converse_stream
-from qlens_plugins.provider.bedrock.converse_request import Rules, guardrail_of, written
+from qlens_plugins.provider.bedrock.converse_request import Asked, Rules, guardrail_of, written
 from qlens_plugins.provider.bedrock.counting import NOT_THIS_MODEL, count
 from qlens_plugins.provider.bedrock.credentials import Bearer, Fixed, Signed
 from qlens_plugins.provider.bedrock.embeddings import embed
@@ -167,23 +168,25 @@ class Bedrock:
             way = "tool"
         body = outgoing.fields()  # what is written for Bedrock is new
         if way != "native" or not body.get("response_format"):
-            return await self._chat(target, model, body, way, stream=outgoing.stream)
+            return await self._chat(call, target, model, body, way, stream=outgoing.stream)
         # Which models make an answer fit a schema by themselves is not written down everywhere, nor what schemas.
         try:
-            return await self._chat(target, model, body, way, stream=outgoing.stream)
+            return await self._chat(call, target, model, body, way, stream=outgoing.stream)
         except UpstreamRejected as error:
             if not _NO_NATIVE_FORM.search(error.message):
                 raise
             if _NOT_AT_ALL.search(error.message):
                 self._by_tool.add(model.base)
-        return await self._chat(target, model, body, "tool", stream=outgoing.stream)
+        return await self._chat(call, target, model, body, "tool", stream=outgoing.stream)
 
     def _chat(
-        self, target: Target, model: ModelId, body: dict[str, Any], way: str, *, stream: bool
+        self, call: Call, target: Target, model: ModelId, body: dict[str, Any], way: str, *, stream: bool
     ) -> Awaitable[Reply]:
         assert self._wire is not None, "the lifespan is not open"
         asked = written(body, target.params, family_of(model.base), self._rules[way], stream=stream)
-        return (converse_stream if stream else converse)(self._wire, model, asked, body.get("n") or 1)
+        choices = body.get("n") or 1
+        most = partial(_most, call, asked, choices)
+        return (converse_stream if stream else converse)(self._wire, model, asked, choices, most)
 
     async def _count(self, model: ModelId, family: Family, body: dict[str, Any]) -> Reply:
         assert self._wire is not None, "the lifespan is not open"
@@ -216,6 +219,13 @@ class Bedrock:
         if region is None:
             raise StartupError(f"provider {self.name} has no region: set it, or AWS_REGION")
         return region
+
+
+def _most(call: Call, asked: Asked, choices: int, _: int) -> Usage:
+    """The most that one of the choices of a call can use: they are all asked alike."""
+    limit = asked.body.get("inferenceConfig", {}).get("maxTokens")
+    output = call.bound.output // choices if limit is None else limit
+    return Usage(input=call.estimated_input, output=output, source="estimated")
 
 
 def _model(target: Target) -> ModelId:

@@ -71,9 +71,12 @@ def _claude(own: Block | None, effort: str, family: Family, limit: int | None, t
         told = _FOUR.get(effort)
         return Thinking({"thinking": {"type": "adaptive"}}, effort=told, bars_sampling=True, bars_choice=True)
     asked = own.get("budget_tokens") if own is not None else None
-    budget = asked if isinstance(asked, int) else _BUDGETS.get(effort, _BUDGETS["medium"])
-    if limit is not None:
-        budget = min(budget, limit - 1)
+    if isinstance(asked, int):
+        budget = asked if limit is None else min(asked, limit - 1)
+    else:
+        # Half of what may be said is for the answer, if thinking is not to end before it began.
+        budget = _BUDGETS.get(effort, _BUDGETS["medium"])
+        budget = budget if limit is None else min(budget, limit // 2)
     if budget < LEAST_BUDGET:
         return NO_THINKING  # there is no room to think
     config = {"type": "enabled", "budget_tokens": budget}

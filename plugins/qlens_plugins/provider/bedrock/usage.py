@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qlens import Usage
@@ -88,9 +88,18 @@ def total(usages: Sequence[Usage | None]) -> Usage | None:
     """The sum over the answers of one call; None when one of them does not say."""
     if len(usages) == 1:
         return usages[0]
+    return None if None in usages else together(usages)
+
+
+def together(usages: Iterable[Usage | None]) -> Usage | None:
+    """The sum of what is known, estimated if a part of it is; None when nothing is."""
     known = [usage for usage in usages if usage is not None]
-    if not known or len(known) != len(usages):
+    if not known:
         return None
+    meters: dict[str, int] = {}
+    for usage in known:
+        for name, count in usage.meters.items():
+            meters[name] = meters.get(name, 0) + count
     return Usage(
         input=sum(usage.input for usage in known),
         cached_input=sum(usage.cached_input for usage in known),
@@ -98,8 +107,9 @@ def total(usages: Sequence[Usage | None]) -> Usage | None:
         cache_write_1h=sum(usage.cache_write_1h for usage in known),
         output=sum(usage.output for usage in known),
         reasoning=sum(usage.reasoning for usage in known),
-        source="provider",
-        tier=known[-1].tier,
+        meters=meters,
+        source="estimated" if any(usage.source == "estimated" for usage in known) else "provider",
+        tier=next((usage.tier for usage in reversed(known) if usage.tier is not None), None),
     )
 
 

@@ -98,7 +98,8 @@ async def test_one_failure_is_the_answer_and_ends_the_rest() -> None:
         aws.script(Scripted(hang=True), failure("ThrottlingException", "slow down", status=429), Scripted(hang=True))
         answer = await gateway.post(PATH, _call(["a"] * 50))
         assert answer.status == 429
-        assert len(aws.requests) <= 9
+        # Eight run at a time, and each that is answered in the same moment has let another one begin.
+        assert len(aws.requests) <= 16
         await _all_closed(aws)
 
 

@@ -31,6 +31,10 @@ class PostgresDialect:
         """Read it from the JSON."""
         return "tags ->> CAST(? AS text)", name
 
+    def before(self, column: str, mark: str) -> str:
+        """All of it where the text is missing."""
+        return f"split_part({column}, '{mark}', 1)"
+
     def meter(self, name: str) -> str:
         """Read it from the JSON."""
         return meter(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sqlite3
 import time
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,14 @@ class SqliteDialect:
     sorts_groups: bool = True
 
     def tag(self, name: str) -> tuple[str, str]:
-        """Read it from the JSON; the name has no quotes in it, which is checked where it comes from."""
-        return "CAST(json_extract(tags, ?) AS TEXT)", f'$."{name}"'
+        """Read it from the JSON: by a path, which is quicker, where the name cannot have been escaped in there."""
+        if json.dumps(name) == f'"{name}"':
+            return "CAST(json_extract(tags, ?) AS TEXT)", f'$."{name}"'
+        return "(SELECT CAST(value AS TEXT) FROM json_each(tags) WHERE key = ?)", name
+
+    def before(self, column: str, mark: str) -> str:
+        """Nothing where the text is missing."""
+        return f"substr({column}, 1, max(instr({column}, '{mark}') - 1, 0))"
 
     def meter(self, name: str) -> str:
         """Read it from the JSON, where there is any."""

@@ -1,9 +1,10 @@
-"""How what roll-ups said of receipts that another ledger has deleted gets into an SQLite ledger."""
+"""How rows of roll-ups get into an SQLite ledger, those of receipts that another one has deleted among them."""
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qlens_plugins.cost.ledger.rollups import COUNTS, GROUPED, HALF, SUMS, TABLES
 from qlens_plugins.cost.ledger.store import Rest
@@ -22,8 +23,8 @@ _ADD_LATENCY = (
 )
 
 
-def changes() -> str:
-    """What adds a row of a roll-up to the one that is there, in SQL."""
+def _changes() -> str:
+    """What adds a row to the one that is there, in SQL."""
     found = [f"{name} = {name} + excluded.{name}" for name in COUNTS]
     for name in SUMS:
         both = f"({name}_low + excluded.{name}_low)"
@@ -35,11 +36,16 @@ def changes() -> str:
 def _add(table: str) -> str:
     return (
         f"INSERT INTO {table} ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "  # noqa: S608
-        f"ON CONFLICT (start, group_id) DO UPDATE SET {changes()}"
+        f"ON CONFLICT (start, group_id) DO UPDATE SET {_changes()}"
     )
 
 
 _ADD = {seconds: _add(table) for seconds, table in TABLES.items()}
+
+
+def add_sums(database: sqlite3.Connection, seconds: int, rows: Iterable[Sequence[Any]]) -> None:
+    """Add to the hours or the days: each row has its start, its group, COUNTS, and both halves of SUMS."""
+    database.executemany(_ADD[seconds], rows)
 
 
 def add(database: sqlite3.Connection, rests: Sequence[Rest]) -> None:
@@ -49,6 +55,6 @@ def add(database: sqlite3.Connection, rests: Sequence[Rest]) -> None:
         (group_id,) = database.execute(_GROUP, rest.group).fetchone()
         counts = [rest.sums.get(name, 0) for name in COUNTS]
         halves = [half for name in SUMS for half in divmod(rest.sums.get(name, 0), HALF)]
-        database.execute(_ADD[rest.seconds], (rest.start, group_id, *counts, *halves))
+        add_sums(database, rest.seconds, [(rest.start, group_id, *counts, *halves)])
         latencies = [(rest.start, group_id, number, calls) for number, calls in rest.latencies.items()]
         database.executemany(_ADD_LATENCY, latencies)

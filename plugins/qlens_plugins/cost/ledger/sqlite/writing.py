@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 
-from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPED, HALF, HOUR, LATENCY, TABLES, of_none, terms
+from qlens_plugins.cost.ledger.rollups import COUNTS, DAY, GROUPED, HALF, HOUR, LATENCY, SUMS, of_none, terms
 from qlens_plugins.cost.ledger.rows import AT_ONCE, COLUMNS, LARGEST, OPTIONAL, Rejection, Row, Value
 from qlens_plugins.cost.ledger.sqlite import rests
 from qlens_plugins.cost.ledger.store import Batch
@@ -111,25 +111,21 @@ def _started(seconds: int) -> str:
     return f"wall_ns / {seconds * 10**9} * {seconds}"
 
 
-def _add(seconds: int) -> str:
-    amounts = terms(meter)
-    columns = ["start", "group_id", *COUNTS, *(f"{name}_{half}" for name in amounts for half in ("high", "low"))]
-    values = [_started(seconds), "usage_groups.id", *(f"sum({condition})" for condition in COUNTS.values())]
-    for term in amounts.values():
-        low = f"sum(({term}) % {HALF})"
-        values += [f"sum(({term}) / {HALF}) + {low} / {HALF}", f"{low} % {HALF}"]
-    return (
-        f"INSERT INTO {TABLES[seconds]} ({', '.join(columns)}) SELECT {', '.join(values)} "
-        f"{_GROUPED} WHERE {_NEW} GROUP BY 1, 2 ON CONFLICT (start, group_id) DO UPDATE SET {rests.changes()}"
-    )
+def _sums() -> str:
+    found, amounts = [f"sum({condition})" for condition in COUNTS.values()], terms(meter)
+    for name in SUMS:
+        low = f"sum(({amounts[name]}) % {HALF})"
+        found += [f"sum(({amounts[name]}) / {HALF}) + {low} / {HALF}", f"{low} % {HALF}"]
+    return ", ".join(found)
 
 
+_SUMS = f"SELECT {_started(HOUR)}, usage_groups.id, {_sums()} {_GROUPED} WHERE {_NEW} GROUP BY 1, 2"
 _ADD_LATENCIES = (
     f"INSERT INTO usage_latencies (start, group_id, latency, calls) SELECT {_started(DAY)}, usage_groups.id, "
     f"{LATENCY}, count(*) {_GROUPED} WHERE {_NEW} GROUP BY 1, 2, 3 "
     "ON CONFLICT (start, group_id, latency) DO UPDATE SET calls = calls + excluded.calls"
 )
-_STATEMENTS = (_ADD_GROUPS, _add(HOUR), _add(DAY), _ADD_LATENCIES)
+_SUMS_AT_ONCE = 1000
 
 
 def last_row(database: sqlite3.Connection) -> int:
@@ -149,7 +145,16 @@ def roll_up(database: sqlite3.Connection, before: int) -> None:
     after = min(rolled, before)
     last = last_row(database)
     if last > after:
-        for statement in _STATEMENTS:
-            database.execute(statement, (after,))
+        database.execute(_ADD_GROUPS, (after,))
+        _add_sums(database, after)
+        database.execute(_ADD_LATENCIES, (after,))
     if last != rolled:
         database.execute("UPDATE usage_rolled SET receipt = ?", (last,))
+
+
+def _add_sums(database: sqlite3.Connection, after: int) -> None:
+    """Add what comes after a row to hours and days. Summed up once, for that takes as long as all the rest of it."""
+    found = database.execute(_SUMS, (after,))
+    while hours := found.fetchmany(_SUMS_AT_ONCE):
+        rests.add_sums(database, HOUR, hours)
+        rests.add_sums(database, DAY, [(start // DAY * DAY, *sums) for start, *sums in hours])

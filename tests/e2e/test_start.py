@@ -1,0 +1,48 @@
+"""What a gateway does as it starts: how many files it may open, and an order that comes before it can follow it."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from pathlib import Path
+
+from e2e.serving import QLENS, changed, started
+
+ADDED = {"models": {"added": {"max_output_tokens": 10, "targets": [{"provider": "echo", "model": "added"}]}}}
+WAIT_SECONDS = 15
+
+
+def test_as_many_files_may_be_open_as_the_system_lets_it(tmp_path: Path) -> None:
+    config = tmp_path / "qlens.yaml"
+    config.write_text(changed({}))
+    command = ["sh", "-c", 'ulimit -S -n 200; exec "$@"', "sh", *QLENS, "serve", str(config)]
+    with started(command, tmp_path, {}) as served:
+        soft, hard = resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard > 200
+
+
+def test_an_order_to_reload_that_comes_too_early_is_followed_later(tmp_path: Path) -> None:
+    config, told = tmp_path / "qlens.yaml", tmp_path / "told"
+    os.mkfifo(config)
+
+    def tell() -> None:
+        with config.open("w") as first:  # waits until the gateway reads it, which then waits for what is written
+            config.unlink()
+            config.write_text(changed(ADDED))
+            process = int(told.read_text())
+            os.kill(process, signal.SIGHUP)
+            time.sleep(0.05)  # it reads on: whatever it does about the order, it does before that
+            first.write(changed({}))
+
+    telling = threading.Thread(target=tell, daemon=True)
+    telling.start()
+    command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(told), *QLENS, "serve", str(config)]
+    with started(command, tmp_path, {}) as served:
+        telling.join()
+        ends = time.monotonic() + WAIT_SECONDS
+        while "loaded configuration" not in served.output:
+            assert time.monotonic() < ends, served.output
+            time.sleep(0.05)
