@@ -200,6 +200,7 @@ class Account:
         if isinstance(error, str):
             attempt.error = error
             return
+        self.pipeline.refusals.note(attempt.target, error)
         if error.usage is not None and (error.usage.total or error.usage.meters):
             used: Usage | None = error.usage
         else:

@@ -51,6 +51,7 @@ from qlens.models import Models
 from qlens.object_ids import ObjectIds
 from qlens.operations import model_not_found
 from qlens.raised import Raised, raise_bound, raises_of
+from qlens.refusals import Refusals
 from qlens.registry import Bound, Hooks, Provider
 from qlens.repeatable import may_be_known, may_be_repeated
 from qlens.returned import mistakes
@@ -104,6 +105,7 @@ class Pipeline:
     settling: set[asyncio.Task[None]] = field(factory=set)
     """What still accounts or stores on its own; shutdown and reload wait for it."""
     deadlines: Deadlines = field(factory=Deadlines)
+    refusals: Refusals = field(factory=Refusals)
     batches_read: set[str] = field(factory=set)
     """The batches whose output was read for what they used, or is being read."""
     stores_at_once: bool = field(init=False)
