@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 from bedrocks import PDF, PNG, document, image
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlens import CallError, InvalidRequest
@@ -182,6 +182,7 @@ SAMPLING = st.fixed_dictionaries(
 
 @settings(max_examples=300)
 @given(st.sampled_from(MODELS), st.lists(SAID, min_size=1, max_size=5), SAMPLING)
+@example(MODELS[0], [("user", "hello"), ("system", "hello")], {})
 def test_a_plain_chat_is_written_as_one_that_is_not(
     model: str, said: list[tuple[str, Any]], sampling: dict[str, Any]
 ) -> None:
