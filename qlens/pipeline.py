@@ -72,6 +72,9 @@ MOST_COLLECTED_BYTES = 32 * 1024 * 1024
 """The longest stream that is made into a body for a client that asked for one."""
 
 
+_OK = 200
+"""What is not this very number is looked at: True and 200.0 are equal to some."""
+
 Step = Callable[[Account], Awaitable[Reply]]
 Ask = Callable[[Account, Target], Awaitable[Reply]]
 
@@ -303,30 +306,35 @@ class Pipeline:
 
     async def open(self, call: Call) -> None:
         """Read the body, validate it, resolve the model, and bound what the call can use."""
-        call.body = await _READERS[call.operation.body](call)
-        if (named := call.path_params.get("deployment")) is not None:
-            call.body["model"] = named  # Azure's clients name it in the path, whatever the body says
-        dialect = dialects.named(call.operation.dialect)
-        dialect.validate(call.body)
-        if self.hooks.wrap_call and (field := _TOKENS.get(call.operation.dialect)) and has_tokens(call.body.get(field)):
+        operation = call.operation
+        call.body = body = await _READERS[operation.body](call)
+        if call.path_params and (named := call.path_params.get("deployment")) is not None:
+            body["model"] = named  # Azure's clients name it in the path, whatever the body says
+        dialect = dialects.named(operation.dialect)
+        dialect.validate(body)
+        if self.hooks.wrap_call and (field := _TOKENS.get(operation.dialect)) and has_tokens(body.get(field)):
             self.refuse_unseen("Arrays of tokens are not taken", of_request=field)
-        name = call.asked_model = call.body["model"]
+        name = call.asked_model = body["model"]
         model = self.models.resolve(name)
         caller = call.known
         if model is None or not (caller.models is None or caller.may_use(name)):
             raise model_not_found(name)
         call.model = model
         call.targets = model.candidates
-        call.stream = call.operation.streams and call.body.get("stream") is True
-        call.wants_usage = bool(call.stream and (call.body.get("stream_options") or {}).get("include_usage"))
-        dialect.clamp(call.body, model.max_output_tokens, model.max_n)
-        hard, call.estimated_input = dialect.input_bound(call.body)
-        _, asked = dialect.output_bound(call.body)
-        most = asked if asked is not None else _most_output(self.reachable(call))
-        call.bounded = most is not None or not dialect.GENERATES
-        output = (most or 0) * dialect.choices(call.body) if dialect.GENERATES else 0
-        media = dialect.media(call.body)
-        if media or call.operation.dialect in objects.OF_RESPONSES:
+        if operation.streams and body.get("stream") is True:
+            call.stream = True
+            call.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
+        dialect.clamp(body, model.max_output_tokens, model.max_n)
+        hard, call.estimated_input = dialect.input_bound(body)
+        if dialect.GENERATES:
+            _, asked = dialect.output_bound(body)
+            most = asked if asked is not None else _most_output(self.reachable(call))
+            call.bounded = most is not None
+            output = (most or 0) * dialect.choices(body)
+        else:
+            most, output = None, 0
+        media = dialect.media(body)
+        if media or operation.dialect in objects.OF_RESPONSES:
             objects.claim(call, self.ids, self.responds)
             if call.form is not None:
                 media = {**media, **meters_of(call)}
@@ -569,7 +577,9 @@ class Pipeline:
         outgoing, bridge = self.outgoing(call, target, provider)
         place = account.begin(target)
         try:
-            reply = returned.success(account.take(await provider.send.fn(call, target, outgoing)))
+            reply = account.take(await provider.send.fn(call, target, outgoing))
+            if reply.status is not _OK:
+                returned.success(reply)
             reply.target = reply.target or target  # a provider may know better which model it was
             translation = None
             if bridge is not None:
@@ -610,7 +620,7 @@ class Pipeline:
             body = without_extensions(body, keep_settings=bridge is None)
         body.update(target.params)
         model = self.models.named(target.public)
-        is_told = _tell_most(body, dialect, call, provider)
+        is_told = call.most_output is not None and _tell_most(body, dialect, call, provider)
         if model is not None and (bridge is not None or target.params or model is not call.model or is_told):
             # A fallback may allow less than the model that was asked for, params may ask for more, and where a
             # provider wants a number that the client did not give, a bridge has put in what the model can do.

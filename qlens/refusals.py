@@ -26,7 +26,9 @@ class Refusals:
         """Tell of an attempt's error if it is the configuration's fault."""
         if isinstance(error, UpstreamAuth):
             what = "refuses the gateway's credential: give it a valid one under `providers:`"
-        elif isinstance(error, UpstreamModelMissing) and not target.public.endswith("*"):  # there it is the client's name
+        elif isinstance(error, UpstreamModelMissing) and not target.public.endswith(
+            "*"
+        ):  # there it is the client's name
             what = f"does not know the model `{target.model}`: mend the entry under `models:`"
         else:
             return

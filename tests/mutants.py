@@ -725,7 +725,7 @@ MUTANTS = (
     Mutant(
         "max tokens are not clamped",
         "qlens/pipeline.py",
-        "        dialect.clamp(call.body, model.max_output_tokens, model.max_n)\n",
+        "        dialect.clamp(body, model.max_output_tokens, model.max_n)\n",
         "",
         (
             "tests/core/test_attacks_account.py::test_a_fallback_is_asked_for_no_more_than_it_allows_and_the_bound_knows_the_most",
@@ -878,8 +878,8 @@ MUTANTS = (
     Mutant(
         "only the last answer is closed",
         "qlens/account.py",
-        "        self._opened.append(reply)\n",
-        "        self._opened[:] = [reply]\n",
+        "        opened.append(reply)\n",
+        "        opened[:] = [reply]\n",
         ("tests/core/test_attacks_account.py::test_an_answer_that_a_plugin_drops_is_closed_and_billed_for_what_it_is",),
     ),
     Mutant(
