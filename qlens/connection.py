@@ -11,9 +11,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 import orjson
-from aiohttp import EMPTY_PAYLOAD, ClientPayloadError, StreamReader, web
+from aiohttp import EMPTY_PAYLOAD, ClientPayloadError, StreamReader
 from aiohttp.http import HttpProcessingError, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import ContentEncodingError, LineTooLong
+
+# `aiohttp.web` itself would load routes, applications and files, and read the system's table of file types.
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
+from aiohttp.web_server import Server
 from attrs import define, field
 
 from qlens.account import CLIENT_CLOSED, Account, ClientLeft
@@ -65,7 +69,7 @@ def new_id() -> str:
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
-class Connection(web.RequestHandler):
+class Connection(RequestHandler):
     """aiohttp's connection: its parser, framing checks and flow control, with our own way of running a request.
 
     aiohttp keeps a task for every connection and makes another one, a Request and a Response for every request. Here
@@ -76,7 +80,7 @@ class Connection(web.RequestHandler):
 
     def __init__(
         self,
-        manager: web.Server,
+        manager: Server,
         serve: Callable[[Exchange], Awaitable[None]],
         refused: Refused | None = None,
         **options: Any,
@@ -186,7 +190,7 @@ class Connection(web.RequestHandler):
             async with asyncio.timeout(LINGER_SECONDS):
                 while not payload.is_eof():
                     await payload.readany()
-        except (TimeoutError, HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+        except (TimeoutError, HttpProcessingError, ClientPayloadError, RequestPayloadError):
             return False
         return True
 
@@ -331,7 +335,7 @@ class Exchange:
                 yield piece
         except TimeoutError:
             raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
-        except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+        except (HttpProcessingError, ClientPayloadError, RequestPayloadError):
             raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
     # --- the answer ----------------------------------------------------------------------------

@@ -15,8 +15,10 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from aiohttp import web
+from aiohttp import web_server
 from aiohttp.http import HttpVersion11
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 from attrs import define, field
 
 from qlens import config, realtime
@@ -137,7 +139,7 @@ async def served(
         await gateway.http.aclose()
 
 
-class _Http(web.Server):
+class _Http(web_server.Server):
     """aiohttp's low-level server, with our connections."""
 
     def __init__(
@@ -167,7 +169,7 @@ class _Http(web.Server):
             await asyncio.sleep(_LOOK_SECONDS)
 
 
-async def _never(request: web.BaseRequest) -> web.StreamResponse:
+async def _never(request: BaseRequest) -> StreamResponse:
     raise AssertionError("connections run their requests themselves")
 
 

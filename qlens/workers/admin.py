@@ -16,8 +16,10 @@ from aiohttp import (
     ClientTimeout,
     DummyCookieJar,
     UnixConnector,
-    web,
+    web_server,
 )
+from aiohttp.web_request import BaseRequest
+from aiohttp.web_response import StreamResponse
 from attrs import define, field
 from multidict import CIMultiDict
 from yarl import URL
@@ -195,7 +197,7 @@ def _json(body: object, status: int = 200) -> Reply:
     return Reply(status=status, headers={"content-type": "application/json"}, body=orjson.dumps(body))
 
 
-class _Http(web.Server):
+class _Http(web_server.Server):
     """aiohttp's low-level server, with our connections; bodies pass as they are, compressed ones too."""
 
     def __init__(self, admin: Admin) -> None:
@@ -206,5 +208,5 @@ class _Http(web.Server):
         return Connection(self, self._admin.serve, loop=self._loop, access_log=None, auto_decompress=False)
 
 
-async def _never(request: web.BaseRequest) -> web.StreamResponse:
+async def _never(request: BaseRequest) -> StreamResponse:
     raise AssertionError("connections run their requests themselves")
