@@ -18,7 +18,7 @@ from qlens.metering_alike import CHAT, Likeness, merged, payloads
 from qlens.metering_cut import within
 from qlens.metering_first import text_in, tier_in
 from qlens.metering_length import Length
-from qlens.metering_notable import NOTABLE, is_notable, start_of_the_notable
+from qlens.metering_notable import NOTABLE, start_of_the_notable
 from qlens.money import usd
 from qlens.surrogates import json_of
 from qlens.usage import Usage, counts_of, larger
@@ -28,6 +28,8 @@ from qlens.watching import EventWatcher
 _MOST_NOTED = 16
 _MOST_LOOKED_AT = 4
 """How many events of a block are looked at alone, to learn what the others look like."""
+_FEW = 8
+"""So many events are parsed as fast as they are compared."""
 
 
 @define(eq=False)
@@ -135,14 +137,14 @@ class Meter(EventWatcher):
 
     def _look(self, block: bytes) -> bytes:
         """What of a block of whole events goes to the client: all of it, most of the time."""
-        size, events, text = self._alike(block)
-        if size == len(block):
-            return self._pass_alike(block, events, text)
-        passing, looked_at = [], 0
+        passing: list[bytes] = []
+        looked_at = 0
         while block and not self._ended:
+            # Most events are alike, and to compare costs a quarter of a search.
+            size, events, text = (0, 0, b"") if self._like is None else self._like.front(block)
             if size:
                 passing.append(self._pass_alike(block[:size], events, text))
-            elif looked_at < _MOST_LOOKED_AT and b"\r" not in block:
+            elif looked_at < _MOST_LOOKED_AT and b"\r" not in block and not _is_the_end(block):
                 looked_at += 1
                 passing.append(self._scan(event := sse.first(block)))
                 size = len(event)
@@ -150,18 +152,7 @@ class Meter(EventWatcher):
                 passing.append(self._scan(block))
                 break
             block = block[size:]
-            size, events, text = self._alike(block)
         return b"".join(passing)
-
-    def _alike(self, block: bytes) -> tuple[int, int, bytes]:
-        """The bytes, the number and the texts of the events in front that are like one before, which was not notable.
-
-        Most events are alike, and to compare costs a quarter of a search.
-        """
-        if (like := self._like) is None:
-            return 0, 0, b""
-        text = like.text(block)
-        return like.front(block) if text is None else (len(block), 1, text)
 
     def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
         """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
@@ -191,11 +182,12 @@ class Meter(EventWatcher):
 
     def _scan(self, block: bytes) -> bytes:
         """Search a block for what is notable, and remember how an event of it that is not looks."""
-        if is_notable(block):
-            begin = start_of_the_notable(block)
+        if (begin := start_of_the_notable(block)) >= 0:
             return (self._scan(block[:begin]) if begin else b"") + self._sift(sse.cut(block[begin:]))
         if self._noted < _MOST_NOTED or self._measured < _MOST_NOTED:
             self._note(_first_said(block))
+            if self._like is not None and (text := self._like.text(block)) is not None:
+                return self._pass_alike(block, 1, text)
         return self._pass(block, *_counted(block))
 
     def _note(self, event: bytes) -> None:
@@ -241,21 +233,22 @@ class Meter(EventWatcher):
                     passing.append(seen)
                 if self._hears_usage:
                     self._hears_usage = False
-                    count, size = _counted(b"".join(passing))
-                    passed = self.events + count, self.passed + size
-                    self._told_early = None if self._is_finished() else passed
+                    self._told_early = None if self._is_finished() else self._passed_with(passing)
         except CallError as error:
             self._ended, self._error = True, error
             if self._hears_usage:
                 self._told_early = None
         self._ended = self._ended or self._done
-        if passing and not self._envelope:
-            self._begin(_first_said(b"".join(passing)))
         block = b"".join(passing)
-        count, size = _counted(block)
-        self.events += count
-        self.passed += size
+        if block and not self._envelope:
+            self._begin(_first_said(block))
+        self.events, self.passed = self._passed_with(passing)
         return block
+
+    def _passed_with(self, events: Iterable[bytes]) -> tuple[int, int]:
+        """How many events will have passed with these, and how many bytes."""
+        count, size = _counted(b"".join(events))
+        return self.events + count, self.passed + size
 
     def _see(self, event: bytes) -> bytes:
         """Look into one event; what is returned goes to the client."""
@@ -344,9 +337,16 @@ class Meter(EventWatcher):
 
     def _assembled(self) -> dict[str, Any]:
         self._fold()
-        found = [sse.data(event) for event in merged(sse.cut(b"".join(self._kept)))]
+        events = sse.cut(b"".join(self._kept))
+        fewer = merged(events, self._like) if len(events) > _FEW else events
+        found = [sse.data(event) for event in fewer]
         heard = [sse.parsed(data) for data in found if data and not data.startswith(b"[DONE")]
         return dialects.named(self.reply.dialect).assemble(heard)
+
+
+def _is_the_end(block: bytes) -> bool:
+    """Whether a block has the end mark and so few events in front of it that nothing is to be learnt from them."""
+    return block.endswith(sse.DONE) and len(block.split(b"\n\n", _MOST_LOOKED_AT + 1)) <= _MOST_LOOKED_AT + 1
 
 
 def _counted(block: bytes) -> tuple[int, int]:

@@ -21,9 +21,10 @@ _PADDING = b',"obfuscation":"'
 """What OpenAI hides the length of a text behind: as many letters as it takes, in every event others."""
 _DELTA = b'"delta":{'
 _FOLLOWS = {b",", b"}"}
-# What makes bytes in the place of a text more than one, or the end mark.
-_NO_TEXT = re.compile(rb'["\[\r\n]')
+# What makes bytes in the place of a text more than one.
+_no_text_in = re.compile(rb'["\r\n]').search
 _BACKSLASH = 0x5C
+_NONE = 0, 0, b""
 # A field of a delta with a text; its role and its type are said, and not added up.
 _FIELD = re.compile(rb'"(?!role"|type")[^"]*"\s*:\s*"[^"]')
 
@@ -38,11 +39,16 @@ class Likeness:
     last: bytes
     """What follows its padding; empty where there is none."""
     _begin: int = field(init=False)
+    _end: bytes = field(init=False)
+    """What follows the text, or the padding."""
     _tail: int = field(init=False)
-    """The bytes behind the text, or behind the padding."""
+    _is_a_line: bool = field(init=False)
+    """Whether such an event is a line and the empty one that ends it."""
 
     def __attrs_post_init__(self) -> None:
-        self._begin, self._tail = len(self.before), len(self.last or self.after)
+        self._begin, self._end = len(self.before), self.last or self.after
+        self._tail = len(self._end)
+        self._is_a_line = self._end.endswith(b"\n\n") and b"\n" not in self.before + self._end[:-2]
 
     @classmethod
     def of(cls, event: bytes, marks: Iterable[bytes] = CHAT) -> Likeness | None:
@@ -76,33 +82,43 @@ class Likeness:
     def text(self, event: bytes) -> bytes | None:
         """The text, as JSON has it, of what is exactly one event like it; None for anything else."""
         begin, end = self._begin, len(event) - self._tail
-        if begin > end or not event.startswith(self.before) or not event.endswith(self.last or self.after):
+        if begin > end or not event.startswith(self.before) or not event.endswith(self._end):
             return None
         if self.last:
             close = event.find(b'"', begin, end)
             padding = close + len(self.after)
-            if close < 0 or not event.startswith(self.after, close) or _NO_TEXT.search(event, padding, end):
+            if close < 0 or not event.startswith(self.after, close) or _no_text_in(event, padding, end):
                 return None
             end = close
-        text = event[begin:end]
         # A backslash in front of a quote makes it a part of the text.
-        return None if _NO_TEXT.search(text) or (text and text[-1] == _BACKSLASH) else text
+        return None if _no_text_in(event, begin, end) or event[end - 1] == _BACKSLASH else event[begin:end]
 
     def front(self, block: bytes) -> tuple[int, int, bytes]:
         """The bytes, the number and the texts of the events like it that a block of whole events begins with.
 
-        Not where they are padded: there each would have to be compared alone, and a search of all of them costs less.
+        Nothing where another stands between them. They are taken apart at their line ends, and what they should be is
+        compared with what they are: to find all that is between two texts takes longer.
         """
-        before, after, begin = self.before, self.after, self._begin
-        if self.last or not block.startswith(before):
-            return 0, 0, b""
-        *texts, rest = block[begin:].split(after + before)
-        if (end := rest.find(after)) >= 0:
-            texts.append(rest[:end])
+        before, end = self.before, self._end
+        if not self._is_a_line or not block.startswith(before):
+            return _NONE
+        between = end + before
+        last = max(block.rfind(between) + len(end), 0)
+        size = block.find(end, last + self._begin) + len(end)
+        alike = block[:size]
+        texts = [line[self._begin : 2 - self._tail] for line in alike.split(b"\n")[:-1:2]]
+        if b"%b%b%b" % (before, between.join(texts), end) != alike:
+            return _NONE
+        paddings = b""
+        if self.last:
+            parts = [text.partition(self.after) for text in texts]
+            texts, paddings = [text for text, _, _ in parts], b"".join([padding for _, _, padding in parts])
         text = b"".join(texts)
-        size = len(texts) * (begin + len(after)) + len(text)
-        if _NO_TEXT.search(text) is not None or block.find(b"\\" + after, 0, size) >= 0:
-            return 0, 0, b""
+        more = text + paddings
+        if len(more) != size - len(texts) * self.bare or b'"' in more or b"\r" in more:
+            return _NONE
+        if b"\\" in text and b"\\\n" in b"\n".join([*texts, b""]):
+            return _NONE
         return size, len(texts), text
 
 

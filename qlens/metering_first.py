@@ -10,16 +10,18 @@ from qlens.errors import CallError
 from qlens.surrogates import json_of
 
 _LITERAL = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-# What most servers begin with; it need not be parsed.
-_ONLY_THE_ROLE = re.compile(rb'"delta":\{"role":"assistant","content":(?:""|null)(?:,"refusal":null)?\}')
+# What most servers begin with, the role or a plain text or both; it need not be parsed.
+_PLAIN_DELTA = re.compile(rb'"delta":\{(?:"role":"assistant",)?"content":(?:null|"([^"\\]*)")(?:,"refusal":null)?\}')
 # Inside a JSON string the quotes would be escaped: no text says of itself that it is a tier.
 _TIER = re.compile(rb'"service_tier"\s*:\s*"([^"\\]+)"')
 
 
 def text_in(event: bytes, dialect: str) -> int:
     """The bytes of the text in an event, as they stand there: servers escape it each in their own way."""
-    if event.count(b'"delta"') == 1 and _ONLY_THE_ROLE.search(event) is not None:
-        return 0
+    if event.count(b'"delta"') == 1 and (plain := _PLAIN_DELTA.search(event)) is not None:
+        size = len(plain[1] or b"")
+        if dialect == "chat" or not size:
+            return size
     try:
         payload = sse.parsed(sse.data(event) or b"")
     except CallError:

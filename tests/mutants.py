@@ -468,14 +468,14 @@ MUTANTS = (
     Mutant(
         "an event that looks much like others is not looked into",
         "qlens/metering_alike.py",
-        "return None if _NO_TEXT.search(text) or (text and",
-        "return None if (text and",
+        "return None if _no_text_in(event, begin, end) or event[",
+        "return None if event[",
         ("tests/core/test_metering.py::test_an_event_that_looks_much_like_others_is_looked_into",),
     ),
     Mutant(
         "what stands in the place of a padding is not looked into",
         "qlens/metering_alike.py",
-        " or _NO_TEXT.search(event, padding, end):\n",
+        " or _no_text_in(event, padding, end):\n",
         ":\n",
         ("tests/core/test_metering.py::test_an_event_that_looks_much_like_others_is_looked_into",),
     ),
@@ -559,7 +559,7 @@ MUTANTS = (
     Mutant(
         "what an early event says was used is all that a stream costs",
         "qlens/metering.py",
-        "                    self._told_early = None if self._is_finished() else passed\n",
+        "                    self._told_early = None if self._is_finished() else self._passed_with(passing)\n",
         "                    self._told_early = None\n",
         SAID,
     ),
