@@ -162,6 +162,7 @@ class Connection(asyncio.BufferedProtocol):
     """What broke it. The error is made when it is met: one that is kept has a traceback that keeps this in turn."""
     _loop: asyncio.AbstractEventLoop = field(init=False, factory=asyncio.get_running_loop, repr=False)
     _transport: asyncio.Transport = field(init=False, repr=False)
+    _found: list[bytes] = field(init=False, factory=list, repr=False)  # where the parser puts what it finds of a body
     _parser: httptools.HttpResponseParser = field(
         init=False, default=Factory(httptools.HttpResponseParser, takes_self=True), repr=False
     )
@@ -172,8 +173,9 @@ class Connection(asyncio.BufferedProtocol):
     _until: float = field(init=False, default=_NEVER, repr=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
     _due: float = field(init=False, default=_NEVER, repr=False)  # when the timer calls
-    _pieces: list[bytes] = field(init=False, factory=list, repr=False)
-    _waiting: int = field(init=False, default=0)  # bytes in those pieces
+    _pieces: list[bytes] = field(init=False, default=Factory(lambda self: self._found, takes_self=True), repr=False)
+    """What is to be taken: mostly what was found, as it is."""
+    _waiting: int = field(init=False, default=0)  # bytes in those pieces, with the framing around them
     _read: memoryview = field(init=False, repr=False)  # what has just come
     _begun: bytes = field(init=False, default=b"", repr=False)  # what came before that of a head that is not whole
     _interim: int = field(init=False, default=0)  # answers before the one that counts
@@ -269,7 +271,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._stage != _OVER or not self._reusable or self._pieces or self._transport.get_write_buffer_size():
             self.abort()
             return False
-        self._stage, self._waiter, self.reused = _IDLE, None, True
+        self._stage, self._waiter, self.reused, self._pieces = _IDLE, None, True, self._found
         self._until = until = self._loop.time() + _IDLE_SECONDS
         if until < self._due:
             self._set_timer(until)
@@ -311,6 +313,15 @@ class Connection(asyncio.BufferedProtocol):
             self._parser.feed_data(read)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(error)
+        if self._found:
+            self._silent = 0
+            if self._found is not self._pieces:
+                self._unpack()
+            elif self._sink is None or self._stage != _BODY:
+                self._waiting += nbytes
+            else:
+                self._pour(self._sink)
+                return
         if self._stage in _UNFINISHED:
             if self._silent > _MAX_FRAMING_BYTES:
                 self._fail(_BROKEN)
@@ -385,20 +396,16 @@ class Connection(asyncio.BufferedProtocol):
         self.status = status
         self._silent = 0
 
-    def on_body(self, data: bytes) -> None:
-        """The parser's callback."""
-        if self._stage != _BODY:
-            raise _Malformed(_BROKEN)
-        self._silent = 0
-        if self._inflater is not None and not (data := self._inflater.feed(data)):
-            return
-        self._pieces.append(data)
-        self._waiting += len(data)
+    @property
+    def on_body(self) -> Callable[[bytes], None]:
+        """The parser's callback: a stream has a piece for every event, and none of them needs a look."""
+        return self._found.append
 
     def on_message_complete(self) -> None:
         """The parser's callback, for interim answers as well."""
         if self._stage == _BODY:
             if self._inflater is not None:
+                self._inflate(self._inflater)
                 if not self._inflater.is_at_end():
                     raise _Malformed(_BROKEN)
                 self._inflater = None
@@ -427,12 +434,34 @@ class Connection(asyncio.BufferedProtocol):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
         if self._bare:
+            self._pieces = []
             return _OVER
         self._to_the_end = without_length and encoding is None
         coding = headers.get("content-encoding")
         if coding not in (None, "", "identity"):
-            self._inflater = _Inflater(coding)
+            self._inflater, self._pieces = _Inflater(coding), []
         return _BODY
+
+    def _unpack(self) -> None:
+        """Take what was found of a body that is compressed, or should not be there."""
+        if self._inflater is None:
+            self._found.clear()
+            self._reusable = False
+            self._fail(_BROKEN)
+            return
+        try:
+            self._inflate(self._inflater)
+        except _Malformed as error:
+            self._reusable = False
+            self._fail(str(error))
+
+    def _inflate(self, inflater: _Inflater) -> None:
+        found = self._found[:]
+        self._found.clear()
+        for piece in found:
+            if data := inflater.feed(piece):
+                self._pieces.append(data)
+                self._waiting += len(data)
 
     def _last_head(self, came: bytes) -> bytes:
         """The head behind interim ones, or behind line ends; it is whole now, and keeps one line end at its end."""
@@ -521,9 +550,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _pour(self, sink: Callable[[bytes], bool]) -> None:
         """Spare the one who waits a turn of the event loop for every piece; the end of the body is left for him."""
-        if self._stage == _BODY and self._waiter is not None and not self._waiter.done():
-            if len(self._pieces) == 1 and self._waiting <= _MAX_WAITING_BYTES:
-                piece, self._waiting = self._pieces.pop(), 0  # what `take` does, for what nearly always arrives
+        waiter, pieces = self._waiter, self._pieces
+        if self._stage == _BODY and waiter is not None and not waiter.done():
+            if len(pieces) == 1 and not self._waiting:
+                piece = pieces.pop()  # what `take` does, for what nearly always arrives
             elif (taken := self.take()) is None:
                 return
             else:
