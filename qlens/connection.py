@@ -386,10 +386,14 @@ class Exchange:
         self._events, self._passed = not reply.raw, b""
 
         def push(chunk: bytes) -> bool:
+            """Write at once; whether more may be written without a `drain`."""
             size = len(chunk)
             self._passed = chunk
             account.bytes_out += size
-            return connection.push(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
+            if (transport := connection.transport) is None:
+                return False
+            transport.write(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
+            return not connection._paused
 
         async for chunk in chunks:
             self._passed = chunk

@@ -79,7 +79,13 @@ class Meter(EventWatcher):
         like = self._like
         if like is not None and not self._splitter.pending and (text := like.text(piece)) is not None:
             # Nearly always it is one event, and one like those before it: then this is all there is to do.
-            return b"" if self._length is not None and self._is_too_much(piece, 1) else self._pass_alike(piece, 1, text)
+            if self._length is not None and self._is_too_much(piece, 1):
+                return b""
+            self.events += 1
+            self.passed += len(piece)
+            if self.call.keep:
+                self._keep_text(text, len(piece))
+            return piece
         block = self._splitter.take(piece)
         return self._look(block) if block and not self._is_too_much(block) else b""
 
@@ -157,11 +163,16 @@ class Meter(EventWatcher):
     def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
         """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
         self.events += events
-        self.passed += (size := len(block))
-        if (most := self.call.keep) and self._kept_bytes <= most:
+        self.passed += len(block)
+        if self.call.keep:
+            self._keep_text(text, len(block))
+        return block
+
+    def _keep_text(self, text: bytes, size: int) -> None:
+        """Keep the texts of events of so many bytes."""
+        if self._kept_bytes <= self.call.keep:
             self._texts.append(text)
             self._kept_bytes += size
-        return block
 
     def _pass(self, block: bytes, events: int, size: int) -> bytes:
         """Count what goes to the client as it is: so many events, of so many bytes."""

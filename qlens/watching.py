@@ -73,8 +73,10 @@ class Watcher(ABC):
         if self._ended or not isinstance(self._source, Answer):
             return
 
+        take = self._take
+
         def sink(piece: bytes) -> bool:
-            passing = self._take(piece)
+            passing = take(piece)
             return (not passing or write(passing)) and not self._ended
 
         try:

@@ -356,7 +356,7 @@ MUTANTS = (
     Mutant(
         "a stream that is read on though its client does not read",
         "qlens/connection.py",
-        "        return not self._paused\n",
+        "        return not connection._paused\n",
         "        return True\n",
         ("tests/core/test_slow_clients.py",),
     ),
