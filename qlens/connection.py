@@ -395,24 +395,27 @@ class Exchange:
             transport.write(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
             return not connection._paused
 
+        watcher = chunks if isinstance(chunks, Watcher) else None
         async for chunk in chunks:
             self._passed = chunk
             if self.begun:
-                await self._write(chunk)
+                self._over = watcher is not None and watcher.is_over
+                await (self._end(chunk) if self._over else self._write(chunk))
             else:
                 account.first_byte = time.monotonic()
                 await self._begin(reply.status, of_stream(account, reply), chunk)
                 if self.payload.at_eof():
                     self.payload = EMPTY_PAYLOAD  # an open stream needs no buffer of what was read
             account.bytes_out += len(chunk)
-            if isinstance(chunks, Watcher):
-                await chunks.pour(push)
+            if watcher is not None and not self._over:
+                await watcher.pour(push)
                 if connection.is_held:
                     await connection.drain()
         if not self.begun:
             await self._begin(reply.status, of_stream(account, reply), b"")
         account.delivered = True
-        await self._end()
+        if not self._over:
+            await self._end()
 
     async def switch(self, lines: str) -> ClientSocket:
         """Leave HTTP for WebSocket; raises ClientLeft, or UpgradeRequired where HTTP is too old for it."""
@@ -505,10 +508,11 @@ class Exchange:
         # An empty chunk would end the body.
         return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked and chunk else chunk
 
-    async def _end(self) -> None:
+    async def _end(self, chunk: bytes = b"") -> None:
+        """Write the end of a stream, with its last chunk in front."""
         self._over = True
-        if self._chunked:
-            await self.connection.send(b"0\r\n\r\n")
+        if end := self._framed(chunk) + (b"0\r\n\r\n" if self._chunked else b""):
+            await self.connection.send(end)
 
 
 def _refusal(error: BaseException) -> CallError:

@@ -65,6 +65,11 @@ class Watcher(ABC):
         self._over = True
         return await self._last()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing comes after what was given last."""
+        return self._over and not self._closed
+
     async def pour(self, write: Callable[[bytes], bool]) -> None:
         """Give what passes to a function at once, as it arrives, until it returns False or the stream must be iterated.
 
