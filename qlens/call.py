@@ -464,6 +464,15 @@ class Reply:
             if close is not None:
                 await close()
 
+    def let_go(
+        self, stream: AsyncIterator[bytes], source: AsyncIterator[bytes], close: Callable[[], Awaitable[None]]
+    ) -> bool:
+        """Take note that a source was closed, if this stream of it is all there is; whether it is."""
+        if self.chunks is not stream or self._layers != [source] or self.close not in (None, close):
+            return False
+        self.chunks, self.close, self._layers = None, None, []
+        return True
+
     def copied(self) -> Reply:
         """Give the answer as a Reply of its own, without what is open: that stays with this one."""
         return Reply(

@@ -290,6 +290,11 @@ class Answer:
                 self._release()
         return b"".join(pieces)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connection was let go: at the end of the body, or before."""
+        return self._connection is None
+
     def chunks(self) -> AsyncIterator[bytes]:
         """Iterate over the body in the pieces in which it arrives."""
         return self

@@ -61,6 +61,7 @@ class Watcher(ABC):
                 raise
             raise self.failed(mistake) from mistake
         if self._over:
+            self._let_source_go()
             raise StopAsyncIteration
         self._over = True
         return await self._last()
@@ -69,6 +70,14 @@ class Watcher(ABC):
     def is_over(self) -> bool:
         """Whether nothing comes after what was given last."""
         return self._over and not self._closed
+
+    def _let_source_go(self) -> None:
+        """Close a stream that was read to its end, as its connection was: then the call has nothing to wait for."""
+        if self._closed or not isinstance(source := self._source, Answer):
+            return
+        if source.is_closed and self.reply.let_go(self, source, source.close):
+            self._closed = True
+            self._let_go()
 
     async def pour(self, write: Callable[[bytes], bool]) -> None:
         """Give what passes to a function at once, as it arrives, until it returns False or the stream must be iterated.
