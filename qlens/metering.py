@@ -66,6 +66,9 @@ class Meter(EventWatcher):
     _texts: list[bytes] = field(init=False, factory=list, repr=False)
     """Kept texts of the events that are alike and came last."""
 
+    _known: tuple[Usage | None, Usage] | None = field(init=False, default=None)
+    """What a stream that is over has used, with what the provider had said of it."""
+
     @_length.default
     def _reserved(self) -> Length | None:
         most = self.call.most_output
@@ -318,11 +321,17 @@ class Meter(EventWatcher):
 
         A stream that was cut has used no more than was reserved for it.
         """
+        if self._known is not None and self._known[0] is self.reply.usage:
+            return self._known[1]
         used = self._used(heard := self.heard())
         tier = self._tier or (None if heard is None else heard.tier)
         if tier is not None and used.tier != tier:
             used = evolve(used, tier=tier)  # the event with the usage need not say it
-        return within(used, self.call.most_output or 0) if self.reply.cut else used
+        if self.reply.cut:
+            return within(used, self.call.most_output or 0)
+        if self._over and self.reply.complete:
+            self._known = self.reply.usage, used  # it is asked for by the cache, the client and the receipt
+        return used
 
     def _used(self, heard: Usage | None) -> Usage:
         said, guess = self.said(), self._guess(self.events, self.passed, self._silent)

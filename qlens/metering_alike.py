@@ -6,8 +6,9 @@ To compare one with those before it costs a small part of what it costs to parse
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from operator import itemgetter
 from typing import Any
 
 from attrs import define, field
@@ -42,12 +43,15 @@ class Likeness:
     _end: bytes = field(init=False)
     """What follows the text, or the padding."""
     _tail: int = field(init=False)
+    _text_of: Callable[[bytes], bytes] = field(init=False, repr=False)
+    """What cuts the text, or text and padding, out of the line of such an event."""
     _is_a_line: bool = field(init=False)
     """Whether such an event is a line and the empty one that ends it."""
 
     def __attrs_post_init__(self) -> None:
         self._begin, self._end = len(self.before), self.last or self.after
         self._tail = len(self._end)
+        self._text_of = itemgetter(slice(self._begin, 2 - self._tail))
         self._is_a_line = self._end.endswith(b"\n\n") and b"\n" not in self.before + self._end[:-2]
 
     @classmethod
@@ -106,7 +110,7 @@ class Likeness:
         last = max(block.rfind(between) + len(end), 0)
         size = block.find(end, last + self._begin) + len(end)
         alike = block[:size]
-        texts = [line[self._begin : 2 - self._tail] for line in alike.split(b"\n")[:-1:2]]
+        texts = list(map(self._text_of, alike.split(b"\n")[:-1:2]))
         if b"%b%b%b" % (before, between.join(texts), end) != alike:
             return _NONE
         paddings = b""

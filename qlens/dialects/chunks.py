@@ -122,9 +122,11 @@ def joined(values: Iterable[Any]) -> Any:
 
 def larger(old: Body | None, new: Body) -> Body:
     """The larger of two running totals, as they are written; prompt and completion are each taken as one."""
+    if old is None:
+        return new
     one, other = usages.from_openai(old), usages.from_openai(new)
-    if old is None or one is None or other is None:
-        return new if old is None or one is None else old
+    if one is None or other is None:
+        return new if one is None else old
     both = {**old, **{name: value for name, value in new.items() if value is not None}}
     stays = {"prompt": usages.prompt_stays(one, other), "completion": usages.completion_stays(one, other)}
     for side, is_kept in stays.items():
