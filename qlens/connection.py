@@ -398,9 +398,9 @@ class Exchange:
         watcher = chunks if isinstance(chunks, Watcher) else None
         async for chunk in chunks:
             self._passed = chunk
+            self._over = watcher is not None and watcher.is_over
             if self.begun:
-                self._over = watcher is not None and watcher.is_over
-                await (self._end(chunk) if self._over else self._write(chunk))
+                await self._write(chunk)
             else:
                 account.first_byte = time.monotonic()
                 await self._begin(reply.status, of_stream(account, reply), chunk)
@@ -505,14 +505,16 @@ class Exchange:
         return self.connection.send(self._framed(chunk))
 
     def _framed(self, chunk: bytes) -> bytes:
-        # An empty chunk would end the body.
-        return b"%x\r\n%b\r\n" % (len(chunk), chunk) if self._chunked and chunk else chunk
+        if not self._chunked:
+            return chunk
+        # An empty chunk ends the body.
+        framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
+        return framed + b"0\r\n\r\n" if self._over else framed
 
-    async def _end(self, chunk: bytes = b"") -> None:
-        """Write the end of a stream, with its last chunk in front."""
+    async def _end(self) -> None:
         self._over = True
-        if end := self._framed(chunk) + (b"0\r\n\r\n" if self._chunked else b""):
-            await self.connection.send(end)
+        if self._chunked:
+            await self._write(b"")
 
 
 def _refusal(error: BaseException) -> CallError:

@@ -140,6 +140,9 @@ class Meter(EventWatcher):
         await self._hand_over()
         return self._usage() + sse.DONE
 
+    def _ends_at_once(self) -> bool:
+        return self._done and self._error is None and not self.reply.cut and (self.keeps_at_once or not self.call.keep)
+
     def _is_finished(self) -> bool:
         """Whether every choice has its finish reason."""
         return len(self._finished) >= dialects.named(self.reply.dialect).returned(self.call.body)

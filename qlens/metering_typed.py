@@ -77,6 +77,11 @@ class TypedMeter(EventWatcher):
         await self._hand_over()
         return self._last_event
 
+    def _ends_at_once(self) -> bool:
+        if self._error is not None or self.reply.cut or not self._last_event:
+            return False
+        return self.keeps_at_once or not self.call.keep
+
     def _sift(self, events: list[bytes]) -> bytes:
         """What of these events goes to the client now: all but the last of the stream, and what follows it."""
         passing = []

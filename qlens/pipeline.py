@@ -654,9 +654,9 @@ class Pipeline:
         if reply.raw:
             meter = raw_meter(call, reply, failed)
         elif reply.dialect in typed.NAMES:
-            meter = TypedMeter(call, reply, failed=failed, ended=keep)
+            meter = TypedMeter(call, reply, failed=failed, ended=keep, keeps_at_once=self.stores_at_once)
         else:
-            meter = Meter(call, reply, failed=failed, ended=keep, price=price)
+            meter = Meter(call, reply, failed=failed, ended=keep, price=price, keeps_at_once=self.stores_at_once)
         reply.replace(chunks=meter.watch(reply.chunks))
         return meter
 

@@ -47,24 +47,29 @@ class Watcher(ABC):
         return self
 
     async def __anext__(self) -> bytes:
+        passing = b""
         try:
-            while not self._ended:
+            while not self._ended and not passing:
                 try:
                     passing = self._take(await self._source.__anext__())
                 except StopAsyncIteration:
                     self._ended = True
                     passing = self._flush()
-                if passing:
-                    return passing
         except BaseException as mistake:
             if self._is_stopped(mistake):
                 raise
             raise self.failed(mistake) from mistake
+        if passing and not (self._ended and self._ends_at_once()):
+            return passing
         if self._over:
             self._let_source_go()
             raise StopAsyncIteration
         self._over = True
-        return await self._last()
+        return passing + await self._last()  # one write instead of two
+
+    def _ends_at_once(self) -> bool:
+        """Whether all has come, and `_last` gives what the stream ends with and waits for nothing."""
+        return False
 
     @property
     def is_over(self) -> bool:
@@ -154,6 +159,8 @@ class EventWatcher(Watcher):
 
     ended: Callable[[bytes], Awaitable[None]]
     """Awaited with the assembled answer before the end event passes, when the call asked to `keep` it."""
+    keeps_at_once: bool = field(kw_only=True, default=False)
+    """Whether nothing is waited for in there."""
     events: int = field(init=False, default=0)
     """Events with data that passed."""
     passed: int = field(init=False, default=0)

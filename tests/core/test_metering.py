@@ -342,6 +342,30 @@ async def test_a_kept_answer_is_handed_over_before_the_end_mark_and_not_when_it_
     assert kept == []
 
 
+@pytest.mark.parametrize(("keep", "keeps_at_once", "pieces"), [(0, False, 1), (10_000, True, 1), (10_000, False, 2)])
+async def test_what_came_whole_passes_whole_unless_its_end_waits_for_a_cache(
+    keep: int, keeps_at_once: bool, pieces: int
+) -> None:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"".join(map(_event, (_delta("hi"), _delta("", "stop"), b"[DONE]")))
+
+    passed: list[bytes] = []
+    when_kept: list[list[bytes]] = []
+
+    async def ended(_: bytes) -> None:
+        when_kept.append([*passed])
+
+    reply = Reply(chunks=chunks())
+    meter = Meter(
+        _call(keep=keep), reply, price=lambda _: Cost(0), ended=ended, failed=_failed, keeps_at_once=keeps_at_once
+    )
+    async for piece in meter.watch(chunks()):
+        passed.append(piece)
+        assert meter.is_over is (len(passed) == pieces)
+    assert b"".join(passed) == b"".join([piece async for piece in chunks()])
+    assert when_kept == ([passed[:-1]] if keep else [])
+
+
 @pytest.mark.parametrize("data", [b'[{"usage":{}}]', b'"choices":[]', b'{"choices":[],'])
 async def test_an_event_that_is_not_a_json_object_is_an_error(data: bytes) -> None:
     _, _, _, error = await _run([_event(_delta("hi")), _event(data)])
