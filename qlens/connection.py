@@ -508,8 +508,8 @@ class Exchange:
         if not self._chunked:
             return chunk
         # An empty chunk ends the body.
-        framed = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
-        return framed + b"0\r\n\r\n" if self._over else framed
+        end = b"0\r\n\r\n" if self._over else b""
+        return b"%x\r\n%b\r\n%b" % (len(chunk), chunk, end) if chunk else end
 
     async def _end(self) -> None:
         self._over = True

@@ -86,8 +86,9 @@ class Meter(EventWatcher):
                 return b""
             self.events += 1
             self.passed += len(piece)
-            if self.call.keep:
-                self._keep_text(text, len(piece))
+            if (most := self.call.keep) and self._kept_bytes <= most:
+                self._texts.append(text)
+                self._kept_bytes += len(piece)
             return piece
         block = self._splitter.take(piece)
         return self._look(block) if block and not self._is_too_much(block) else b""
@@ -153,32 +154,26 @@ class Meter(EventWatcher):
         looked_at = 0
         while block and not self._ended:
             # Most events are alike, and to compare costs a quarter of a search.
-            size, events, text = (0, 0, b"") if self._like is None else self._like.front(block)
-            if size:
-                passing.append(self._pass_alike(block[:size], events, text))
+            front, events, text = (b"", 0, b"") if self._like is None else self._like.front(block)
+            if front:
+                passing.append(self._pass_alike(front, events, text))
             elif looked_at < _MOST_LOOKED_AT and b"\r" not in block and not _is_the_end(block):
                 looked_at += 1
-                passing.append(self._scan(event := sse.first(block)))
-                size = len(event)
+                passing.append(self._scan(front := sse.first(block)))
             else:
                 passing.append(self._scan(block))
                 break
-            block = block[size:]
+            block = block[len(front) :]
         return b"".join(passing)
 
     def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
         """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
         self.events += events
         self.passed += len(block)
-        if self.call.keep:
-            self._keep_text(text, len(block))
-        return block
-
-    def _keep_text(self, text: bytes, size: int) -> None:
-        """Keep the texts of events of so many bytes."""
-        if self._kept_bytes <= self.call.keep:
+        if (most := self.call.keep) and self._kept_bytes <= most:
             self._texts.append(text)
-            self._kept_bytes += size
+            self._kept_bytes += len(block)
+        return block
 
     def _pass(self, block: bytes, events: int, size: int) -> bytes:
         """Count what goes to the client as it is: so many events, of so many bytes."""

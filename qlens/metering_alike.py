@@ -25,7 +25,7 @@ _FOLLOWS = {b",", b"}"}
 # What makes bytes in the place of a text more than one.
 _no_text_in = re.compile(rb'["\r\n]').search
 _BACKSLASH = 0x5C
-_NONE = 0, 0, b""
+_NONE = b"", 0, b""
 # A field of a delta with a text; its role and its type are said, and not added up.
 _FIELD = re.compile(rb'"(?!role"|type")[^"]*"\s*:\s*"[^"]')
 
@@ -97,8 +97,8 @@ class Likeness:
         # A backslash in front of a quote makes it a part of the text.
         return None if _no_text_in(event, begin, end) or event[end - 1] == _BACKSLASH else event[begin:end]
 
-    def front(self, block: bytes) -> tuple[int, int, bytes]:
-        """The bytes, the number and the texts of the events like it that a block of whole events begins with.
+    def front(self, block: bytes) -> tuple[bytes, int, bytes]:
+        """The events like it that a block of whole events begins with, their number and their texts in a row.
 
         Nothing where another stands between them. They are taken apart at their line ends, and what they should be is
         compared with what they are: to find all that is between two texts takes longer.
@@ -108,8 +108,7 @@ class Likeness:
             return _NONE
         between = end + before
         last = max(block.rfind(between) + len(end), 0)
-        size = block.find(end, last + self._begin) + len(end)
-        alike = block[:size]
+        alike = block[: block.find(end, last + self._begin) + len(end)]
         texts = list(map(self._text_of, alike.split(b"\n")[:-1:2]))
         if b"%b%b%b" % (before, between.join(texts), end) != alike:
             return _NONE
@@ -119,11 +118,11 @@ class Likeness:
             texts, paddings = [text for text, _, _ in parts], b"".join([padding for _, _, padding in parts])
         text = b"".join(texts)
         more = text + paddings
-        if len(more) != size - len(texts) * self.bare or b'"' in more or b"\r" in more:
+        if len(more) != len(alike) - len(texts) * self.bare or b'"' in more or b"\r" in more:
             return _NONE
         if b"\\" in text and b"\\\n" in b"\n".join([*texts, b""]):
             return _NONE
-        return size, len(texts), text
+        return alike, len(texts), text
 
 
 def _says_more(rest: bytes) -> bool:
