@@ -52,8 +52,6 @@ class Meter(EventWatcher):
     _told_early: tuple[int, int] | None = field(init=False, default=None)
     """The events and the bytes that had passed when the stream last said what was used, before it was over."""
     _head: dict[str, Any] = field(init=False, factory=dict)
-    _like: Likeness | None = field(init=False, default=None, repr=False)
-    """How an event looks that is not notable."""
     _noted: int = field(init=False, default=0)
     _done: bool = field(init=False, default=False)
     """Whether the end mark was seen."""
@@ -63,8 +61,6 @@ class Meter(EventWatcher):
     """How many other events were looked at."""
     _length: Length | None = field(init=False)
     """What is counted where a budget has reserved so many tokens."""
-    _texts: list[bytes] = field(init=False, factory=list, repr=False)
-    """Kept texts of the events that are alike and came last."""
 
     _known: tuple[Usage | None, Usage] | None = field(init=False, default=None)
     """What a stream that is over has used, with what the provider had said of it."""
@@ -166,31 +162,12 @@ class Meter(EventWatcher):
             block = block[len(front) :]
         return b"".join(passing)
 
-    def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
-        """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
-        self.events += events
-        self.passed += len(block)
-        if (most := self.call.keep) and self._kept_bytes <= most:
-            self._texts.append(text)
-            self._kept_bytes += len(block)
-        return block
-
     def _pass(self, block: bytes, events: int, size: int) -> bytes:
         """Count what goes to the client as it is: so many events, of so many bytes."""
         self._keep(block)
         self.events += events
         self.passed += size
         return block
-
-    def _keep(self, block: bytes) -> None:
-        self._fold()
-        super()._keep(block)
-
-    def _fold(self) -> None:
-        """Make one event of the kept texts in a row."""
-        if self._texts and self._like is not None:
-            self._kept.append(self._like.event(self._texts))
-            self._texts = []
 
     def _scan(self, block: bytes) -> bytes:
         """Search a block for what is notable, and remember how an event of it that is not looks."""
@@ -354,7 +331,6 @@ class Meter(EventWatcher):
         return max(events - silent, text // BYTES_PER_TOKEN, 0)
 
     def _assembled(self) -> dict[str, Any]:
-        self._fold()
         events = sse.cut(b"".join(self._kept))
         fewer = merged(events, self._like) if len(events) > _FEW else events
         found = [sse.data(event) for event in fewer]

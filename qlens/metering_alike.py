@@ -45,14 +45,15 @@ class Likeness:
     _tail: int = field(init=False)
     _text_of: Callable[[bytes], bytes] = field(init=False, repr=False)
     """What cuts the text, or text and padding, out of the line of such an event."""
-    _is_a_line: bool = field(init=False)
-    """Whether such an event is a line and the empty one that ends it."""
+    _lines: slice | None = field(init=False)
+    """Which lines of a block have the texts; None where what follows a text has lines of its own."""
 
     def __attrs_post_init__(self) -> None:
         self._begin, self._end = len(self.before), self.last or self.after
         self._tail = len(self._end)
-        self._text_of = itemgetter(slice(self._begin, 2 - self._tail))
-        self._is_a_line = self._end.endswith(b"\n\n") and b"\n" not in self.before + self._end[:-2]
+        first = self.before.count(b"\n")
+        self._lines = slice(first, -1, first + 2) if self._end.find(b"\n") == self._tail - 2 else None
+        self._text_of = itemgetter(slice(self._begin - self.before.rfind(b"\n") - 1, 2 - self._tail))
 
     @classmethod
     def of(cls, event: bytes, marks: Iterable[bytes] = CHAT) -> Likeness | None:
@@ -104,12 +105,12 @@ class Likeness:
         compared with what they are: to find all that is between two texts takes longer.
         """
         before, end = self.before, self._end
-        if not self._is_a_line or not block.startswith(before):
+        if self._lines is None or not block.startswith(before):
             return _NONE
         between = end + before
         last = max(block.rfind(between) + len(end), 0)
         alike = block[: block.find(end, last + self._begin) + len(end)]
-        texts = list(map(self._text_of, alike.split(b"\n")[:-1:2]))
+        texts = list(map(self._text_of, alike.split(b"\n")[self._lines]))
         if b"%b%b%b" % (before, between.join(texts), end) != alike:
             return _NONE
         paddings = b""

@@ -14,7 +14,7 @@ from qlens.dialects import typed
 from qlens.dialects.typed import TypedDialect
 from qlens.errors import CallError, UpstreamTruncated
 from qlens.estimates import BYTES_PER_TOKEN, estimated
-from qlens.metering_alike import merged, payloads
+from qlens.metering_alike import Likeness, merged, payloads
 from qlens.metering_cut import Ending, ending, within, written
 from qlens.metering_length import Length
 from qlens.provider_errors import error_from
@@ -22,6 +22,8 @@ from qlens.surrogates import json_of
 from qlens.usage import Usage, larger
 from qlens.watching import EventWatcher
 
+# Where every delta differs in something else as well, it is of no use to remember one.
+_MOST_NOTED = 16
 _DELTA = re.compile(rb"event: \S*delta\b")
 
 
@@ -46,6 +48,8 @@ class TypedMeter(EventWatcher):
     """Whether there is, or was, an error that ends the stream."""
     _last_event: bytes = field(init=False, default=b"", repr=False)
     """The event that ends the stream, once it was there."""
+    _noted: int = field(init=False, default=0)
+    """How many deltas were looked at, to know those that are like them."""
     _length: Length = field(init=False)
     """What is counted where there is an `_ending`."""
     _ending: Ending | None = field(init=False, default=None)
@@ -59,7 +63,21 @@ class TypedMeter(EventWatcher):
             self._ending = ending(self.reply.dialect)
 
     def _take(self, piece: bytes) -> bytes:
-        return self._sift(self._splitter.feed(piece))
+        like = self._like
+        if like is None or self._splitter.pending:
+            return self._sift(self._splitter.feed(piece))
+        if (text := like.text(piece)) is not None:
+            return self._pass_deltas(piece, 1, text)
+        front, events, text = like.front(piece)
+        if not front:
+            return self._sift(self._splitter.feed(piece))
+        return self._pass_deltas(front, events, text) + self._sift(self._splitter.feed(piece[len(front) :]))
+
+    def _pass_deltas(self, block: bytes, events: int, text: bytes) -> bytes:
+        """Count so many deltas that are alike, with all their texts in a row, and go to the client."""
+        self._spoken += events
+        self._spoken_bytes += len(block)
+        return self._pass_alike(block, events, text)
 
     def _flush(self) -> bytes:
         return self._sift(self._splitter.flush())
@@ -107,7 +125,16 @@ class TypedMeter(EventWatcher):
         except CallError as error:
             self._failed, self._error = True, error
         self._ended = self._ended or self._failed or bool(self._last_event) or self.reply.cut
+        if passing and self._noted < _MOST_NOTED and self._envelope and self._ending is None:
+            self._note(passing[-1])
         return b"".join(passing)
+
+    def _note(self, event: bytes) -> None:
+        """Remember what surrounds the text of a delta, which those that follow it are likely to have as well."""
+        self._noted += 1
+        if self._is_delta(event) and (like := Likeness.of(event, self._dialect.MARKS)) is not None:
+            self._fold()
+            self._like = like
 
     def _is_too_much(self, event: bytes, ending: Ending) -> bool:
         """Whether with this event there is more text than was reserved; else it is remembered for the end."""

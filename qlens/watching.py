@@ -13,6 +13,7 @@ from qlens import returned, sse
 from qlens.bridges import Translation
 from qlens.call import Body, Call, Reply
 from qlens.errors import CallError
+from qlens.metering_alike import Likeness
 from qlens.returned import mistakes
 from qlens.upstream import Answer
 from qlens.usage import Usage
@@ -170,13 +171,33 @@ class EventWatcher(Watcher):
     """What ends the stream after the events in front of it."""
     _kept: list[bytes] = field(init=False, factory=list, repr=False)
     _kept_bytes: int = field(init=False, default=0)
+    _like: Likeness | None = field(init=False, default=None, repr=False)
+    """How an event looks that need not be looked into."""
+    _texts: list[bytes] = field(init=False, factory=list, repr=False)
+    """Kept texts of the events that are alike and came last."""
 
     def _let_go(self) -> None:
         super()._let_go()
         self._error = None  # its traceback refers to this object too
         del self.ended
 
+    def _pass_alike(self, block: bytes, events: int, text: bytes) -> bytes:
+        """Count so many events that are alike and go to the client; one event will have all their texts in a row."""
+        self.events += events
+        self.passed += len(block)
+        if (most := self.call.keep) and self._kept_bytes <= most:
+            self._texts.append(text)
+            self._kept_bytes += len(block)
+        return block
+
+    def _fold(self) -> None:
+        """Make one event of the kept texts in a row."""
+        if self._texts and self._like is not None:
+            self._kept.append(self._like.event(self._texts))
+            self._texts = []
+
     def _keep(self, block: bytes) -> None:
+        self._fold()
         if self.call.keep and self._kept_bytes <= self.call.keep:
             self._kept.append(block)
             self._kept_bytes += len(block)
@@ -186,6 +207,7 @@ class EventWatcher(Watcher):
         if not self.call.keep or self._kept_bytes > self.call.keep:
             return
         try:
+            self._fold()
             body = orjson.dumps(self._assembled())
         except (CallError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             return  # good enough for the client, who reads the events one by one, and nothing to keep

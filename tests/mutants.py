@@ -481,7 +481,7 @@ MUTANTS = (
     ),
     Mutant(
         "texts that are kept together are not kept",
-        "qlens/metering.py",
+        "qlens/watching.py",
         "            self._kept.append(self._like.event(self._texts))\n",
         "",
         ("tests/core/test_metering.py::test_whatever_is_alike_all_of_it_passes_and_is_kept",),
