@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import math
 import os
+import re
 import sys
 import termios
 import zlib
@@ -36,33 +37,38 @@ _MAX_RATIO = 100
 # A request up to this size is one write; a larger one waits for the transport to drain.
 _WRITE_BYTES = 64 * 1024
 _IDLE_SECONDS = 15.0
-_FRAMING = frozenset({"content-length", "transfer-encoding", "content-encoding"})
+_FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
+_NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _NO_BODY = frozenset({204, 304})
 _UNANSWERED = "The provider closed the connection before it answered."
 _NOT_HTTP = "The provider's answer is not valid HTTP."
 _COMPRESSED = "The provider's answer is compressed in a way that cannot be read."
 _BROKEN = "The framing of the provider's answer is broken."
+_TOO_MANY = "The provider's answer has too many headers."
 
 
 @define(eq=False)
 class Headers(Mapping[str, str]):
     """The headers of an answer by lower-cased name, found in any case; of a name that came twice, the first."""
 
-    # Of the many headers of an answer few are read: their text is made then.
-    _values: dict[str, bytes] = field(factory=dict, repr=False)
+    # Of the many headers of an answer few are read: they are looked for then. Every line ends with a line end.
+    _head: bytes = field(default=b"\r\n", repr=False)
+    _lowered: bytes = field(default=b"\r\n", repr=False)
 
     def __getitem__(self, name: str) -> str:
-        return _text(self._values[name.lower()])
+        if (value := self.get(name)) is None:
+            raise KeyError(name)
+        return value
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._values
+        return isinstance(name, str) and _beginning(name) in self._lowered
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
+        return iter(dict.fromkeys(name.decode() for name, _ in _fields(self._lowered)))
 
     def __len__(self) -> int:
-        return len(self._values)
+        return len({name for name, _ in _fields(self._lowered)})
 
     @overload  # type: ignore[override]
     def get(self, name: str) -> str | None: ...
@@ -70,12 +76,16 @@ class Headers(Mapping[str, str]):
     def get(self, name: str, default: str) -> str: ...
     def get(self, name: str, default: str | None = None) -> str | None:
         """The value of a header, or the default."""
-        value = self._values.get(name.lower())
-        return default if value is None else _text(value)
+        beginning = _beginning(name)
+        found = self._lowered.find(beginning)
+        if found < 0:
+            return default
+        start = found + len(beginning)
+        return _text(self._head[start : self._head.index(b"\r\n", start)])
 
     def lacks(self, names: Iterable[str]) -> bool:
-        """Whether none of these lower-cased names is among them."""
-        return self._values.keys().isdisjoint(names)
+        """Whether none of these names is among them."""
+        return not any(map(self.__contains__, names))
 
 
 class Upload(Protocol):
@@ -160,7 +170,8 @@ class Connection(asyncio.BufferedProtocol):
     _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
     _pieces: list[bytes] = field(init=False, factory=list, repr=False)
     _waiting: int = field(init=False, default=0)  # bytes in those pieces
-    _fields: list[tuple[bytes, bytes]] = field(init=False, factory=list, repr=False)
+    _begun: bytes = field(init=False, default=b"", repr=False)  # what came of a head that is not whole
+    _interim: int = field(init=False, default=0)  # answers before the one that counts
     _silent: int = field(init=False, default=0)  # bytes since the last one of a body
     _bare: bool = field(init=False, default=False)  # the answer has a head only, whatever it says
     _to_the_end: bool = field(init=False, default=False)  # the body ends with the connection
@@ -281,6 +292,8 @@ class Connection(asyncio.BufferedProtocol):
             self._parser.feed_data(self._buffer[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(error)
+        if self._stage == _HEAD:
+            self._begun += self._buffer[:nbytes]
         if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
             self._fail(_BROKEN)
         if self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
@@ -329,36 +342,41 @@ class Connection(asyncio.BufferedProtocol):
         if self._stage != _HEAD:
             raise _Malformed(_BROKEN)
 
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """The parser's callback, for trailers as well; how many bytes may come is bounded elsewhere."""
-        self._fields.append((name, value))
-
     def on_headers_complete(self) -> None:
         """The parser's callback, for interim answers as well."""
         status = self._parser.get_status_code()
-        version = self._parser.get_http_version()
-        if not 100 <= status <= 599 or version not in {"1.1", "1.0"}:
-            raise _Malformed(_NOT_HTTP)
-        fields, self._fields = self._fields, []
         if status < 200:
+            if status < 100 or self._parser.get_http_version() not in {"1.1", "1.0"}:
+                raise _Malformed(_NOT_HTTP)
+            self._interim += 1
             return
-        values = _values(fields, self._silent)
-        self.headers = Headers(values)
-        without_length = "content-length" not in values
-        encoding = values.get("transfer-encoding")
-        if encoding is not None and (not without_length or version == "1.0" or _text(encoding).lower() != "chunked"):
+        head = self._head()
+        is_old = not head.startswith(b"HTTP/1.1")
+        if status > 599 or (is_old and not head.startswith(b"HTTP/1.0")):
+            raise _Malformed(_NOT_HTTP)
+        if head.count(b"\n") > _MAX_FIELDS + 1:
+            raise _Malformed(_TOO_MANY)
+        if len(head) > _MAX_FIELD_BYTES:
+            _check_sizes(head)
+        lowered = head.lower()
+        self.headers = headers = Headers(head, lowered)
+        framing = _FRAMING.findall(lowered)
+        without_length = b"content-length" not in framing
+        is_chunked = b"transfer-encoding" in framing
+        if len(framing) > 1 and len(set(framing)) < len(framing):
+            raise _Malformed(_BROKEN)
+        if is_chunked and (not without_length or is_old or headers["transfer-encoding"].lower() != "chunked"):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
-        self._to_the_end = without_length and encoding is None and not self._bare
+        self._to_the_end = without_length and not is_chunked and not self._bare
         self._reusable = self._reusable and self._parser.should_keep_alive()
         self.status = status
         self._stage = _BODY
         self._silent = 0
-        coding = values.get("content-encoding")
         if self._bare:
             self._stage = _OVER
-        elif coding and _text(coding) not in ("", "identity"):
-            self._inflater = _Inflater(_text(coding))
+        elif b"content-encoding" in framing and (coding := headers["content-encoding"]) not in ("", "identity"):
+            self._inflater = _Inflater(coding)
 
     def on_body(self, data: bytes) -> None:
         """The parser's callback."""
@@ -386,8 +404,20 @@ class Connection(asyncio.BufferedProtocol):
         self._reusable = not bare
         self.reused, self.answered = self.status != 0, False
         self.status = self._silent = 0
-        self._fields.clear()  # trailers
+        self._begun, self._interim = b"", 0
         self._inflater = None
+
+    def _head(self) -> bytes:
+        """The head that is whole now, with one line end at its end; the parser has seen to it that it is well-formed.
+
+        To be told of each field by the parser would cost more than all the rest of an answer.
+        """
+        came = self._begun + self._buffer[: self._silent - len(self._begun)]
+        self._begun = b""
+        start = came.index(b"HTTP/")  # line ends may come in front of it
+        for _ in range(self._interim):
+            start = came.index(b"HTTP/", came.index(b"\r\n\r\n", start))
+        return came[start : came.index(b"\r\n\r\n", start) + 2]
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
@@ -535,36 +565,28 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
     return int.from_bytes(found, sys.byteorder)
 
 
-# Their names are few, and come again with every answer.
+# The names that are asked for are few.
 @lru_cache(maxsize=256)
-def _lowered(name: bytes) -> str:
-    return name.decode("latin-1").lower()
+def _beginning(name: str) -> bytes:
+    """How the line of this header begins in a head that is lower-cased; what cannot be a name is found in none."""
+    lowered = name.lower()
+    return b"\r\n%b:" % lowered.encode() if _NAME.fullmatch(lowered) else b"\0"
 
 
 def _text(value: bytes) -> str:
-    return value.decode("utf-8", "surrogateescape").rstrip(" \t")
+    return value.decode("utf-8", "surrogateescape").strip(" \t")
 
 
-def _values(fields: list[tuple[bytes, bytes]], arrived: int) -> dict[str, bytes]:
-    """The values of a head by lower-cased name; `arrived`, at least the size of the head, spares most the measuring."""
-    if len(fields) > _MAX_FIELDS or (arrived > _MAX_FRAMING_BYTES and sum(_sizes(fields)) > _MAX_FRAMING_BYTES):
-        raise _Malformed("The provider's answer has too many headers.")
-    if arrived > _MAX_FIELD_BYTES and max(_sizes(fields), default=0) > _MAX_FIELD_BYTES:
+def _fields(head: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """The names and values of a head, as they are written there."""
+    for line in head.split(b"\r\n")[1:-1]:
+        name, _, value = line.partition(b":")
+        yield name, value.lstrip(b" \t")
+
+
+def _check_sizes(head: bytes) -> None:
+    sizes = [len(name) + len(value) for name, value in _fields(head)]
+    if sum(sizes) > _MAX_FRAMING_BYTES:
+        raise _Malformed(_TOO_MANY)
+    if max(sizes, default=0) > _MAX_FIELD_BYTES:
         raise _Malformed("The provider's answer has a header that is too long.")
-    values = {_lowered(name): value for name, value in fields}
-    return values if len(values) == len(fields) else _first_values(fields)
-
-
-def _sizes(fields: list[tuple[bytes, bytes]]) -> Iterator[int]:
-    return (len(name) + len(value) for name, value in fields)
-
-
-def _first_values(fields: list[tuple[bytes, bytes]]) -> dict[str, bytes]:
-    values: dict[str, bytes] = {}
-    for name, value in fields:
-        key = _lowered(name)
-        if key not in values:
-            values[key] = value
-        elif key in _FRAMING:
-            raise _Malformed(_BROKEN)
-    return values

@@ -14,8 +14,9 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
+import httptools
 import pytest
-from attrs import frozen
+from attrs import Factory, define, field, frozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listeners import listening
@@ -199,6 +200,43 @@ def test_garbage_within_an_answer_is_nothing_worse_than_an_error_of_ours(
     raw = answer.raw[:start] + garbage + answer.raw[start + len(garbage) :]
     *_, error, _ = asyncio.run(received(cut(raw, at), end=True))
     assert not error or error.startswith("Upstream")
+
+
+@define(eq=False)
+class Told:
+    """The headers of the last head in some bytes, as the parser tells them field by field."""
+
+    parser: httptools.HttpResponseParser = field(
+        init=False, default=Factory(httptools.HttpResponseParser, takes_self=True)
+    )
+    fields: list[tuple[bytes, bytes]] = field(init=False, factory=list)
+    headers: dict[str, str] = field(init=False, factory=dict)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.parser.get_status_code() >= 200:
+            for name, value in self.fields:
+                self.headers.setdefault(name.decode().lower(), value.decode("utf-8", "surrogateescape").rstrip(" \t"))
+        self.fields.clear()
+
+
+LINE_ENDS = (b"\r", b"\n", b"\r\n", b"\r\n\r\n")
+ODD = st.sampled_from([*LINE_ENDS, b" ", b"\t", b":", b"\0", b"\x0b", b"\x85", b"\xc3\xa4", b"HTTP/"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(answers(), st.lists(st.tuples(ODD, st.integers(0, 5000)), max_size=3), CUTS)
+def test_the_headers_are_those_that_the_parser_finds(answer: Good, odd: list[tuple[bytes, int]], at: list[int]) -> None:
+    raw, room = answer.raw, len(answer.raw) - len(answer.body)
+    for garbage, position in odd:
+        raw = raw[: position % room] + garbage + raw[position % room :]
+    status, headers, *_ = asyncio.run(received(cut(raw, at), end=True))
+    told = Told()
+    with suppress(httptools.HttpParserError, httptools.HttpParserUpgrade):
+        told.parser.feed_data(raw)
+    assert not status or headers == told.headers
 
 
 # --- lies ---------------------------------------------------------------------------------------
