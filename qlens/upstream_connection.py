@@ -37,6 +37,7 @@ _MAX_RATIO = 100
 # A request up to this size is one write; a larger one waits for the transport to drain.
 _WRITE_BYTES = 64 * 1024
 _IDLE_SECONDS = 15.0
+_NEVER = math.inf
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
 _NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
@@ -149,8 +150,6 @@ class Connection(asyncio.BufferedProtocol):
     _on_lost: Callable[[Connection], None] = field(repr=False)
     reused: bool = field(init=False, default=False)
     """Whether the exchange is not the first one here."""
-    answered: bool = field(init=False, default=False)
-    """Whether a byte of the answer has arrived."""
     unheard: bool = field(init=False, default=False)
     """Whether it broke before the peer can have had the whole request."""
     status: int = field(init=False, default=0)
@@ -165,9 +164,10 @@ class Connection(asyncio.BufferedProtocol):
     _stage: int = field(init=False, default=_IDLE)
     _waiter: asyncio.Future[None] | None = field(init=False, default=None, repr=False)
     _sink: Callable[[bytes], bool] | None = field(init=False, default=None, repr=False)
-    _idle_seconds: float = field(init=False, default=math.inf)  # how long the sink waits for a piece
-    _until: float = field(init=False, default=math.inf, repr=False)
+    _idle_seconds: float = field(init=False, default=_NEVER)  # how long the sink waits for a piece
+    _until: float = field(init=False, default=_NEVER, repr=False)
     _timer: asyncio.TimerHandle | None = field(init=False, default=None, repr=False)
+    _due: float = field(init=False, default=_NEVER, repr=False)  # when the timer calls
     _pieces: list[bytes] = field(init=False, factory=list, repr=False)
     _waiting: int = field(init=False, default=0)  # bytes in those pieces
     _begun: bytes = field(init=False, default=b"", repr=False)  # what came of a head that is not whole
@@ -182,6 +182,11 @@ class Connection(asyncio.BufferedProtocol):
     # --- for the one who has it ----------------------------------------------------------------
 
     @property
+    def answered(self) -> bool:
+        """Whether a byte of the answer has arrived."""
+        return self._silent > 0 or self.status != 0
+
+    @property
     def is_over(self) -> bool:
         """Whether the whole answer is here: what is left of it is one more `take`."""
         return self._stage == _OVER
@@ -193,7 +198,11 @@ class Connection(asyncio.BufferedProtocol):
         """
         if self._stage != _IDLE:
             raise self._broken() if self.fault else UpstreamUnreachable(_UNANSWERED)
-        self._begin(bare)
+        self.reused = self.status != 0
+        self.status = self._silent = 0
+        self._stage, self._bare = _HEAD, bare
+        # After a head without the body that it announces, the parser would wait for one.
+        self._reusable = not bare
         if not isinstance(body, bytes):
             self._write(head)
             with marked():
@@ -204,16 +213,19 @@ class Connection(asyncio.BufferedProtocol):
             self._write(head)
             with marked():
                 await self._write_in_parts(body, until)
-        while self._is_unanswered():
+        while self._stage == _HEAD:
             await self.wait(until)
         if self.fault is not None and not self.status:
             raise self._broken()
 
     def take(self) -> bytes | None:
         """What has arrived of the body, b"" at its end, None when one must `wait`; raises what broke it after that."""
-        if self._pieces:
-            piece = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self._pieces.clear()
+        if pieces := self._pieces:
+            if len(pieces) == 1:
+                piece = pieces.pop()
+            else:
+                piece = b"".join(pieces)
+                pieces.clear()
             if self._waiting > _MAX_WAITING_BYTES:
                 self._transport.resume_reading()
             self._waiting = 0
@@ -224,7 +236,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def wait(self, until: float) -> asyncio.Future[None]:
         """What to await until something has happened; TimeoutError at `until`."""
-        self._watch(until)
+        self._until = until
+        if until < self._due:
+            self._set_timer(until)
         self._waiter = waiter = self._loop.create_future()
         return waiter
 
@@ -243,17 +257,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def free(self) -> bool:
         """End the exchange; False when the connection cannot be used for another one and was closed."""
-        if (
-            self._stage != _OVER
-            or not self._reusable
-            or self._pieces
-            or self._transport.is_closing()
-            or self._transport.get_write_buffer_size()
-        ):
+        if self._stage != _OVER or not self._reusable or self._pieces or self._transport.get_write_buffer_size():
             self.abort()
             return False
         self._stage, self._waiter = _IDLE, None
-        self._watch(self._loop.time() + _IDLE_SECONDS)
+        self._until = until = self._loop.time() + _IDLE_SECONDS
+        if until < self._due:
+            self._set_timer(until)
         return True
 
     def abort(self) -> None:
@@ -286,18 +296,18 @@ class Connection(asyncio.BufferedProtocol):
         if self._stage in _UNASKED:
             self.abort()
             return
-        self.answered = True
         self._silent += nbytes
         try:
             self._parser.feed_data(self._buffer[:nbytes])
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(error)
-        if self._stage == _HEAD:
-            self._begun += self._buffer[:nbytes]
-        if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
-            self._fail(_BROKEN)
-        if self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
-            self._transport.pause_reading()
+        if self._stage in _UNFINISHED:
+            if self._silent > _MAX_FRAMING_BYTES:
+                self._fail(_BROKEN)
+            elif self._stage == _HEAD:
+                self._begun += self._buffer[:nbytes]
+            elif self._waiting > _MAX_WAITING_BYTES:
+                self._transport.pause_reading()
         if self._sink is None:
             self._wake()
         else:
@@ -327,7 +337,7 @@ class Connection(asyncio.BufferedProtocol):
             self._read_what_came()
         self._stop_watching()
         self._reusable = False
-        if self._stage == _BODY and self._to_the_end and exc is None and self._is_whole():
+        if self._stage == _BODY and self._to_the_end and exc is None and self._is_unpacked():
             self._stage = _OVER
         elif self._stage != _OVER:
             self._lose()
@@ -391,21 +401,13 @@ class Connection(asyncio.BufferedProtocol):
     def on_message_complete(self) -> None:
         """The parser's callback, for interim answers as well."""
         if self._stage == _BODY:
-            if not self._is_whole():
-                raise _Malformed(_BROKEN)
+            if self._inflater is not None:
+                if not self._inflater.is_at_end():
+                    raise _Malformed(_BROKEN)
+                self._inflater = None
             self._stage = _OVER
 
     # --- inside --------------------------------------------------------------------------------
-
-    def _begin(self, bare: bool) -> None:
-        self._stage = _HEAD
-        self._bare = bare
-        # After a head without the body that it announces, the parser would wait for one.
-        self._reusable = not bare
-        self.reused, self.answered = self.status != 0, False
-        self.status = self._silent = 0
-        self._begun, self._interim = b"", 0
-        self._inflater = None
 
     def _head(self) -> bytes:
         """The head that is whole now, with one line end at its end; the parser has seen to it that it is well-formed.
@@ -413,10 +415,10 @@ class Connection(asyncio.BufferedProtocol):
         To be told of each field by the parser would cost more than all the rest of an answer.
         """
         came = self._begun + self._buffer[: self._silent - len(self._begun)]
-        self._begun = b""
         start = came.index(b"HTTP/")  # line ends may come in front of it
         for _ in range(self._interim):
             start = came.index(b"HTTP/", came.index(b"\r\n\r\n", start))
+        self._begun, self._interim = b"", 0
         return came[start : came.index(b"\r\n\r\n", start) + 2]
 
     def _write(self, data: bytes | memoryview) -> None:
@@ -432,7 +434,7 @@ class Connection(asyncio.BufferedProtocol):
             self._write(view[start : start + _WRITE_BYTES])
 
     async def _write_pieces(self, body: Upload, until: float) -> None:
-        self._until = math.inf  # a kept connection is not idle any more, though a piece may be waited for first
+        self._until = _NEVER  # a kept connection is not idle any more, though a piece may be waited for first
         async with aclosing(body.__aiter__()) as pieces:
             async for piece in pieces:
                 if not await self._takes_more(until):
@@ -493,7 +495,7 @@ class Connection(asyncio.BufferedProtocol):
     def _is_unanswered(self) -> bool:
         return self._stage == _HEAD
 
-    def _is_whole(self) -> bool:
+    def _is_unpacked(self) -> bool:
         return self._inflater is None or self._inflater.is_at_end()
 
     def _pour(self, sink: Callable[[bytes], bool]) -> None:
@@ -517,11 +519,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def _wake(self, error: BaseException | None = None) -> None:
         self._sink = None
-        waiter = self._waiter
-        if waiter is None:
+        if (waiter := self._waiter) is None:
             return
         # The timer stays: it costs less to find nothing to do than to be made anew for every piece.
-        self._waiter, self._until = None, math.inf
+        self._waiter, self._until = None, _NEVER
         if waiter.done():
             return  # cancelled
         if error is None:
@@ -529,19 +530,16 @@ class Connection(asyncio.BufferedProtocol):
         else:
             waiter.set_exception(error)
 
-    def _watch(self, until: float) -> None:
-        self._until = until
+    def _set_timer(self, due: float) -> None:
         if self._timer is not None:
-            if self._timer.when() <= until:
-                return
             self._timer.cancel()
-        self._timer = self._loop.call_at(until, self._on_time)
+        self._timer, self._due = self._loop.call_at(due, self._on_time), due
 
     def _on_time(self) -> None:
-        self._timer = None
+        self._timer, self._due = None, _NEVER
         if self._loop.time() < self._until:
-            if self._until < math.inf:
-                self._watch(self._until)
+            if self._until < _NEVER:
+                self._set_timer(self._until)
         elif self._waiter is None:
             self.abort()  # idle for long enough
         else:
@@ -550,7 +548,7 @@ class Connection(asyncio.BufferedProtocol):
     def _stop_watching(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+            self._timer, self._due = None, _NEVER
 
 
 def _unacknowledged(transport: asyncio.Transport) -> int:
