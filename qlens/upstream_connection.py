@@ -32,6 +32,7 @@ _MAX_WAITING_BYTES = 64 * 1024
 _MAX_FRAMING_BYTES = 64 * 1024
 _MAX_FIELD_BYTES = 8190
 _MAX_FIELDS = 128
+_MAX_SURE_BYTES = 4 * _MAX_FIELDS  # a head up to this size is within those bounds: a field has at least four bytes
 # How far a compressed body may grow, beside what every body may.
 _MAX_RATIO = 100
 # A request up to this size is one write; a larger one waits for the transport to drain.
@@ -39,6 +40,7 @@ _WRITE_BYTES = 64 * 1024
 _IDLE_SECONDS = 15.0
 _NEVER = math.inf
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
+_PLAIN = [b"content-length"]
 _NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _NO_BODY = frozenset({204, 304})
@@ -355,38 +357,18 @@ class Connection(asyncio.BufferedProtocol):
     def on_headers_complete(self) -> None:
         """The parser's callback, for interim answers as well."""
         status = self._parser.get_status_code()
-        if status < 200:
-            if status < 100 or self._parser.get_http_version() not in {"1.1", "1.0"}:
-                raise _Malformed(_NOT_HTTP)
-            self._interim += 1
+        if not 200 <= status <= 599:
+            self._take_interim(status)
             return
         head = self._head()
-        is_old = not head.startswith(b"HTTP/1.1")
-        if status > 599 or (is_old and not head.startswith(b"HTTP/1.0")):
-            raise _Malformed(_NOT_HTTP)
-        if head.count(b"\n") > _MAX_FIELDS + 1:
-            raise _Malformed(_TOO_MANY)
-        if len(head) > _MAX_FIELD_BYTES:
-            _check_sizes(head)
         lowered = head.lower()
-        self.headers = headers = Headers(head, lowered)
         framing = _FRAMING.findall(lowered)
-        without_length = b"content-length" not in framing
-        is_chunked = b"transfer-encoding" in framing
-        if len(framing) > 1 and len(set(framing)) < len(framing):
-            raise _Malformed(_BROKEN)
-        if is_chunked and (not without_length or is_old or headers["transfer-encoding"].lower() != "chunked"):
-            raise _Malformed(_BROKEN)
-        self._bare = self._bare or status in _NO_BODY
-        self._to_the_end = without_length and not is_chunked and not self._bare
+        is_plain = framing == _PLAIN and not self._bare and status not in _NO_BODY and head.startswith(b"HTTP/1.1")
+        self.headers = headers = Headers(head, lowered)
+        self._stage = _BODY if is_plain else self._framed(status, headers, framing)
         self._reusable = self._reusable and self._parser.should_keep_alive()
         self.status = status
-        self._stage = _BODY
         self._silent = 0
-        if self._bare:
-            self._stage = _OVER
-        elif b"content-encoding" in framing and (coding := headers["content-encoding"]) not in ("", "identity"):
-            self._inflater = _Inflater(coding)
 
     def on_body(self, data: bytes) -> None:
         """The parser's callback."""
@@ -409,6 +391,34 @@ class Connection(asyncio.BufferedProtocol):
 
     # --- inside --------------------------------------------------------------------------------
 
+    def _take_interim(self, status: int) -> None:
+        if not 100 <= status <= 199 or self._parser.get_http_version() not in {"1.1", "1.0"}:
+            raise _Malformed(_NOT_HTTP)
+        self._interim += 1
+
+    def _framed(self, status: int, headers: Headers, framing: list[bytes]) -> int:
+        """Find out where the body of an answer ends and how it is packed; the stage that follows its head.
+
+        `framing` are the names of the fields that say so, in lower case.
+        """
+        version = self._parser.get_http_version()
+        if version not in {"1.1", "1.0"}:
+            raise _Malformed(_NOT_HTTP)
+        if len(set(framing)) < len(framing):
+            raise _Malformed(_BROKEN)
+        without_length = b"content-length" not in framing
+        encoding = headers.get("transfer-encoding")
+        if encoding is not None and (not without_length or version == "1.0" or encoding.lower() != "chunked"):
+            raise _Malformed(_BROKEN)
+        self._bare = self._bare or status in _NO_BODY
+        if self._bare:
+            return _OVER
+        self._to_the_end = without_length and encoding is None
+        coding = headers.get("content-encoding")
+        if coding not in (None, "", "identity"):
+            self._inflater = _Inflater(coding)
+        return _BODY
+
     def _head(self) -> bytes:
         """The head that is whole now, with one line end at its end; the parser has seen to it that it is well-formed.
 
@@ -419,7 +429,10 @@ class Connection(asyncio.BufferedProtocol):
         for _ in range(self._interim):
             start = came.index(b"HTTP/", came.index(b"\r\n\r\n", start))
         self._begun, self._interim = b"", 0
-        return came[start : came.index(b"\r\n\r\n", start) + 2]
+        head = came[start : came.index(b"\r\n\r\n", start) + 2]
+        if len(head) > _MAX_SURE_BYTES:
+            _check_size(head)
+        return head
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
@@ -582,7 +595,11 @@ def _fields(head: bytes) -> Iterator[tuple[bytes, bytes]]:
         yield name, value.lstrip(b" \t")
 
 
-def _check_sizes(head: bytes) -> None:
+def _check_size(head: bytes) -> None:
+    if head.count(b"\n") > _MAX_FIELDS + 1:
+        raise _Malformed(_TOO_MANY)
+    if len(head) <= _MAX_FIELD_BYTES:
+        return
     sizes = [len(name) + len(value) for name, value in _fields(head)]
     if sum(sizes) > _MAX_FRAMING_BYTES:
         raise _Malformed(_TOO_MANY)
