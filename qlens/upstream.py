@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from attrs import define, field, frozen
@@ -161,7 +161,8 @@ class Upstream:
         An Upload is read as fast as the provider takes it, and from its beginning again if it must be sent again.
         Raises UpstreamUnreachable, UpstreamTimedOut or UpstreamInvalid; reading the body also UpstreamTruncated.
         """
-        origin, head = self._known_request(method, url, headers, tls)
+        known = self._known_request(method, url, headers, tls)
+        head = known.head
         if authorization is not None:
             head += _authorizing(authorization)
         if body is None and method in _WITHOUT_BODY:
@@ -169,10 +170,11 @@ class Upstream:
         else:
             head = b"%bcontent-length: %d\r\n\r\n" % (head, len(body or b""))
         try:
-            return await self._peer(origin).send(method, head, body or b"", deadlines)
+            peer = known.peer or self._peer(known)
+            return await peer.send(method, head, body or b"", deadlines)
         except UpstreamError as error:
             # For logs only: the message goes to clients, whom the provider's address does not concern.
-            error.add_note(f"host: {origin.host}")
+            error.add_note(f"host: {known.origin.host}")
             raise
 
     async def connect(
@@ -215,7 +217,7 @@ class Upstream:
 
     def _known_request(self, method: str, url: str, headers: Mapping[str, str], tls: Tls | None) -> _Known:
         """What all requests with these have in common, worked out once."""
-        key = method, url, tls, *headers.items()
+        key = method, url, tls, *headers, *headers.values()
         if (known := self._known.get(key)) is None:
             origin, path = _split(url, tls or self.tls)
             if self.proxy is not None and origin.scheme == "http":
@@ -227,13 +229,17 @@ class Upstream:
             self._known[key] = known
         return known
 
-    def _peer(self, origin: Origin) -> _Peer:
-        if (peer := self._peers.get(origin)) is not None:
-            return peer
-        if self._closed:
-            raise _stopping()
-        self._peers = {origin: peer for origin, peer in self._peers.items() if not peer.is_unused()}
-        peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections, self.unsent, self.bounds)
+    def _peer(self, known: _Known) -> _Peer:
+        origin = known.origin
+        if (peer := self._peers.get(origin)) is None:
+            if self._closed:
+                raise _stopping()
+            used = {origin: peer for origin, peer in self._peers.items() if not peer.is_unused()}
+            if len(used) < len(self._peers):
+                self._peers = used
+                self._known.clear()  # they know those that are left out
+            peer = self._peers[origin] = _Peer(origin, self._dialer, self.max_connections, self.unsent, self.bounds)
+        known.peer = peer
         return peer
 
 
@@ -266,7 +272,7 @@ class Answer:
         pieces: list[bytes] = []
         size = 0
         try:
-            async for piece in self:
+            while piece := self._taken(self._connection) or await self._awaited():
                 size += len(piece)
                 if size > limit:
                     raise UpstreamTooLarge(f"The provider sent a body of more than {limit} bytes.")
@@ -277,7 +283,8 @@ class Answer:
             error.answered = self._begun and 200 <= self.status < 300
             raise
         finally:
-            self._release()
+            if self._connection is not None:
+                self._release()
         return b"".join(pieces)
 
     def chunks(self) -> AsyncIterator[bytes]:
@@ -297,32 +304,9 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        if self._returned:
-            piece, self._returned = self._returned, b""
-            return piece
-        connection = self._connection
-        if connection is None:
-            if self._ended:
-                raise StopAsyncIteration
-            raise UpstreamTruncated("The provider's answer was closed before its end.")
-        try:
-            if (taken := connection.take()) is None:
-                until = self._wait_until()
-                while (taken := connection.take()) is None:
-                    await connection.wait(until)
-        except TimeoutError:
-            self._release()
-            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
-        except UpstreamError:
-            self._release()
-            raise
-        self._begun = True
-        if connection.is_over:
-            self._ended = True
-            self._release()
-        if not taken:
+        if not (piece := self._taken(self._connection) or await self._awaited()):
             raise StopAsyncIteration
-        return taken
+        return piece
 
     async def pour(self, sink: Callable[[bytes], bool]) -> None:
         """Give pieces to a function at once, as they arrive, until it returns False or the next one must be iterated.
@@ -337,25 +321,61 @@ class Answer:
             self._release()
             raise _paused(self._deadlines) from None
 
+    def _taken(self, connection: Connection | None) -> bytes | None:
+        """The next piece if it is here, b"" at the end; None when it must be awaited."""
+        if self._returned:
+            piece, self._returned = self._returned, b""
+            return piece
+        if connection is None:
+            if self._ended:
+                return b""
+            raise UpstreamTruncated("The provider's answer was closed before its end.")
+        try:
+            taken = connection.take()
+        except UpstreamError:
+            self._release()
+            raise
+        if taken is not None:
+            self._begun = True
+            if connection.is_over:
+                self._ended = True
+                self._release()
+        return taken
+
+    async def _awaited(self) -> bytes:
+        """The next piece as soon as it is here, b"" at the end."""
+        connection, until = self._connection, self._wait_until()
+        try:
+            while (taken := self._taken(connection)) is None:
+                assert connection is not None, "without one, nothing is waited for"
+                await connection.wait(until)
+        except TimeoutError:
+            self._release()
+            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
+        return taken
+
     def _wait_until(self) -> float:
         # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
         until = asyncio.get_running_loop().time() + self._deadlines.idle_seconds
         return until if self._begun else max(until, self._first_byte_at)
 
     def _release(self) -> None:
-        if self._connection is not None:
-            connection, self._connection = self._connection, None
+        if (connection := self._connection) is not None:
+            self._connection = None
             self._peer.give_back(connection)
 
 
 # --- requests ----------------------------------------------------------------------------------
 
 
-class _Known(NamedTuple):
+@define(eq=False)
+class _Known:
     """Where a request goes, and its head but for the length of its body."""
 
     origin: Origin
     head: bytes
+    peer: _Peer | None = None
+    """The connections for it, once it has been sent."""
 
 
 def _head(method: str, path: str, authority: str, headers: Mapping[str, str]) -> bytes:

@@ -496,7 +496,7 @@ MUTANTS = (
     Mutant(
         "a request is sent with another one's headers",
         "qlens/upstream.py",
-        "        key = method, url, tls, *headers.items()\n",
+        "        key = method, url, tls, *headers, *headers.values()\n",
         "        key = method, url, tls, *headers\n",
         ("tests/core/test_upstream.py::test_requests_that_differ_in_one_header_or_the_body_are_told_apart",),
     ),
