@@ -439,6 +439,7 @@ class _Peer:
     _slots: asyncio.Semaphore | None = field(init=False)
     _closed: bool = field(init=False, default=False)
     _all_lost: asyncio.Event = field(init=False, factory=asyncio.Event)
+    _now: Callable[[], float] = field(init=False, factory=lambda: asyncio.get_running_loop().time)
 
     def __attrs_post_init__(self) -> None:
         self._slots = asyncio.Semaphore(self._limit) if self._limit is not None else None
@@ -451,11 +452,15 @@ class _Peer:
         self._users += 1  # also while it waits: a peer that is waited for is not unused
         if self._slots is not None:
             await self._take_slot(self._slots, deadlines)
-        connection = self._last_used()
+        connection: Connection | None = None
         try:
-            if connection is None:
+            while self._idle:
+                connection, _ = self._idle.popitem()
+                if connection.is_open():
+                    break
+            else:
                 connection = await self._dial(deadlines)
-            until = asyncio.get_running_loop().time() + deadlines.first_byte_seconds
+            until = self._now() + deadlines.first_byte_seconds
             try:
                 await connection.ask(head, body, until, bare=bare)
             except UpstreamUnreachable:
@@ -467,7 +472,7 @@ class _Peer:
                     raise
                 connection.abort()
                 connection = await self._dial(deadlines)
-                until = asyncio.get_running_loop().time() + deadlines.first_byte_seconds
+                until = self._now() + deadlines.first_byte_seconds
                 await connection.ask(head, body, until, bare=bare)
         except BaseException as error:
             if connection is not None:
@@ -509,15 +514,8 @@ class _Peer:
         if self._slots is not None:
             self._slots.release()
 
-    def _last_used(self) -> Connection | None:
-        while self._idle:
-            connection, _ = self._idle.popitem()
-            if connection.is_open():
-                return connection
-        return None
-
     async def _dial(self, deadlines: Deadlines) -> Connection:
-        until = asyncio.get_running_loop().time() + deadlines.connect_seconds
+        until = self._now() + deadlines.connect_seconds
         try:
             with self._unsent.waiting():
                 async with asyncio.timeout_at(until):

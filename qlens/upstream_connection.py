@@ -172,12 +172,13 @@ class Connection(asyncio.BufferedProtocol):
     _due: float = field(init=False, default=_NEVER, repr=False)  # when the timer calls
     _pieces: list[bytes] = field(init=False, factory=list, repr=False)
     _waiting: int = field(init=False, default=0)  # bytes in those pieces
-    _begun: bytes = field(init=False, default=b"", repr=False)  # what came of a head that is not whole
+    _read: memoryview = field(init=False, repr=False)  # what has just come
+    _begun: bytes = field(init=False, default=b"", repr=False)  # what came before that of a head that is not whole
     _interim: int = field(init=False, default=0)  # answers before the one that counts
     _silent: int = field(init=False, default=0)  # bytes since the last one of a body
     _bare: bool = field(init=False, default=False)  # the answer has a head only, whatever it says
     _to_the_end: bool = field(init=False, default=False)  # the body ends with the connection
-    _reusable: bool = field(init=False, default=False)
+    _reusable: bool = field(init=False, default=True)  # what ends that ends it for good
     _undrained: bool = field(init=False, default=False)
     _inflater: _Inflater | None = field(init=False, default=None, repr=False)
 
@@ -200,11 +201,10 @@ class Connection(asyncio.BufferedProtocol):
         """
         if self._stage != _IDLE:
             raise self._broken() if self.fault else UpstreamUnreachable(_UNANSWERED)
-        self.reused = self.status != 0
         self.status = self._silent = 0
         self._stage, self._bare = _HEAD, bare
-        # After a head without the body that it announces, the parser would wait for one.
-        self._reusable = not bare
+        if bare:
+            self._reusable = False  # after a head without the body that it announces, the parser would wait for one
         if not isinstance(body, bytes):
             self._write(head)
             with marked():
@@ -262,7 +262,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._stage != _OVER or not self._reusable or self._pieces or self._transport.get_write_buffer_size():
             self.abort()
             return False
-        self._stage, self._waiter = _IDLE, None
+        self._stage, self._waiter, self.reused = _IDLE, None, True
         self._until = until = self._loop.time() + _IDLE_SECONDS
         if until < self._due:
             self._set_timer(until)
@@ -299,15 +299,16 @@ class Connection(asyncio.BufferedProtocol):
             self.abort()
             return
         self._silent += nbytes
+        self._read = read = self._buffer[:nbytes]
         try:
-            self._parser.feed_data(self._buffer[:nbytes])
+            self._parser.feed_data(read)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(error)
         if self._stage in _UNFINISHED:
             if self._silent > _MAX_FRAMING_BYTES:
                 self._fail(_BROKEN)
             elif self._stage == _HEAD:
-                self._begun += self._buffer[:nbytes]
+                self._begun += read
             elif self._waiting > _MAX_WAITING_BYTES:
                 self._transport.pause_reading()
         if self._sink is None:
@@ -366,7 +367,8 @@ class Connection(asyncio.BufferedProtocol):
         is_plain = framing == _PLAIN and not self._bare and status not in _NO_BODY and head.startswith(b"HTTP/1.1")
         self.headers = headers = Headers(head, lowered)
         self._stage = _BODY if is_plain else self._framed(status, headers, framing)
-        self._reusable = self._reusable and self._parser.should_keep_alive()
+        if not self._parser.should_keep_alive():
+            self._reusable = False
         self.status = status
         self._silent = 0
 
@@ -424,11 +426,11 @@ class Connection(asyncio.BufferedProtocol):
 
         To be told of each field by the parser would cost more than all the rest of an answer.
         """
-        came = self._begun + self._buffer[: self._silent - len(self._begun)]
+        came, self._begun = self._begun + self._read, b""
         start = came.index(b"HTTP/")  # line ends may come in front of it
-        for _ in range(self._interim):
+        while self._interim:
             start = came.index(b"HTTP/", came.index(b"\r\n\r\n", start))
-        self._begun, self._interim = b"", 0
+            self._interim -= 1
         head = came[start : came.index(b"\r\n\r\n", start) + 2]
         if len(head) > _MAX_SURE_BYTES:
             _check_size(head)
