@@ -52,36 +52,42 @@ def no_answer(answer: Answer) -> UpstreamInvalid:
     return UpstreamInvalid(f"The provider answered with status {answer.status}, which is no answer to a call.")
 
 
-async def identified(answer: Answer, reading: Awaitable[Reply], ids: Collection[str]) -> Reply:
-    """What is read of an answer, or the error, with the provider's id of it; an answer that fails is closed."""
-    upstream_id = next(iter(shown(answer, ids).values()), None)
+async def identified(
+    answer: Answer, reading: Awaitable[Reply], ids: tuple[str, ...], forward: Collection[str] = ()
+) -> Reply:
+    """What is read of an answer, or the error, with the provider's id of it; an answer that fails is closed.
+
+    The reply has the headers of the names in `forward` that may be shown.
+    """
     try:
         reply = await reading
     except BaseException as error:
         await answer.close()
         if isinstance(error, CallError):
-            error.upstream_id = upstream_id
+            error.upstream_id = next(iter(shown(answer, ids).values()), None)
         raise
-    reply.upstream_id = upstream_id
+    names, forwarded = _named(ids, forward if isinstance(forward, frozenset) else tuple(forward))
+    if found := shown(answer, names):
+        reply.upstream_id = next((found[name] for name in ids if name in found), None)
+        reply.headers = {name: found[name] for name in forwarded if name in found}
     return reply
 
 
 @lru_cache(maxsize=256)
-def _lowered(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name.lower() for name in names)
+def _named(ids: tuple[str, ...], forward: Collection[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All these names, and those to forward, lower-cased."""
+    forwarded = tuple(map(str.lower, forward))
+    return (*ids, *forwarded), forwarded
 
 
-def shown(answer: Answer, names: Collection[str]) -> dict[str, str]:
+def shown(answer: Answer, names: tuple[str, ...]) -> dict[str, str]:
     """The headers of these names, lower-cased, that may be shown: short and plain."""
-    names = _lowered(tuple(names))
-    if answer.headers.lacks(names):
-        return {}
-    found = {}
-    for name in names:
-        value = answer.headers.get(name)
-        if value and len(value) <= 128 and value.isascii() and value.isprintable():
-            found[name] = value
-    return found
+    found = answer.headers.found(names)
+    return {name: value for name, value in found.items() if _may_be_shown(value)} if found else found
+
+
+def _may_be_shown(value: str) -> bool:
+    return 0 < len(value) <= 128 and value.isascii() and value.isprintable()
 
 
 async def to_first_event(answer: Answer, is_good: Callable[[bytes], bool]) -> bytes:

@@ -86,9 +86,7 @@ async def post_openai(
         body=written(_asked(outgoing, ask_usage)),
         deadlines=deadlines,
     )
-    reply = await identified(answer, _read(answer, outgoing), _IDS)
-    reply.headers = shown(answer, forward)
-    return reply
+    return await identified(answer, _read(answer, outgoing), _IDS, forward)
 
 
 async def _post_apart(
@@ -110,8 +108,9 @@ async def _post_apart(
         media_type = body.content_type
     sent = {"content-type": media_type, "accept": "*/*", **headers}
     answer = await http.open("POST", url, headers=sent, body=body, deadlines=deadlines)
-    reply = await identified(answer, _read_apart(answer, outgoing), _IDS)
-    reply.headers = shown(answer, (*forward, "content-type") if reply.raw else forward)
+    reply = await identified(answer, _read_apart(answer, outgoing), _IDS, forward)
+    if reply.raw:
+        reply.headers = {**reply.headers, **shown(answer, ("content-type",))}
     return reply
 
 
@@ -146,9 +145,8 @@ async def send_request(
         body=request.body,
         deadlines=deadlines,
     )
-    reply = await identified(answer, _taken(answer, outgoing), _IDS)
-    given = {name: answer.headers[name] for name in _OF_CONTENT if name in answer.headers}
-    reply.headers = {**shown(answer, forward), **given}
+    reply = await identified(answer, _taken(answer, outgoing), _IDS, forward)
+    reply.headers = {**reply.headers, **answer.headers.found(_OF_CONTENT)}
     return reply
 
 

@@ -14,7 +14,6 @@ from qlens.answers import (
     media_type_of,
     no_answer,
     retry_after,
-    shown,
     to_first_event,
     unreadable,
     written,
@@ -54,9 +53,7 @@ async def post_messages(
         body=_written(outgoing),
         deadlines=deadlines,
     )
-    reply = await identified(answer, _read(answer, outgoing), ("request-id",))
-    reply.headers = shown(answer, forward)
-    return reply
+    return await identified(answer, _read(answer, outgoing), ("request-id",), forward)
 
 
 def _written(outgoing: Outgoing) -> bytes:

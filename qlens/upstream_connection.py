@@ -10,7 +10,7 @@ import re
 import sys
 import termios
 import zlib
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, suppress
 from functools import lru_cache
 from typing import Any, Protocol, cast, overload
@@ -86,9 +86,10 @@ class Headers(Mapping[str, str]):
         start = found + len(beginning)
         return _text(self._head[start : self._head.index(b"\r\n", start)])
 
-    def lacks(self, names: Iterable[str]) -> bool:
-        """Whether none of these names is among them."""
-        return not any(map(self.__contains__, names))
+    def found(self, names: tuple[str, ...]) -> dict[str, str]:
+        """Those of these headers that are among them, by lower-cased name and in this order."""
+        there = _any_of(names).findall(self._lowered)
+        return {name: self[name] for name in map(str.lower, names) if name.encode() in there} if there else {}
 
 
 class Upload(Protocol):
@@ -584,6 +585,12 @@ def _beginning(name: str) -> bytes:
     """How the line of this header begins in a head that is lower-cased; what cannot be a name is found in none."""
     lowered = name.lower()
     return b"\r\n%b:" % lowered.encode() if _NAME.fullmatch(lowered) else b"\0"
+
+
+@lru_cache(maxsize=256)
+def _any_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
+    """What finds these headers in a head that is lower-cased."""
+    return re.compile(rb"\r\n(%b):" % b"|".join(re.escape(name.lower()).encode() for name in names))
 
 
 def _text(value: bytes) -> str:
