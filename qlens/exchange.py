@@ -57,6 +57,8 @@ _ITEMS = {
     "responses": "output",
 }
 """Under which key a dialect's answer has its list, without which no client can read it."""
+_PLAIN = {dialect: key for dialect, key in _ITEMS.items() if dialect not in typed.NAMES}
+"""These, but those whose errors are told apart by the dialect."""
 _NEVER_EMPTY = frozenset({"chat", "completions", "embeddings", "moderations"})
 """The dialects for which an answer with an empty list is none."""
 _OBJECTS = frozenset({dict})
@@ -233,23 +235,26 @@ def _full(body: bytes, outgoing: Outgoing) -> Reply:
         raise unreadable(UpstreamInvalid("The provider's answer is not valid JSON."), body) from None
     if not isinstance(parsed, dict):
         raise UpstreamInvalid("The provider's answer is not a JSON object.")
-    key = _ITEMS.get(outgoing.dialect)
+    name = outgoing.dialect
+    items = parsed.get(_PLAIN[name]) if name in _PLAIN else None
+    if not items or type(items) is not list or not _OBJECTS.issuperset(map(type, items)) or parsed.get("error"):
+        _check(parsed, name)
+    dialect = dialects.named(name)
+    return Reply(body=body, dialect=name, usage=dialect.usage(parsed), finish=dialect.finish(parsed), complete=True)
+
+
+def _check(parsed: Body, name: str) -> None:
+    """Raise what is wrong with an answer in the dialect of this name, if anything is."""
+    key = _ITEMS.get(name)
     items = parsed.get(key) if key else None
-    error = _error_in(parsed, outgoing.dialect)
-    dialect = dialects.named(outgoing.dialect)
+    error = _error_in(parsed, name)
+    dialect = dialects.named(name)
     if error is not None and (not items or parsed.get("status") == "failed"):
         raise having_used(error_from(error), dialect.usage(parsed))
     if key and not (isinstance(items, list) and _OBJECTS.issuperset(map(type, items))):
         raise having_used(UpstreamInvalid(f"The provider's answer has no list of {key}."), dialect.usage(parsed))
-    if not items and outgoing.dialect in _NEVER_EMPTY:
+    if not items and name in _NEVER_EMPTY:
         raise having_used(UpstreamInvalid(f"The provider's answer has no {key}."), dialect.usage(parsed))
-    return Reply(
-        body=body,
-        dialect=outgoing.dialect,
-        usage=dialect.usage(parsed),
-        finish=dialect.finish(parsed),
-        complete=True,
-    )
 
 
 def _error_in(payload: Body, dialect: str) -> Body | None:

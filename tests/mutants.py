@@ -587,7 +587,7 @@ MUTANTS = (
     Mutant(
         "an answer without choices is one",
         "qlens/exchange.py",
-        "    if not items and outgoing.dialect in _NEVER_EMPTY:\n",
+        "    if not items and name in _NEVER_EMPTY:\n",
         "    if False:\n",
         SAID,
     ),
