@@ -257,9 +257,9 @@ class Answer:
     _peer: _Peer = field(repr=False)
     _deadlines: Deadlines = field(repr=False)
     _first_byte_at: float = field(repr=False)
+    _next: bytes = field(default=b"", repr=False)  # the next piece, if there is one that comes from no connection
+    _ended: bool = field(default=False, repr=False)
     _begun: bool = field(init=False, default=False, repr=False)
-    _ended: bool = field(init=False, default=False, repr=False)
-    _returned: bytes = field(init=False, default=b"", repr=False)
 
     async def read(self, limit: int | None = None) -> bytes:
         """Read the whole body and close; raises UpstreamTooLarge when it is larger than `limit` bytes.
@@ -269,6 +269,9 @@ class Answer:
         """
         if limit is None:
             limit = self._peer.bounds.answer_bytes
+        if self._ended and len(self._next) <= limit:
+            whole, self._next, self._begun = self._next, b"", True  # as with most answers, it was here from the start
+            return whole
         pieces: list[bytes] = []
         size = 0
         try:
@@ -293,11 +296,13 @@ class Answer:
 
     def put_back(self, piece: bytes) -> None:
         """Let what was taken come once more, as the next piece."""
-        self._returned = piece
+        self._next = piece
 
     async def close(self) -> None:
         """Let the connection go; may be called more than once."""
         self._release()
+        if self._ended and not self._begun:
+            self._ended, self._next = False, b""  # nobody has had it
 
     # Not a generator: one that is left in the middle would be closed by a task of the event loop, later.
     def __aiter__(self) -> Answer:
@@ -313,7 +318,7 @@ class Answer:
 
         What it raises is raised here. For the middle of a body: its first and its last piece are not among them.
         """
-        if self._connection is None or self._returned or not self._begun:
+        if self._connection is None or self._next or not self._begun:
             return
         try:
             await self._connection.pour(sink, self._deadlines.idle_seconds)
@@ -323,8 +328,9 @@ class Answer:
 
     def _taken(self, connection: Connection | None) -> bytes | None:
         """The next piece if it is here, b"" at the end; None when it must be awaited."""
-        if self._returned:
-            piece, self._returned = self._returned, b""
+        if self._next:
+            piece, self._next = self._next, b""
+            self._begun = True
             return piece
         if connection is None:
             if self._ended:
@@ -481,7 +487,11 @@ class _Peer:
             if isinstance(error, TimeoutError):
                 raise _unanswered(deadlines) from None
             raise
-        return Answer(connection.status, connection.headers, connection, self, deadlines, until)
+        status, headers, whole = connection.status, connection.headers, connection.whole()
+        if whole is None:
+            return Answer(status, headers, connection, self, deadlines, until)
+        self.give_back(connection)
+        return Answer(status, headers, None, self, deadlines, until, whole, ended=True)
 
     def give_back(self, connection: Connection) -> None:
         if connection.free():

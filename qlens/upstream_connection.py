@@ -41,6 +41,7 @@ _IDLE_SECONDS = 15.0
 _NEVER = math.inf
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
 _PLAIN = [b"content-length"]
+_END = b"\r\n\r\n"
 _NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
 _NO_BODY = frozenset({204, 304})
@@ -237,12 +238,17 @@ class Connection(asyncio.BufferedProtocol):
             raise self._broken()
         return b"" if self._stage == _OVER else None
 
+    def whole(self) -> bytes | None:
+        """What is left of the body if all of it is here, else None."""
+        return self.take() if self._stage == _OVER else None
+
     def wait(self, until: float) -> asyncio.Future[None]:
         """What to await until something has happened; TimeoutError at `until`."""
         self._until = until
         if until < self._due:
             self._set_timer(until)
-        self._waiter = waiter = self._loop.create_future()
+        waiter: asyncio.Future[None] = asyncio.Future(loop=self._loop)
+        self._waiter = waiter
         return waiter
 
     async def pour(self, sink: Callable[[bytes], bool], idle_seconds: float) -> None:
@@ -362,10 +368,16 @@ class Connection(asyncio.BufferedProtocol):
         if not 200 <= status <= 599:
             self._take_interim(status)
             return
-        head = self._head()
+        # The parser has seen to it that every field is well-formed; to be told of each by it would cost more than all
+        # the rest of an answer.
+        came, self._begun = self._begun + self._read, b""
+        is_first = came.startswith(b"HTTP/1.1") and not self._interim
+        head = came[: came.index(_END) + 2] if is_first else self._last_head(came)
+        if len(head) > _MAX_SURE_BYTES:
+            _check_size(head)
         lowered = head.lower()
         framing = _FRAMING.findall(lowered)
-        is_plain = framing == _PLAIN and not self._bare and status not in _NO_BODY and head.startswith(b"HTTP/1.1")
+        is_plain = is_first and framing == _PLAIN and not self._bare and status not in _NO_BODY
         self.headers = headers = Headers(head, lowered)
         self._stage = _BODY if is_plain else self._framed(status, headers, framing)
         if not self._parser.should_keep_alive():
@@ -422,20 +434,13 @@ class Connection(asyncio.BufferedProtocol):
             self._inflater = _Inflater(coding)
         return _BODY
 
-    def _head(self) -> bytes:
-        """The head that is whole now, with one line end at its end; the parser has seen to it that it is well-formed.
-
-        To be told of each field by the parser would cost more than all the rest of an answer.
-        """
-        came, self._begun = self._begun + self._read, b""
-        start = came.index(b"HTTP/")  # line ends may come in front of it
+    def _last_head(self, came: bytes) -> bytes:
+        """The head behind interim ones, or behind line ends; it is whole now, and keeps one line end at its end."""
+        start = came.index(b"HTTP/")
         while self._interim:
-            start = came.index(b"HTTP/", came.index(b"\r\n\r\n", start))
+            start = came.index(b"HTTP/", came.index(_END, start))
             self._interim -= 1
-        head = came[start : came.index(b"\r\n\r\n", start) + 2]
-        if len(head) > _MAX_SURE_BYTES:
-            _check_size(head)
-        return head
+        return came[start : came.index(_END, start) + 2]
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
