@@ -174,8 +174,7 @@ class Connection(asyncio.BufferedProtocol):
     _due: float = field(init=False, default=_NEVER, repr=False)  # when the timer calls
     _pieces: list[bytes] = field(init=False, factory=list, repr=False)
     _waiting: int = field(init=False, default=0)  # bytes in those pieces
-    _read: memoryview = field(init=False, repr=False)  # what has just come
-    _begun: bytes = field(init=False, default=b"", repr=False)  # what came before that of a head that is not whole
+    _begun: bytes = field(init=False, default=b"", repr=False)  # what came while the head was not whole
     _interim: int = field(init=False, default=0)  # answers before the one that counts
     _silent: int = field(init=False, default=0)  # bytes since the last one of a body
     _bare: bool = field(init=False, default=False)  # the answer has a head only, whatever it says
@@ -302,22 +301,22 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Asyncio's callback."""
-        if self._stage in _UNASKED:
+        stage = self._stage
+        if stage in _UNASKED:
             self.abort()
             return
         self._silent += nbytes
-        self._read = read = self._buffer[:nbytes]
+        read = self._buffer[:nbytes]
+        if stage == _HEAD:
+            self._begun += read
         try:
             self._parser.feed_data(read)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self._break(error)
-        if self._stage in _UNFINISHED:
-            if self._silent > _MAX_FRAMING_BYTES:
-                self._fail(_BROKEN)
-            elif self._stage == _HEAD:
-                self._begun += read
-            elif self._waiting > _MAX_WAITING_BYTES:
-                self._transport.pause_reading()
+        if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
+            self._fail(_BROKEN)
+        elif self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
+            self._transport.pause_reading()
         if self._sink is None:
             self._wake()
         else:
@@ -370,7 +369,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         # The parser has seen to it that every field is well-formed; to be told of each by it would cost more than all
         # the rest of an answer.
-        came, self._begun = self._begun + self._read, b""
+        came, self._begun = self._begun, b""
         is_first = came.startswith(b"HTTP/1.1") and not self._interim
         head = came[: came.index(_END) + 2] if is_first else self._last_head(came)
         if len(head) > _MAX_SURE_BYTES:
