@@ -479,7 +479,7 @@ class _Peer:
         if whole is None:
             return Answer(status, headers, connection, self, deadlines, until)
         self.give_back(connection)
-        return Answer(status, headers, None, self, deadlines, until, whole, ended=True)
+        return Answer(status, headers, None, self, deadlines, until, whole, True)
 
     def give_back(self, connection: Connection) -> None:
         if connection.free():

@@ -82,15 +82,17 @@ class Headers(Mapping[str, str]):
         """The value of a header, or the default."""
         beginning = _beginning(name)
         found = self._lowered.find(beginning)
-        if found < 0:
-            return default
-        start = found + len(beginning)
-        return _text(self._head[start : self._head.index(b"\r\n", start)])
+        return default if found < 0 else self._value(found + len(beginning))
 
     def found(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Those of these headers that are among them, by lower-cased name and in this order."""
-        there = _any_of(names).findall(self._lowered)
-        return {name: self[name] for name in map(str.lower, names) if name.encode() in there} if there else {}
+        """Those of these headers that are among them, by lower-cased name."""
+        found: dict[str, str] = {}
+        for line in _any_of(names).finditer(self._lowered):
+            found.setdefault(line[1].decode(), self._value(line.end()))
+        return found
+
+    def _value(self, start: int) -> str:
+        return _text(self._head[start : self._head.index(b"\r\n", start)])
 
 
 class Upload(Protocol):

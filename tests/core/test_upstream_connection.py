@@ -323,6 +323,22 @@ async def test_status_of_an_answer_that_cannot_be_unpacked_is_known(http: Upstre
         await answer.read()
 
 
+async def test_headers_are_found_in_any_case_and_the_first_of_a_name_counts(http: Upstream, up: FakeUpstream) -> None:
+    fields = b"X-A: \t One \r\nx-a: two\r\nB:\r\nx-ab: x-c: no\r\nCaf: \xc3\xa9\r\ncontent-length: 0\r\n"
+    up.script(Scripted(raw=b"HTTP/1.1 103 Hints\r\nx-c: no\r\n\r\n" + OK + fields + b"\r\n"))
+    headers = (await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)).headers
+    assert dict(headers) == {"x-a": "One", "b": "", "x-ab": "x-c: no", "caf": "\u00e9", "content-length": "0"}
+    assert len(headers) == 5
+    assert headers["X-a"] == headers.get("x-A") == "One"
+    assert headers.found(("X-C", "CAF", "x-a")) == {"x-a": "One", "caf": "\u00e9"}
+    for absent in ("x-c", "one", "", "x-a: one\r\nx-a", "http/1.1 200 ok"):
+        assert absent not in headers
+        assert headers.get(absent) is None
+        assert not headers.found((absent,))
+        with pytest.raises(KeyError):
+            headers[absent]
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
 async def test_body_that_is_compressed_unasked_is_read(http: Upstream, up: FakeUpstream, pack: Any) -> None:
     text = b"".join(b"%d " % number for number in range(50_000))
