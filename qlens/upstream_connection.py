@@ -380,7 +380,7 @@ class Connection(asyncio.BufferedProtocol):
         framing = _FRAMING.findall(lowered)
         is_plain = is_first and framing == _PLAIN and not self._bare and status not in _NO_BODY
         self.headers = headers = Headers(head, lowered)
-        self._stage = _BODY if is_plain else self._framed(status, headers, framing)
+        self._stage = _BODY if is_plain else self._framed(status, head, headers, framing)
         if not self._parser.should_keep_alive():
             self._reusable = False
         self.status = status
@@ -412,26 +412,24 @@ class Connection(asyncio.BufferedProtocol):
             raise _Malformed(_NOT_HTTP)
         self._interim += 1
 
-    def _framed(self, status: int, headers: Headers, framing: list[bytes]) -> int:
+    def _framed(self, status: int, head: bytes, headers: Headers, framing: list[bytes]) -> int:
         """Find out where the body of an answer ends and how it is packed; the stage that follows its head.
 
         `framing` are the names of the fields that say so, in lower case.
         """
-        version = self._parser.get_http_version()
-        if version not in {"1.1", "1.0"}:
+        is_old = not head.startswith(b"HTTP/1.1")
+        if is_old and not head.startswith(b"HTTP/1.0"):
             raise _Malformed(_NOT_HTTP)
-        if len(set(framing)) < len(framing):
+        if len(framing) > 1 and len(set(framing)) < len(framing):
             raise _Malformed(_BROKEN)
-        without_length = b"content-length" not in framing
-        encoding = headers.get("transfer-encoding")
-        if encoding is not None and (not without_length or version == "1.0" or encoding.lower() != "chunked"):
+        has_length, is_chunked = b"content-length" in framing, b"transfer-encoding" in framing
+        if is_chunked and (has_length or is_old or headers["transfer-encoding"].lower() != "chunked"):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
         if self._bare:
             return _OVER
-        self._to_the_end = without_length and encoding is None
-        coding = headers.get("content-encoding")
-        if coding not in (None, "", "identity"):
+        self._to_the_end = not has_length and not is_chunked
+        if b"content-encoding" in framing and (coding := headers["content-encoding"]) not in ("", "identity"):
             self._inflater = _Inflater(coding)
         return _BODY
 
