@@ -379,11 +379,11 @@ class Connection(asyncio.BufferedProtocol):
         lowered = head.lower()
         framing = _FRAMING.findall(lowered)
         is_plain = is_first and framing == _PLAIN and not self._bare and status not in _NO_BODY
-        self.headers = headers = Headers(head, lowered)
+        headers = Headers(head, lowered)
         self._stage = _BODY if is_plain else self._framed(status, head, headers, framing)
         if not self._parser.should_keep_alive():
             self._reusable = False
-        self.status = status
+        self.status, self.headers = status, headers
         self._silent = 0
 
     def on_body(self, data: bytes) -> None:
@@ -417,12 +417,10 @@ class Connection(asyncio.BufferedProtocol):
 
         `framing` are the names of the fields that say so, in lower case.
         """
-        is_old = not head.startswith(b"HTTP/1.1")
-        if is_old and not head.startswith(b"HTTP/1.0"):
-            raise _Malformed(_NOT_HTTP)
         if len(framing) > 1 and len(set(framing)) < len(framing):
             raise _Malformed(_BROKEN)
         has_length, is_chunked = b"content-length" in framing, b"transfer-encoding" in framing
+        is_old = head.startswith(b"HTTP/1.0")
         if is_chunked and (has_length or is_old or headers["transfer-encoding"].lower() != "chunked"):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
@@ -434,12 +432,15 @@ class Connection(asyncio.BufferedProtocol):
         return _BODY
 
     def _last_head(self, came: bytes) -> bytes:
-        """The head behind interim ones, or behind line ends; it is whole now, and keeps one line end at its end."""
+        """The head of an older version, or behind interim ones or line ends; it keeps one line end at its end."""
         start = came.index(b"HTTP/")
         while self._interim:
             start = came.index(b"HTTP/", came.index(_END, start))
             self._interim -= 1
-        return came[start : came.index(_END, start) + 2]
+        head = came[start : came.index(_END, start) + 2]
+        if not head.startswith((b"HTTP/1.1", b"HTTP/1.0")):
+            raise _Malformed(_NOT_HTTP)
+        return head
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
