@@ -486,7 +486,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _break(self, error: Exception) -> None:
         cause = error.__context__
-        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed):
+        # Without a cause it is an error of before, which the parser says again.
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed | None):
             raise error  # a mistake of ours
         self._reusable = False
         if self._stage == _OVER and not self._bare:

@@ -239,6 +239,11 @@ def test_the_headers_are_those_that_the_parser_finds(answer: Good, odd: list[tup
     assert not status or headers == told.headers
 
 
+async def test_what_follows_an_answer_in_several_reads_is_no_part_of_it() -> None:
+    pieces = [OK + b"content-length: 5\r\n\r\nhelloHTTP", b"/1.1 200 OK\r\n\r\n", b"x"]
+    assert await received(pieces, end=True) == (200, {"content-length": "5"}, b"hello", "", False)
+
+
 # --- lies ---------------------------------------------------------------------------------------
 
 BOMB = gzip.compress(b"x" * 50_000_000)
