@@ -41,6 +41,7 @@ _IDLE_SECONDS = 15.0
 _NEVER = math.inf
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
 _PLAIN = [b"content-length"]
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _END = b"\r\n\r\n"
 _NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
@@ -380,7 +381,7 @@ class Connection(asyncio.BufferedProtocol):
         framing = _FRAMING.findall(lowered)
         is_plain = is_first and framing == _PLAIN and not self._bare and status not in _NO_BODY
         headers = Headers(head, lowered)
-        self._stage = _BODY if is_plain else self._framed(status, head, headers, framing)
+        self._stage = _BODY if is_plain else self._framed(status, headers, lowered, framing)
         if not self._parser.should_keep_alive():
             self._reusable = False
         self.status, self.headers = status, headers
@@ -412,7 +413,7 @@ class Connection(asyncio.BufferedProtocol):
             raise _Malformed(_NOT_HTTP)
         self._interim += 1
 
-    def _framed(self, status: int, head: bytes, headers: Headers, framing: list[bytes]) -> int:
+    def _framed(self, status: int, headers: Headers, lowered: bytes, framing: list[bytes]) -> int:
         """Find out where the body of an answer ends and how it is packed; the stage that follows its head.
 
         `framing` are the names of the fields that say so, in lower case.
@@ -420,8 +421,7 @@ class Connection(asyncio.BufferedProtocol):
         if len(framing) > 1 and len(set(framing)) < len(framing):
             raise _Malformed(_BROKEN)
         has_length, is_chunked = b"content-length" in framing, b"transfer-encoding" in framing
-        is_old = head.startswith(b"HTTP/1.0")
-        if is_chunked and (has_length or is_old or headers["transfer-encoding"].lower() != "chunked"):
+        if is_chunked and (has_length or lowered.startswith(b"http/1.0") or not _says_chunked(headers, lowered)):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
         if self._bare:
@@ -601,6 +601,11 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape").strip(" \t")
+
+
+def _says_chunked(headers: Headers, lowered: bytes) -> bool:
+    # As it is nearly always written, it need not be cut out.
+    return _CHUNKED in lowered or headers["transfer-encoding"].lower() == "chunked"
 
 
 def _fields(head: bytes) -> Iterator[tuple[bytes, bytes]]:
