@@ -83,17 +83,15 @@ class Headers(Mapping[str, str]):
         """The value of a header, or the default."""
         beginning = _beginning(name)
         found = self._lowered.find(beginning)
-        return default if found < 0 else self._value(found + len(beginning))
+        if found < 0:
+            return default
+        start = found + len(beginning)
+        return _text(self._head[start : self._head.index(b"\r\n", start)])
 
     def found(self, names: tuple[str, ...]) -> dict[str, str]:
         """Those of these headers that are among them, by lower-cased name."""
-        found: dict[str, str] = {}
-        for line in _any_of(names).finditer(self._lowered):
-            found.setdefault(line[1].decode(), self._value(line.end()))
-        return found
-
-    def _value(self, start: int) -> str:
-        return _text(self._head[start : self._head.index(b"\r\n", start)])
+        there = _any_of(names).findall(self._lowered)
+        return {name: self.get(name, "") for name in map(bytes.decode, there)} if there else {}
 
 
 class Upload(Protocol):
