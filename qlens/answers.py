@@ -64,13 +64,17 @@ async def identified(
     except BaseException as error:
         await answer.close()
         if isinstance(error, CallError):
-            error.upstream_id = next(iter(shown(answer, ids).values()), None)
+            error.upstream_id = _first(shown(answer, ids), ids)
         raise
     names, forwarded = _named(ids, forward if isinstance(forward, frozenset) else tuple(forward))
     if found := shown(answer, names):
-        reply.upstream_id = next((found[name] for name in ids if name in found), None)
+        reply.upstream_id = _first(found, ids)
         reply.headers = {name: found[name] for name in forwarded if name in found}
     return reply
+
+
+def _first(found: Mapping[str, str], ids: tuple[str, ...]) -> str | None:
+    return next((found[name] for name in ids if name in found), None)
 
 
 @lru_cache(maxsize=256)

@@ -148,7 +148,8 @@ async def send_request(
         deadlines=deadlines,
     )
     reply = await identified(answer, _taken(answer, outgoing), _IDS, forward)
-    reply.headers = {**reply.headers, **answer.headers.found(_OF_CONTENT)}
+    given = answer.headers.found(_OF_CONTENT)
+    reply.headers = {**reply.headers, **{name: given[name] for name in _OF_CONTENT if name in given}}
     return reply
 
 

@@ -270,24 +270,23 @@ class Answer:
         if limit is None:
             limit = self._peer.bounds.answer_bytes
         if self._ended and len(self._next) <= limit:
-            whole, self._next, self._begun = self._next, b"", True  # as with most answers, it was here from the start
-            return whole
+            whole, self._next, self._begun = self._next, b"", True
+            return whole  # as with most answers, it was here with the head
         pieces: list[bytes] = []
         size = 0
         try:
-            while piece := self._taken(self._connection) or await self._awaited():
+            async for piece in self:
                 size += len(piece)
                 if size > limit:
                     raise UpstreamTooLarge(f"The provider sent a body of more than {limit} bytes.")
                 if self._ended and not pieces:
-                    return piece  # as with most answers, all of it is here
+                    return piece
                 pieces.append(piece)
         except (UpstreamInvalid, UpstreamTruncated) as error:
             error.answered = self._begun and 200 <= self.status < 300
             raise
         finally:
-            if self._connection is not None:
-                self._release()
+            self._release()
         return b"".join(pieces)
 
     @property
@@ -314,9 +313,32 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        if not (piece := self._taken(self._connection) or await self._awaited()):
+        if self._next:
+            piece, self._next, self._begun = self._next, b"", True
+            return piece
+        connection = self._connection
+        if connection is None:
+            if self._ended:
+                raise StopAsyncIteration
+            raise UpstreamTruncated("The provider's answer was closed before its end.")
+        try:
+            if (taken := connection.take()) is None:
+                until = self._wait_until()
+                while (taken := connection.take()) is None:
+                    await connection.wait(until)
+        except TimeoutError:
+            self._release()
+            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
+        except UpstreamError:
+            self._release()
+            raise
+        self._begun = True
+        if connection.is_over:
+            self._ended = True
+            self._release()
+        if not taken:
             raise StopAsyncIteration
-        return piece
+        return taken
 
     async def pour(self, sink: Callable[[bytes], bool]) -> None:
         """Give pieces to a function at once, as they arrive, until it returns False or the next one must be iterated.
@@ -330,40 +352,6 @@ class Answer:
         except TimeoutError:
             self._release()
             raise _paused(self._deadlines) from None
-
-    def _taken(self, connection: Connection | None) -> bytes | None:
-        """The next piece if it is here, b"" at the end; None when it must be awaited."""
-        if self._next:
-            piece, self._next = self._next, b""
-            self._begun = True
-            return piece
-        if connection is None:
-            if self._ended:
-                return b""
-            raise UpstreamTruncated("The provider's answer was closed before its end.")
-        try:
-            taken = connection.take()
-        except UpstreamError:
-            self._release()
-            raise
-        if taken is not None:
-            self._begun = True
-            if connection.is_over:
-                self._ended = True
-                self._release()
-        return taken
-
-    async def _awaited(self) -> bytes:
-        """The next piece as soon as it is here, b"" at the end."""
-        connection, until = self._connection, self._wait_until()
-        try:
-            while (taken := self._taken(connection)) is None:
-                assert connection is not None, "without one, nothing is waited for"
-                await connection.wait(until)
-        except TimeoutError:
-            self._release()
-            raise (_paused(self._deadlines) if self._begun else _unanswered(self._deadlines)) from None
-        return taken
 
     def _wait_until(self) -> float:
         # Time runs only while somebody waits: a client that reads slowly is not a provider that pauses.
@@ -496,7 +484,7 @@ class _Peer:
         if whole is None:
             return Answer(status, headers, connection, self, deadlines, until)
         self.give_back(connection)
-        return Answer(status, headers, None, self, deadlines, until, whole, ended=True)
+        return Answer(status, headers, None, self, deadlines, until, whole, True)
 
     def give_back(self, connection: Connection) -> None:
         if connection.free():

@@ -41,6 +41,7 @@ _IDLE_SECONDS = 15.0
 _NEVER = math.inf
 _FRAMING = re.compile(rb"\r\n(content-length|transfer-encoding|content-encoding):")
 _PLAIN = [b"content-length"]
+_CHUNKED = b"\r\ntransfer-encoding: chunked\r\n"
 _END = b"\r\n\r\n"
 _NAME = re.compile(r"[!#-'*+.^-z|~0-9-]+")
 _CODINGS = frozenset({"gzip", "x-gzip", "deflate"})
@@ -88,9 +89,9 @@ class Headers(Mapping[str, str]):
         return _text(self._head[start : self._head.index(b"\r\n", start)])
 
     def found(self, names: tuple[str, ...]) -> dict[str, str]:
-        """Those of these headers that are among them, by lower-cased name and in this order."""
+        """Those of these headers that are among them, by lower-cased name."""
         there = _any_of(names).findall(self._lowered)
-        return {name: self[name] for name in map(str.lower, names) if name.encode() in there} if there else {}
+        return {name: self.get(name, "") for name in map(bytes.decode, there)} if there else {}
 
 
 class Upload(Protocol):
@@ -176,8 +177,7 @@ class Connection(asyncio.BufferedProtocol):
     _pieces: list[bytes] = field(init=False, default=Factory(lambda self: self._found, takes_self=True), repr=False)
     """What is to be taken: mostly what was found, as it is."""
     _waiting: int = field(init=False, default=0)  # bytes in those pieces, with the framing around them
-    _read: memoryview = field(init=False, repr=False)  # what has just come
-    _begun: bytes = field(init=False, default=b"", repr=False)  # what came before that of a head that is not whole
+    _begun: bytes = field(init=False, default=b"", repr=False)  # what came while the head was not whole
     _interim: int = field(init=False, default=0)  # answers before the one that counts
     _silent: int = field(init=False, default=0)  # bytes since the last one of a body
     _bare: bool = field(init=False, default=False)  # the answer has a head only, whatever it says
@@ -304,11 +304,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """Asyncio's callback."""
-        if self._stage in _UNASKED:
+        stage = self._stage
+        if stage in _UNASKED:
             self.abort()
             return
         self._silent += nbytes
-        self._read = read = self._buffer[:nbytes]
+        read = self._buffer[:nbytes]
+        if stage == _HEAD:
+            self._begun += read
         try:
             self._parser.feed_data(read)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
@@ -322,13 +325,10 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._pour(self._sink)
                 return
-        if self._stage in _UNFINISHED:
-            if self._silent > _MAX_FRAMING_BYTES:
-                self._fail(_BROKEN)
-            elif self._stage == _HEAD:
-                self._begun += read
-            elif self._waiting > _MAX_WAITING_BYTES:
-                self._transport.pause_reading()
+        if self._silent > _MAX_FRAMING_BYTES and self._stage in _UNFINISHED:
+            self._fail(_BROKEN)
+        elif self._waiting > _MAX_WAITING_BYTES and self._stage == _BODY:
+            self._transport.pause_reading()
         if self._sink is None:
             self._wake()
         else:
@@ -381,7 +381,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         # The parser has seen to it that every field is well-formed; to be told of each by it would cost more than all
         # the rest of an answer.
-        came, self._begun = self._begun + self._read, b""
+        came, self._begun = self._begun, b""
         is_first = came.startswith(b"HTTP/1.1") and not self._interim
         head = came[: came.index(_END) + 2] if is_first else self._last_head(came)
         if len(head) > _MAX_SURE_BYTES:
@@ -389,11 +389,11 @@ class Connection(asyncio.BufferedProtocol):
         lowered = head.lower()
         framing = _FRAMING.findall(lowered)
         is_plain = is_first and framing == _PLAIN and not self._bare and status not in _NO_BODY
-        self.headers = headers = Headers(head, lowered)
-        self._stage = _BODY if is_plain else self._framed(status, headers, framing)
+        headers = Headers(head, lowered)
+        self._stage = _BODY if is_plain else self._framed(status, headers, lowered, framing)
         if not self._parser.should_keep_alive():
             self._reusable = False
-        self.status = status
+        self.status, self.headers = status, headers
         self._silent = 0
 
     @property
@@ -418,27 +418,22 @@ class Connection(asyncio.BufferedProtocol):
             raise _Malformed(_NOT_HTTP)
         self._interim += 1
 
-    def _framed(self, status: int, headers: Headers, framing: list[bytes]) -> int:
+    def _framed(self, status: int, headers: Headers, lowered: bytes, framing: list[bytes]) -> int:
         """Find out where the body of an answer ends and how it is packed; the stage that follows its head.
 
         `framing` are the names of the fields that say so, in lower case.
         """
-        version = self._parser.get_http_version()
-        if version not in {"1.1", "1.0"}:
-            raise _Malformed(_NOT_HTTP)
-        if len(set(framing)) < len(framing):
+        if len(framing) > 1 and len(set(framing)) < len(framing):
             raise _Malformed(_BROKEN)
-        without_length = b"content-length" not in framing
-        encoding = headers.get("transfer-encoding")
-        if encoding is not None and (not without_length or version == "1.0" or encoding.lower() != "chunked"):
+        has_length, is_chunked = b"content-length" in framing, b"transfer-encoding" in framing
+        if is_chunked and (has_length or lowered.startswith(b"http/1.0") or not _says_chunked(headers, lowered)):
             raise _Malformed(_BROKEN)
         self._bare = self._bare or status in _NO_BODY
         if self._bare:
             self._pieces = []
             return _OVER
-        self._to_the_end = without_length and encoding is None
-        coding = headers.get("content-encoding")
-        if coding not in (None, "", "identity"):
+        self._to_the_end = not has_length and not is_chunked
+        if b"content-encoding" in framing and (coding := headers["content-encoding"]) not in ("", "identity"):
             self._inflater, self._pieces = _Inflater(coding), []
         return _BODY
 
@@ -464,12 +459,15 @@ class Connection(asyncio.BufferedProtocol):
                 self._waiting += len(data)
 
     def _last_head(self, came: bytes) -> bytes:
-        """The head behind interim ones, or behind line ends; it is whole now, and keeps one line end at its end."""
+        """The head of an older version, or behind interim ones or line ends; it keeps one line end at its end."""
         start = came.index(b"HTTP/")
         while self._interim:
             start = came.index(b"HTTP/", came.index(_END, start))
             self._interim -= 1
-        return came[start : came.index(_END, start) + 2]
+        head = came[start : came.index(_END, start) + 2]
+        if not head.startswith((b"HTTP/1.1", b"HTTP/1.0")):
+            raise _Malformed(_NOT_HTTP)
+        return head
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
@@ -515,7 +513,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def _break(self, error: Exception) -> None:
         cause = error.__context__
-        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed):
+        # Without a cause it is an error of before, which the parser says again.
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(cause, _Malformed | None):
             raise error  # a mistake of ours
         self._reusable = False
         if self._stage == _OVER and not self._bare:
@@ -630,6 +629,11 @@ def _any_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
 
 def _text(value: bytes) -> str:
     return value.decode("utf-8", "surrogateescape").strip(" \t")
+
+
+def _says_chunked(headers: Headers, lowered: bytes) -> bool:
+    # As it is nearly always written, it need not be cut out.
+    return _CHUNKED in lowered or headers["transfer-encoding"].lower() == "chunked"
 
 
 def _fields(head: bytes) -> Iterator[tuple[bytes, bytes]]:

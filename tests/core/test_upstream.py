@@ -231,6 +231,23 @@ async def test_connection_is_not_used_again_after_a_broken_answer(
     assert [request.connection for request in up.requests] == [1, 2]
 
 
+async def test_an_answer_that_is_whole_gives_its_connection_back_before_it_is_read(
+    http: Upstream, up: FakeUpstream
+) -> None:
+    up.script(Scripted(body=b"one"), Scripted(body=b"two"), Scripted(body=b"six"))
+    first, second, third = [
+        await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT) for _ in range(3)
+    ]
+    assert up.connections == 1
+    with pytest.raises(UpstreamInvalid, match="more than 2 bytes"):
+        await second.read(2)
+    await third.close()
+    with pytest.raises(UpstreamTruncated):
+        await third.read()
+    assert await first.read() == b"one"
+    assert [piece async for piece in first.chunks()] == []
+
+
 async def test_answer_closed_in_the_middle_closes_the_connection(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(events=EVENTS, hang=True))
     answer = await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)

@@ -239,6 +239,11 @@ def test_the_headers_are_those_that_the_parser_finds(answer: Good, odd: list[tup
     assert not status or headers == told.headers
 
 
+async def test_what_follows_an_answer_in_several_reads_is_no_part_of_it() -> None:
+    pieces = [OK + b"content-length: 5\r\n\r\nhelloHTTP", b"/1.1 200 OK\r\n\r\n", b"x"]
+    assert await received(pieces, end=True) == (200, {"content-length": "5"}, b"hello", "", False)
+
+
 # --- lies ---------------------------------------------------------------------------------------
 
 BOMB = gzip.compress(b"x" * 50_000_000)
@@ -321,6 +326,22 @@ async def test_status_of_an_answer_that_cannot_be_unpacked_is_known(http: Upstre
     assert (answer.status, answer.headers["Retry-After"]) == (429, "7")
     with pytest.raises(UpstreamInvalid, match="compressed"):
         await answer.read()
+
+
+async def test_headers_are_found_in_any_case_and_the_first_of_a_name_counts(http: Upstream, up: FakeUpstream) -> None:
+    fields = b"X-A: \t One \r\nx-a: two\r\nB:\r\nx-ab: x-c: no\r\nCaf: \xc3\xa9\r\ncontent-length: 0\r\n"
+    up.script(Scripted(raw=b"HTTP/1.1 103 Hints\r\nx-c: no\r\n\r\n" + OK + fields + b"\r\n"))
+    headers = (await http.open("POST", up.url, headers={}, body=b"{}", deadlines=PATIENT)).headers
+    assert dict(headers) == {"x-a": "One", "b": "", "x-ab": "x-c: no", "caf": "\u00e9", "content-length": "0"}
+    assert len(headers) == 5
+    assert headers["X-a"] == headers.get("x-A") == "One"
+    assert headers.found(("X-C", "CAF", "x-a")) == {"x-a": "One", "caf": "\u00e9"}
+    for absent in ("x-c", "one", "", "x-a: one\r\nx-a", "http/1.1 200 ok"):
+        assert absent not in headers
+        assert headers.get(absent) is None
+        assert not headers.found((absent,))
+        with pytest.raises(KeyError):
+            headers[absent]
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zlib.compress], ids=["gzip", "deflate"])
