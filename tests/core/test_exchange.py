@@ -147,6 +147,17 @@ async def test_only_listed_headers_of_the_provider_are_kept(http: Upstream, up: 
     assert reply.upstream_id == "azure-1"
 
 
+@pytest.mark.parametrize("status", [200, 500])
+async def test_of_two_ids_the_one_that_is_asked_for_first_counts(http: Upstream, up: FakeUpstream, status: int) -> None:
+    ids = {"apim-request-id": "azure-1", "x-request-id": "req-1"}
+    up.script(Scripted(status=status, body={"choices": [{}]}, headers=ids))
+    try:
+        named = (await ask(http, up)).upstream_id
+    except UpstreamError as error:
+        named = error.upstream_id
+    assert named == "req-1"
+
+
 async def test_headers_to_keep_may_be_named_in_any_case(http: Upstream, up: FakeUpstream) -> None:
     up.script(Scripted(body={"choices": [{}]}, headers={"x-region": "eu"}))
     reply = await ask(http, up, forward=["X-Region"])
