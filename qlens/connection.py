@@ -56,12 +56,14 @@ Refused = Callable[[str, str | None, int], object]
 """Called with the id, the client's address and the status of what was refused because it is not HTTP."""
 
 _random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
+_RANDOM_BITS = ~(0b11 << 62)
+_VERSION_AND_VARIANT = 0x7 << 76 | 0b10 << 62
 
 
 def new_id() -> str:
     """A UUIDv7: unique, and in the order of time (RFC 9562)."""
-    value = time.time_ns() // 1_000_000 << 80 | 0x7 << 76 | _random.getrandbits(76) & ~(0xC << 60) | 0x8 << 60
-    digits = f"{value:032x}"
+    value = time.time_ns() // 1_000_000 << 80 | _random.getrandbits(76) & _RANDOM_BITS | _VERSION_AND_VARIANT
+    digits = value.to_bytes(16, "big").hex()
     return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
 
 
