@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import orjson
@@ -47,6 +48,8 @@ BODY_GRACE_SECONDS = 10
 PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
+_BARE = frozenset({204, 304})
+"""The statuses of answers that have no body."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 Leaving = Callable[[asyncio.Task[None]], bool]
@@ -54,6 +57,12 @@ Leaving = Callable[[asyncio.Task[None]], bool]
 
 Refused = Callable[[str, str | None, int], object]
 """Called with the id, the client's address and the status of what was refused because it is not HTTP."""
+
+# What makes the task of a request; where it can, it runs at once up to its first wait.
+if sys.version_info >= (3, 12):
+    _started = partial(asyncio.Task, eager_start=True)
+else:
+    _started = asyncio.Task
 
 _random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
 _RANDOM_BITS = ~(0b11 << 62)
@@ -111,9 +120,26 @@ class Connection(web.RequestHandler):
         """Nothing waits between requests: their arrival starts them."""
 
     def data_received(self, data: bytes) -> None:
-        """Let the parser have them, and start the request that is whole now."""
-        super().data_received(data)
-        if self._messages and not self._request_in_progress:
+        """Let the parser have them, and start a request whose head is whole now.
+
+        What aiohttp does for HTTP, without what its own task needs; what comes after HTTP is left to it.
+        """
+        if self._force_close or self._close:
+            return
+        if self._upgraded or self._payload_parser is not None:
+            super().data_received(data)
+            return
+        assert self._parser is not None
+        messages: Any
+        try:
+            messages, self._upgraded, self._message_tail = self._parser.feed_data(data)
+        except HttpProcessingError as error:
+            messages = ((error.with_traceback(None), EMPTY_PAYLOAD),)
+        if messages:
+            self._messages.extend(messages)
+            if len(self._messages) >= self._max_msg_queue_size and not self._buffer_paused:
+                self._pause_reading_for_buffer()
+        if not self._request_in_progress:
             self._next()
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -149,38 +175,31 @@ class Connection(web.RequestHandler):
         self._parser.message_consumed()
         if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
             self._resume_reading_if_drained()
-        running = self._run(message, payload)
-        if sys.version_info >= (3, 12):
-            task = asyncio.Task(running, loop=self._loop, eager_start=True)
-        else:
-            task = self._loop.create_task(running)
+        task = _started(self._run(message, payload), loop=self._loop)
         # aiohttp cancels it when the client is gone.
         self._task_handler = task if self._request_in_progress else None
 
     async def _run(self, message: Any, payload: StreamReader) -> None:
         keep_alive = False
         try:
-            if isinstance(message, RawRequestMessage):
-                exchange = Exchange(self, message, payload)
-                del payload  # a stream lets go of it
-                await self._answer(exchange)
-                keep_alive = exchange.keep_alive
-                if not exchange.payload.is_eof():
-                    keep_alive = await self._linger(exchange.payload) and keep_alive
-            else:
-                self._refuse(message.exc)
+            if isinstance(message, HttpProcessingError):
+                self._refuse(message)
+                return
+            exchange = Exchange(self, message, payload, not (message.should_close or message.upgrade))
+            del payload  # a stream lets go of it
+            try:
+                await self._serve(exchange)
+            except (Exception, GeneratorExit, SystemExit) as error:  # noqa: BLE001 - whatever it is, there is to be an answer
+                log.error("request %s failed: %s", exchange.id, frames(error))
+                await exchange.fail(mistake(), None)
+            keep_alive = exchange.keep_alive
+            if exchange.payload is not EMPTY_PAYLOAD and not exchange.payload.is_eof():
+                keep_alive = await self._linger(exchange.payload) and keep_alive
         except ClientLeft:
             pass
         finally:
             # Also when it was cancelled: the client is gone, or the gateway stops.
             self._ended(keep_alive)
-
-    async def _answer(self, exchange: Exchange) -> None:
-        try:
-            await self._serve(exchange)
-        except (Exception, GeneratorExit, SystemExit) as error:  # noqa: BLE001 - whatever it is, the client is to have an answer
-            log.error("request %s failed: %s", exchange.id, frames(error))
-            await exchange.fail(mistake(), None)
 
     async def _linger(self, payload: StreamReader) -> bool:
         """Read what is left of a body; whether it came to its end."""
@@ -259,10 +278,11 @@ class Exchange:
     connection: Connection
     message: RawRequestMessage
     payload: StreamReader
+    keep_alive: bool
+    """Whether the connection may take another request after this one."""
     id: str = field(factory=new_id)
     most_bytes: int = field(init=False)
     """How large the body may be; set before it is read."""
-    keep_alive: bool = field(init=False)
     begun: bool = field(default=False, init=False)
     """Whether something of the answer was written."""
     status: int = field(default=CLIENT_CLOSED, init=False)
@@ -274,9 +294,6 @@ class Exchange:
     _over: bool = field(default=False, init=False)
     """Whether the last byte was handed over."""
     _chunked: bool = field(default=False, init=False)
-
-    def __attrs_post_init__(self) -> None:
-        self.keep_alive = not self.message.should_close and not self.message.upgrade
 
     # --- the request ---------------------------------------------------------------------------
 
@@ -291,30 +308,36 @@ class Exchange:
 
     async def read(self) -> bytes:
         """The body, bounded in size and slowness. Called after authentication: only then is 100-continue answered."""
-        headers, payload, most = self.message.headers, self.payload, self.most_bytes
-        encoding = headers.get("content-encoding")
-        if encoding is not None and encoding.strip().lower() not in {"identity", "gzip"}:
-            raise unsupported_encoding()
-        # The parser has refused what is no number.
-        if int(headers.get("content-length", 0)) > most:
-            raise _too_large(most)
-        if payload.is_eof() and payload.exception() is None:
-            # It came with the head, as most do: nothing is waited for.
-            body = payload.read_nowait()
-            if len(body) > most:
-                raise _too_large(most)
-            return body
-        return b"".join([piece async for piece in self._arriving()])
+        payload = self.payload
+        if payload is EMPTY_PAYLOAD:
+            body = b""
+        elif payload.is_eof() and payload.exception() is None:
+            # It came with the head, as most do: nothing is waited for, and the stream is not needed any more.
+            buffered = payload._buffer  # `read_nowait` counts what was taken, for a flow that is over
+            body = buffered[0] if len(buffered) == 1 else payload.read_nowait()
+            self.payload = EMPTY_PAYLOAD
+        else:
+            return b"".join([piece async for piece in self.pieces()])
+        if "content-encoding" in self.message.headers:
+            self._refuse_by_head()
+        if len(body) > self.most_bytes:
+            raise _too_large(self.most_bytes)
+        return body
 
     def pieces(self) -> AsyncGenerator[bytes]:
         """The body as it arrives, bounded as by `read`; what is not taken waits at the client."""
+        self._refuse_by_head()
+        return self._arriving()
+
+    def _refuse_by_head(self) -> None:
+        """Refuse a body that cannot be read or is too large, as its headers say."""
         headers = self.message.headers
         encoding = headers.get("content-encoding")
         if encoding is not None and encoding.strip().lower() not in {"identity", "gzip"}:
             raise unsupported_encoding()
+        # The parser has refused what is no number.
         if int(headers.get("content-length", 0)) > self.most_bytes:
             raise _too_large(self.most_bytes)
-        return self._arriving()
 
     async def _arriving(self) -> AsyncGenerator[bytes]:
         expected = self.message.headers.get("expect", "").lower()
@@ -407,9 +430,10 @@ class Exchange:
         if status != 204:
             lines = f"{lines}content-length: {len(body)}\r\n"
         written = self._head(status, lines)
-        if self.message.method != "HEAD" and status not in (204, 304):
+        if status not in _BARE and self.message.method != "HEAD":
             written += body
-        await self.connection.send(written)
+        if not self.connection.push(written):
+            await self.connection.drain()
         self._over = True
 
     async def fail(self, error: CallError, call: Call | None) -> None:
@@ -435,14 +459,14 @@ class Exchange:
 
     def _head(self, status: int, lines: str) -> bytes:
         self.begun, self.status = True, status
-        if self.connection.is_closing:
-            self.keep_alive = False
+        message = self.message
         lines = f"{lines}x-request-id: {self.id}\r\n"
-        if self.message.path.startswith("/v1/messages"):
+        if message.path.startswith("/v1/messages"):
             lines += f"request-id: {self.id}\r\n"  # where Anthropic's clients look for it
-        if not self.keep_alive:
+        if not self.keep_alive or self.connection.is_closing:
+            self.keep_alive = False
             lines += "connection: close\r\n"
-        if self.message.version >= HttpVersion11:
+        if message.version >= HttpVersion11:
             return head(status, lines)
         if self.keep_alive:
             lines += "connection: keep-alive\r\n"

@@ -264,13 +264,13 @@ class Server:
 
     # --- one request ---------------------------------------------------------------------------
 
-    async def _client(self, exchange: Exchange) -> None:
+    def _client(self, exchange: Exchange) -> Awaitable[None]:
         generation = self.gateway.current
-        await self._handle(exchange, generation, generation.client)
+        return self._handle(exchange, generation, generation.client)
 
-    async def _admin(self, exchange: Exchange) -> None:
+    def _admin(self, exchange: Exchange) -> Awaitable[None]:
         generation = self.gateway.current
-        await self._handle(exchange, generation, generation.admin)
+        return self._handle(exchange, generation, generation.admin)
 
     def _malformed(self, id_: str, peer: str | None, status: int) -> None:
         """Note what was refused because it is not HTTP."""
