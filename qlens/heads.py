@@ -23,22 +23,19 @@ _LONG = 10.0**9
 _FRAMING = frozenset({"connection", "content-length", "keep-alive", "trailer", "transfer-encoding", "upgrade"})
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _UNSENDABLE = re.compile("[\x00-\x08\x0a-\x1f\x7f\ud800-\udfff]")
-_LIMIT_LINES = {
-    kind: f"x-ratelimit-limit-{kind}: %s\r\nx-ratelimit-remaining-{kind}: %s\r\nx-ratelimit-reset-{kind}: %s\r\n"
-    for kind in ("requests", "tokens")
-}
 _STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
 
 
 def head(status: int, lines: str) -> bytes:
     """The head as bytes, from whole lines."""
     line = _STATUS_LINES.get(status) or f"HTTP/1.1 {status} Status\r\n"
-    return f"{line}{lines}server: qlens\r\ndate: {_date(int(time.time()))}\r\n\r\n".encode()
+    return f"{line}{lines}{_end(int(time.time()))}".encode()
 
 
 @lru_cache(maxsize=1)
-def _date(second: int) -> str:
-    return formatdate(second, usegmt=True)
+def _end(second: int) -> str:
+    """The last lines of every head in this second."""
+    return f"server: qlens\r\ndate: {formatdate(second, usegmt=True)}\r\n\r\n"
 
 
 def sendable(given: Mapping[str, str], without: Container[str] = ()) -> str:
@@ -85,12 +82,21 @@ def _told(account: Account) -> str:
         return lines
     now = time.monotonic()
     own = max(0.0, now - call.started - account.waited(now)) * 1000
-    provider = "" if source is None or source.target is None else _line("x-qlens-provider", source.target.provider)
-    model = "" if call.model is None else _line("x-qlens-model", call.model.name)
-    return (
-        f"{lines}{provider}{model}x-qlens-cache: {call.cache or 'off'}\r\nx-qlens-attempts: {len(call.attempts)}\r\n"
-        f"x-qlens-overhead-ms: {own:.3f}\r\n"
+    by = _answered_by(
+        None if source is None or source.target is None else source.target.provider,
+        None if call.model is None else call.model.name,
+        call.cache or "off",
+        len(call.attempts),
     )
+    return f"{lines}{by}x-qlens-overhead-ms: {own:.3f}\r\n"
+
+
+@lru_cache(maxsize=1024)
+def _answered_by(provider: str | None, model: str | None, cache: str, attempts: int) -> str:
+    """The lines that are the same for many calls."""
+    lines = "" if provider is None else _line("x-qlens-provider", provider)
+    lines += "" if model is None else _line("x-qlens-model", model)
+    return f"{lines}x-qlens-cache: {cache}\r\nx-qlens-attempts: {attempts}\r\n"
 
 
 def of_error(error: CallError, call: Call | None) -> str:
@@ -108,7 +114,6 @@ def of_error(error: CallError, call: Call | None) -> str:
     return lines
 
 
-@lru_cache(maxsize=1024)
 def _line(name: str, text: str) -> str:
     """A configured name as a header, which takes no control characters."""
     return f"{name}: {text.encode('ascii', 'replace').decode()}\r\n"
@@ -119,23 +124,31 @@ def limits(all_limits: Sequence[Standing]) -> str:
     requests = tokens = None
     for limit in all_limits:
         if limit.kind == "requests":
-            requests = limit if requests is None or limit.remaining < requests.remaining else requests
-        elif limit.kind == "tokens":
-            tokens = limit if tokens is None or limit.remaining < tokens.remaining else tokens
-    return (_limit(requests) if requests is not None else "") + (_limit(tokens) if tokens is not None else "")
+            if requests is None or limit.remaining < requests.remaining:
+                requests = limit
+        elif limit.kind == "tokens" and (tokens is None or limit.remaining < tokens.remaining):
+            tokens = limit
+    lines = "" if requests is None else _limit(requests)
+    return lines if tokens is None else lines + _limit(tokens)
 
 
 def _limit(limit: Standing) -> str:
-    return _LIMIT_LINES[limit.kind] % (limit.limit, max(0, limit.remaining), duration(limit.reset_seconds))
+    kind, remaining = limit.kind, limit.remaining
+    return (
+        f"x-ratelimit-limit-{kind}: {limit.limit}\r\n"
+        f"x-ratelimit-remaining-{kind}: {remaining if remaining > 0 else 0}\r\n"
+        f"x-ratelimit-reset-{kind}: {duration(limit.reset_seconds)}\r\n"
+    )
 
 
 def duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
     if 0 <= seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
-    seconds = min(seconds, _LONG) if seconds >= 0 else 0  # what is no number is not more than 0 either
-    if seconds < 60:
+    if 1 <= seconds < 60:
         return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
-    minutes, rest = divmod(math.ceil(seconds), 60)
+    if not seconds > 0:
+        return "0s"  # also for what is no number
+    minutes, rest = divmod(math.ceil(min(seconds, _LONG)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes}m{rest}s" if hours else f"{minutes}m{rest}s"
