@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from operator import add
@@ -140,12 +141,12 @@ class CallMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.running = 0
         """Calls on their way."""
-        self._seconds: dict[tuple[str, str, str], Tally] = {}
+        self._seconds: dict[tuple[str, str, str], Tally] = defaultdict(lambda: Tally(SECONDS))
         self._overhead = Tally(OVERHEAD)
-        self._first: dict[str, Tally] = {}
-        self._attempts: dict[tuple[str, str], int] = {}
-        self._spent: dict[tuple[str, str], _Spent] = {}
-        self._saved: dict[str, int] = {}
+        self._first: dict[str, Tally] = defaultdict(lambda: Tally(SECONDS))
+        self._attempts: dict[tuple[str, str], int] = defaultdict(int)
+        self._spent: dict[tuple[str, str], _Spent] = defaultdict(_Spent)
+        self._saved: dict[str, int] = defaultdict(int)
         metrics.registry.register(_Collected(self.families))
         self.refused = metrics.counter(
             "qlens_refused_total", "Requests that were refused before they had an account, by status.", ("status",)
@@ -158,16 +159,12 @@ class CallMetrics:
     def settled(self, receipt: Receipt) -> None:
         """Count a finished call."""
         model = receipt.model or NONE
-        key = receipt.operation, model, receipt.outcome
-        seconds = self._seconds.get(key)
-        if seconds is None:
-            seconds = self._seconds[key] = Tally(SECONDS)
-        seconds.observe(receipt.total_us / 1e6)
+        self._seconds[receipt.operation, model, receipt.outcome].observe(receipt.total_us / 1e6)
         self._overhead.observe(receipt.overhead_us / 1e6)
         if receipt.streamed and receipt.ttft_us is not None:
-            self._first.setdefault(model, Tally(SECONDS)).observe(receipt.ttft_us / 1e6)
+            self._first[model].observe(receipt.ttft_us / 1e6)
         if receipt.saved_picos:
-            self._saved[model] = self._saved.get(model, 0) + receipt.saved_picos
+            self._saved[model] += receipt.saved_picos
         for attempt in receipt.attempts:
             self._attempt(model, attempt)
 
@@ -175,17 +172,16 @@ class CallMetrics:
         provider = attempt.target.provider
         # A provider may put anything into the code of its errors, what a client wrote to it included.
         result = "ok" if attempt.error is None else attempt.error if attempt.error in _RESULTS else OTHER
-        self._attempts[provider, result] = self._attempts.get((provider, result), 0) + 1
-        if not attempt.billed or attempt.usage is None:
+        self._attempts[provider, result] += 1
+        usage = attempt.usage
+        if usage is None or not attempt.billed:
             return
-        spent = self._spent.get((model, provider))
-        if spent is None:
-            spent = self._spent[model, provider] = _Spent()
-        spent.tokens = list(map(add, spent.tokens, counts_of(attempt.usage)))
-        if attempt.cost.picos is None:
+        spent, picos = self._spent[model, provider], attempt.cost.picos
+        spent.tokens = list(map(add, spent.tokens, counts_of(usage)))
+        if picos is None:
             spent.unpriced += 1
         else:
-            spent.picos += attempt.cost.picos
+            spent.picos += picos
 
     def families(self) -> Iterator[Metric]:
         """Everything that was counted, as Prometheus' metrics."""
