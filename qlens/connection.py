@@ -7,7 +7,7 @@ import logging
 import random
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any
 
@@ -228,7 +228,7 @@ class Connection(web.RequestHandler):
         self._task_handler = self.on_leaving = None
         if self._handler_waiter is not None and not self._handler_waiter.done():
             self._handler_waiter.set_result(None)
-        if not keep_alive or self.is_closing:
+        if not keep_alive or self._last or self._force_close or self._close:
             self._close = True
             if self.transport is not None:
                 self.transport.close()
@@ -250,10 +250,7 @@ class Connection(web.RequestHandler):
 
     async def send(self, data: bytes) -> None:
         """Write; waits while the client does not read. Raises ClientLeft."""
-        if self.transport is None:
-            raise ClientLeft
-        self.transport.write(data)
-        if self._paused:
+        if not self.push(data):
             await self.drain()
 
     def push(self, data: bytes) -> bool:
@@ -262,6 +259,11 @@ class Connection(web.RequestHandler):
             return False
         self.transport.write(data)
         return not self._paused
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is a reason to `drain` before more is written."""
+        return self._paused or self.transport is None
 
     async def drain(self) -> None:
         """Wait while the client does not read; raises ClientLeft."""
@@ -365,21 +367,27 @@ class Exchange:
         """Write a reply to the client as it comes; nothing is sent before the first good byte is in hand."""
         if account.call.left is not None:
             raise ClientLeft
-        if reply.chunks is None:
-            body = reply.body or b""
-            account.first_byte = time.monotonic()
-            await self.whole(reply.status, of_body(account, reply), body)
-            account.bytes_out, account.delivered = len(body), True
+        if reply.chunks is not None:
+            await self._relay_stream(account, reply, reply.chunks)
             return
+        body = reply.body or b""
+        account.first_byte = time.monotonic()
+        if not self._push_whole(reply.status, of_body(account, reply), body):
+            await self.connection.drain()
+        self._over = True
+        account.bytes_out, account.delivered = len(body), True
+
+    async def _relay_stream(self, account: Account, reply: Reply, chunks: AsyncIterator[bytes]) -> None:
+        connection = self.connection
         self._events, self._passed = not reply.raw, b""
 
         def push(chunk: bytes) -> bool:
             size = len(chunk)
             self._passed = chunk
             account.bytes_out += size
-            return self.connection.push(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
+            return connection.push(b"%x\r\n%b\r\n" % (size, chunk) if self._chunked else chunk)
 
-        async for chunk in reply.chunks:
+        async for chunk in chunks:
             self._passed = chunk
             if self.begun:
                 await self._write(chunk)
@@ -389,9 +397,10 @@ class Exchange:
                 if self.payload.at_eof():
                     self.payload = EMPTY_PAYLOAD  # an open stream needs no buffer of what was read
             account.bytes_out += len(chunk)
-            if isinstance(reply.chunks, Watcher):
-                await reply.chunks.pour(push)
-                await self.connection.drain()
+            if isinstance(chunks, Watcher):
+                await chunks.pour(push)
+                if connection.is_held:
+                    await connection.drain()
         if not self.begun:
             await self._begin(reply.status, of_stream(account, reply), b"")
         account.delivered = True
@@ -427,14 +436,15 @@ class Exchange:
 
     async def whole(self, status: int, lines: str, body: bytes) -> None:
         """Write a complete answer, all at once."""
-        if status != 204:
-            lines = f"{lines}content-length: {len(body)}\r\n"
-        written = self._head(status, lines)
-        if status not in _BARE and self.message.method != "HEAD":
-            written += body
-        if not self.connection.push(written):
+        if not self._push_whole(status, lines, body):
             await self.connection.drain()
         self._over = True
+
+    def _push_whole(self, status: int, lines: str, body: bytes) -> bool:
+        if status in _BARE or self.message.method == "HEAD":
+            lines = lines if status == 204 else f"{lines}content-length: {len(body)}\r\n"
+            return self.connection.push(self._head(status, lines))
+        return self.connection.push(self._head(status, f"{lines}content-length: {len(body)}\r\n") + body)
 
     async def fail(self, error: CallError, call: Call | None) -> None:
         """Write an error: as an answer, or, once a stream has begun, as its last event, without [DONE]."""
@@ -459,14 +469,14 @@ class Exchange:
 
     def _head(self, status: int, lines: str) -> bytes:
         self.begun, self.status = True, status
-        message = self.message
+        message, connection = self.message, self.connection
         lines = f"{lines}x-request-id: {self.id}\r\n"
         if message.path.startswith("/v1/messages"):
             lines += f"request-id: {self.id}\r\n"  # where Anthropic's clients look for it
-        if not self.keep_alive or self.connection.is_closing:
+        if not self.keep_alive or connection.is_closing:
             self.keep_alive = False
             lines += "connection: close\r\n"
-        if message.version >= HttpVersion11:
+        if message.version is HttpVersion11 or message.version > HttpVersion11:
             return head(status, lines)
         if self.keep_alive:
             lines += "connection: keep-alive\r\n"

@@ -311,7 +311,7 @@ class Server:
         """A call from the head of a request, and what serves it; raises UnknownPath, WrongMethod or InvalidRequest."""
         message, limits = exchange.message, generation.registration.config.server
         headers = message.headers
-        if message.version < HttpVersion11 and "transfer-encoding" in headers:
+        if message.version is not HttpVersion11 and message.version < HttpVersion11 and "transfer-encoding" in headers:
             raise InvalidRequest("Transfer-Encoding needs HTTP/1.1.")
         path, params = message.path, _NOTHING
         what = paths.exactly(message.method, path)
