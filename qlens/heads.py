@@ -59,10 +59,11 @@ def _may_be_sent(name: str) -> bool:
 def of_body(account: Account, reply: Reply) -> str:
     """The lines in front of a complete answer."""
     given = sendable(reply.headers) if reply.headers else ""
-    media = "" if "content-type: " in given else "content-type: application/json\r\n"
+    if "content-type: " not in given:
+        given = f"content-type: application/json\r\n{given}"
     if account.call.operation.runs != "full" or (cost := cost_text(account.cost())) is None:
-        return f"{media}{given}{_told(account)}"
-    return f"{media}{given}{_told(account)}x-qlens-cost-usd: {cost}\r\n"
+        return f"{given}{_told(account)}"
+    return f"{given}{_told(account)}x-qlens-cost-usd: {cost}\r\n"
 
 
 def of_stream(account: Account, reply: Reply) -> str:
@@ -145,8 +146,10 @@ def duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
     if 0 <= seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
-    if 1 <= seconds < 60:
-        return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
+    if 1 <= seconds < 10:
+        return f"{seconds:.4g}s"  # three decimals, without zeros at their end
+    if 10 <= seconds < 60:
+        return f"{seconds:.5g}s"
     if not seconds > 0:
         return "0s"  # also for what is no number
     minutes, rest = divmod(math.ceil(min(seconds, _LONG)), 60)
