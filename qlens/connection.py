@@ -185,7 +185,7 @@ class Connection(web.RequestHandler):
             if isinstance(message, HttpProcessingError):
                 self._refuse(message)
                 return
-            exchange = Exchange(self, message, payload, not (message.should_close or message.upgrade))
+            exchange = Exchange(self, message, payload)
             del payload  # a stream lets go of it
             try:
                 await self._serve(exchange)
@@ -273,29 +273,36 @@ class Connection(web.RequestHandler):
             raise ClientLeft from error
 
 
-@define(eq=False)
+@define(eq=False, init=False)
 class Exchange:
     """One request with its answer."""
 
     connection: Connection
     message: RawRequestMessage
     payload: StreamReader
+    id: str
+    most_bytes: int
+    """How large the body may be; set before it is read."""
     keep_alive: bool
     """Whether the connection may take another request after this one."""
-    id: str = field(factory=new_id)
-    most_bytes: int = field(init=False)
-    """How large the body may be; set before it is read."""
-    begun: bool = field(default=False, init=False)
+    begun: bool
     """Whether something of the answer was written."""
-    status: int = field(default=CLIENT_CLOSED, init=False)
+    status: int
     """Of the answer; what it is while there is none, stands for a client that left before one."""
-    _events: bool = field(default=False, init=False)
+    _events: bool
     """Whether what is written is a stream of events, in which an error can still be said."""
-    _passed: bytes = field(init=False, repr=False)
+    _passed: bytes = field(repr=False)
     """The last piece of a stream that passed; set before anything of it is written."""
-    _over: bool = field(default=False, init=False)
+    _over: bool
     """Whether the last byte was handed over."""
-    _chunked: bool = field(default=False, init=False)
+    _chunked: bool
+
+    # Written out: one that attrs makes looks up each of these values in a table, for every request.
+    def __init__(self, connection: Connection, message: RawRequestMessage, payload: StreamReader) -> None:
+        self.connection, self.message, self.payload = connection, message, payload
+        self.id, self.status = new_id(), CLIENT_CLOSED
+        self.keep_alive = not (message.should_close or message.upgrade)
+        self.begun = self._events = self._over = self._chunked = False
 
     # --- the request ---------------------------------------------------------------------------
 
@@ -313,9 +320,9 @@ class Exchange:
         payload = self.payload
         if payload is EMPTY_PAYLOAD:
             body = b""
-        elif payload.is_eof() and payload.exception() is None:
+        elif payload._eof and payload._exception is None:
             # It came with the head, as most do: nothing is waited for, and the stream is not needed any more.
-            buffered = payload._buffer  # `read_nowait` counts what was taken, for a flow that is over
+            buffered = payload._buffer  # `read_nowait` would count what is taken, for a flow that is over
             body = buffered[0] if len(buffered) == 1 else payload.read_nowait()
             self.payload = EMPTY_PAYLOAD
         else:
