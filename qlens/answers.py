@@ -54,7 +54,8 @@ def no_answer(answer: Answer) -> UpstreamInvalid:
 
 async def identified(answer: Answer, reading: Awaitable[Reply], ids: Collection[str]) -> Reply:
     """What is read of an answer, or the error, with the provider's id of it; an answer that fails is closed."""
-    upstream_id = next(iter(shown(answer, ids).values()), None)
+    said = shown(answer, ids)
+    upstream_id = next(iter(said.values())) if said else None
     try:
         reply = await reading
     except BaseException as error:
