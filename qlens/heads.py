@@ -124,10 +124,11 @@ def limits(all_limits: Sequence[Standing]) -> str:
     """OpenAI's x-ratelimit headers, for the tightest limit of each kind."""
     requests = tokens = None
     for limit in all_limits:
-        if limit.kind == "requests":
+        kind = limit.kind
+        if kind == "requests":
             if requests is None or limit.remaining < requests.remaining:
                 requests = limit
-        elif limit.kind == "tokens" and (tokens is None or limit.remaining < tokens.remaining):
+        elif kind == "tokens" and (tokens is None or limit.remaining < tokens.remaining):
             tokens = limit
     lines = "" if requests is None else _limit(requests)
     return lines if tokens is None else lines + _limit(tokens)
@@ -144,12 +145,12 @@ def _limit(limit: Standing) -> str:
 
 def duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
-    if 0 <= seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    if 1 <= seconds < 10:
-        return f"{seconds:.4g}s"  # three decimals, without zeros at their end
-    if 10 <= seconds < 60:
-        return f"{seconds:.5g}s"
+    # Compared with floats, which is what they are: with whole numbers it takes twice as long.
+    if 0.0 <= seconds < 60.0:
+        if seconds < 1.0:
+            return f"{math.ceil(seconds * 1000)}ms"
+        # Three decimals, without zeros at their end.
+        return f"{seconds:.4g}s" if seconds < 10.0 else f"{seconds:.5g}s"
     if not seconds > 0:
         return "0s"  # also for what is no number
     minutes, rest = divmod(math.ceil(min(seconds, _LONG)), 60)
