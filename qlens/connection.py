@@ -52,8 +52,8 @@ _BARE = frozenset({204, 304})
 """The statuses of answers that have no body."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
-Leaving = Callable[[asyncio.Task[None]], bool]
-"""Called with a request's task when the client is gone; whether it goes on all the same, and is not to be cancelled."""
+Leaving = Callable[[Call, asyncio.Task[None]], bool]
+"""Called with a call and its task when the client is gone; whether it goes on all the same, and is not cancelled."""
 
 Refused = Callable[[str, str | None, int], object]
 """Called with the id, the client's address and the status of what was refused because it is not HTTP."""
@@ -96,7 +96,8 @@ class Connection(web.RequestHandler):
         super().__init__(manager, **{"keepalive_timeout": KEEPALIVE_SECONDS, **options})
         self._serve, self._refused = serve, refused
         self._last = False
-        self.on_leaving: Leaving | None = None
+        self.on_leaving: tuple[Leaving, Call] | None = None
+        """Who is told, and of what call, when the client is gone while its request runs."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
@@ -145,8 +146,10 @@ class Connection(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the request that runs, because its client is gone; or let it go on, if it is to be read to its end."""
         task = self._task_handler
-        if task is not None and self.on_leaving is not None and self.on_leaving(task):
-            self._task_handler = None
+        if task is not None and self.on_leaving is not None:
+            goes_on, call = self.on_leaving
+            if goes_on(call, task):
+                self._task_handler = None
         super().connection_lost(exc)
 
     def resume_reading(self, resume_parser: bool = True) -> None:

@@ -284,7 +284,7 @@ class Server:
         try:
             call, what = self._call(exchange, generation, paths)
             if isinstance(what, Operation):
-                exchange.connection.on_leaving = partial(generation.pipeline.left, call)
+                exchange.connection.on_leaving = generation.pipeline.left, call
                 await generation.pipeline.run(
                     call, exchange.relay if what.runs != "session" else _joined(exchange, generation)
                 )

@@ -601,8 +601,8 @@ MUTANTS = (
     Mutant(
         "a client that leaves cuts off what its provider bills whole",
         "qlens/connection.py",
-        "and self.on_leaving(task):",
-        "and self.on_leaving(task) and False:",
+        "            if goes_on(call, task):\n",
+        "            if goes_on(call, task) and False:\n",
         ("tests/core/test_drains.py::test_an_answer_whose_client_has_left_is_read_to_its_end_and_charged_exactly",),
     ),
     Mutant(
