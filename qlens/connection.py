@@ -64,16 +64,17 @@ if sys.version_info >= (3, 12):
 else:
     _started = asyncio.Task
 
-_random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
-_RANDOM_BITS = ~(0b11 << 62)
-_VERSION_AND_VARIANT = 0x7 << 76 | 0b10 << 62
+# Identifiers are unique, not secret.
+_random_bits = random.Random(random.SystemRandom().getrandbits(256)).getrandbits  # noqa: S311
+_RANDOM, _VERSION_AND_VARIANT = 0x0FFF_3FFF, 0x7000_8000
 
 
 def new_id() -> str:
     """A UUIDv7: unique, and in the order of time (RFC 9562)."""
-    value = time.time_ns() // 1_000_000 << 80 | _random.getrandbits(76) & _RANDOM_BITS | _VERSION_AND_VARIANT
-    digits = value.to_bytes(16, "big").hex()
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    # In three parts, each no larger than a machine's word: one number of 128 bits takes half as long again.
+    when = (time.time_ns() // 1_000_000).to_bytes(6, "big").hex("-", -4)
+    marked = (_random_bits(32) & _RANDOM | _VERSION_AND_VARIANT).to_bytes(4, "big").hex("-", 2)
+    return f"{when}-{marked}-{_random_bits(48).to_bytes(6, 'big').hex()}"
 
 
 class Connection(web.RequestHandler):
