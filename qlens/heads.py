@@ -82,14 +82,14 @@ def _told(account: Account) -> str:
     if call.operation.runs == "local":
         return lines
     now = time.monotonic()
-    own = max(0.0, now - call.started - account.waited(now)) * 1000
+    own = now - call.started - account.waited(now)
     by = _answered_by(
         None if source is None or source.target is None else source.target.provider,
         None if call.model is None else call.model.name,
         call.cache or "off",
         len(call.attempts),
     )
-    return f"{lines}{by}x-qlens-overhead-ms: {own:.3f}\r\n"
+    return f"{lines}{by}x-qlens-overhead-ms: {own * 1000 if own > 0.0 else 0.0:.3f}\r\n"
 
 
 @lru_cache(maxsize=1024)
