@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import EMPTY_PAYLOAD, ClientPayloadError, StreamReader, web
@@ -34,6 +34,8 @@ from qlens.watching import Watcher
 from qlens.websocket import ClientSocket
 from qlens.wire_errors import error_body, error_event, mistake
 
+T = TypeVar("T")
+
 log = logging.getLogger("qlens")
 
 KEEPALIVE_SECONDS = 15
@@ -48,6 +50,8 @@ BODY_GRACE_SECONDS = 10
 PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
+AT_ONCE_BYTES = 128 * 1024
+"""The largest body that is read in one go: less than aiohttp takes before it makes a client wait."""
 _BARE = frozenset({204, 304})
 """The statuses of answers that have no body."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
@@ -324,13 +328,16 @@ class Exchange:
         payload = self.payload
         if payload is EMPTY_PAYLOAD:
             body = b""
-        elif payload._eof and payload._exception is None:
-            # It came with the head, as most do: nothing is waited for, and the stream is not needed any more.
+        else:
+            if not payload.is_eof() or payload.exception() is not None:
+                self._refuse_by_head()
+                if payload.exception() is not None or not self._comes_at_once():
+                    return b"".join([piece async for piece in self._arriving()])
+                await self._whole_arrival()
+            # The stream is not needed any more.
             buffered = payload._buffer  # `read_nowait` would count what is taken, for a flow that is over
             body = buffered[0] if len(buffered) == 1 else payload.read_nowait()
             self.payload = EMPTY_PAYLOAD
-        else:
-            return b"".join([piece async for piece in self.pieces()])
         if "content-encoding" in self.message.headers:
             self._refuse_by_head()
         if len(body) > self.most_bytes:
@@ -352,25 +359,41 @@ class Exchange:
         if int(headers.get("content-length", 0)) > self.most_bytes:
             raise _too_large(self.most_bytes)
 
+    def _comes_at_once(self) -> bool:
+        """Whether a body that is on its way is so small that it is waited for once, and not for each of its pieces."""
+        headers = self.message.headers
+        return "content-encoding" not in headers and 0 < int(headers.get("content-length", 0)) <= AT_ONCE_BYTES
+
+    async def _whole_arrival(self) -> None:
+        """Wait until the whole body is here; it may come as slowly as one that is taken piece by piece."""
+        await self._invite()
+        payload, loop = self.payload, asyncio.get_running_loop()
+        began = loop.time()
+        due = began + BODY_GRACE_SECONDS
+        while not payload.is_eof():
+            try:
+                await _by(due, payload.wait_eof())
+            except BodyTimedOut:
+                due = began + BODY_GRACE_SECONDS + payload.total_bytes / BODY_BYTES_PER_SECOND
+                if due <= loop.time():
+                    raise
+
     async def _arriving(self) -> AsyncGenerator[bytes]:
+        await self._invite()
+        size, began = 0, asyncio.get_running_loop().time()
+        due = began + BODY_GRACE_SECONDS
+        while piece := await _by(due, self.payload.readany()):
+            size += len(piece)
+            if size > self.most_bytes:
+                raise _too_large(self.most_bytes)
+            yield piece
+            due = began + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND
+
+    async def _invite(self) -> None:
+        """Ask for a body whose client waits to be asked."""
         expected = self.message.headers.get("expect", "").lower()
         if expected == "100-continue" and self.message.version >= HttpVersion11:
             await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        size, started = 0, asyncio.get_running_loop().time()
-        try:
-            while True:
-                async with asyncio.timeout_at(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND):
-                    piece = await self.payload.readany()
-                if not piece:
-                    return
-                size += len(piece)
-                if size > self.most_bytes:
-                    raise _too_large(self.most_bytes)
-                yield piece
-        except TimeoutError:
-            raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
-        except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
-            raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -512,6 +535,17 @@ class Exchange:
         self._over = True
         if self._chunked:
             await self.connection.send(b"0\r\n\r\n")
+
+
+async def _by(due: float, arriving: Awaitable[T]) -> T:
+    """What arrives of a body, if it does in time and as its head says."""
+    try:
+        async with asyncio.timeout_at(due):
+            return await arriving
+    except TimeoutError:
+        raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
+    except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+        raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
 
 def _refusal(error: BaseException) -> CallError:

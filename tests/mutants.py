@@ -938,6 +938,13 @@ MUTANTS = (
         ("tests/core/test_attacks_http.py::test_a_header_of_a_provider_that_cannot_be_sent_is_left_out",),
     ),
     Mutant(
+        "a body that is waited for in one go may take for ever",
+        "qlens/connection.py",
+        "                if due <= loop.time():\n",
+        "                if due <= 0:\n",
+        ("tests/core/test_server.py::test_a_body_may_take_the_longer_the_more_of_it_is_there",),
+    ),
+    Mutant(
         "an endpoint may take for ever",
         "qlens/server.py",
         "            async with asyncio.timeout_at(call.deadline) as timer:\n",
