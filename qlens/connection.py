@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import EMPTY_PAYLOAD, ClientPayloadError, StreamReader
@@ -38,6 +38,8 @@ from qlens.watching import Watcher
 from qlens.websocket import ClientSocket
 from qlens.wire_errors import error_body, error_event, mistake
 
+T = TypeVar("T")
+
 log = logging.getLogger("qlens")
 
 KEEPALIVE_SECONDS = 15
@@ -52,12 +54,14 @@ BODY_GRACE_SECONDS = 10
 PEER = "x-qlens-peer"
 """In what the supervisor passes on to a worker: the client's address."""
 BODY_BYTES_PER_SECOND = 1024
+AT_ONCE_BYTES = 128 * 1024
+"""The largest body that is read in one go: less than aiohttp takes before it makes a client wait."""
 _BARE = frozenset({204, 304})
 """The statuses of answers that have no body."""
 _EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
-Leaving = Callable[[asyncio.Task[None]], bool]
-"""Called with a request's task when the client is gone; whether it goes on all the same, and is not to be cancelled."""
+Leaving = Callable[[Call, asyncio.Task[None]], bool]
+"""Called with a call and its task when the client is gone; whether it goes on all the same, and is not cancelled."""
 
 Refused = Callable[[str, str | None, int], object]
 """Called with the id, the client's address and the status of what was refused because it is not HTTP."""
@@ -68,16 +72,17 @@ if sys.version_info >= (3, 12):
 else:
     _started = asyncio.Task
 
-_random = random.Random(random.SystemRandom().getrandbits(256))  # noqa: S311 - identifiers are unique, not secret
-_RANDOM_BITS = ~(0b11 << 62)
-_VERSION_AND_VARIANT = 0x7 << 76 | 0b10 << 62
+# Identifiers are unique, not secret.
+_random_bits = random.Random(random.SystemRandom().getrandbits(256)).getrandbits  # noqa: S311
+_RANDOM, _VERSION_AND_VARIANT = 0x0FFF_3FFF, 0x7000_8000
 
 
 def new_id() -> str:
     """A UUIDv7: unique, and in the order of time (RFC 9562)."""
-    value = time.time_ns() // 1_000_000 << 80 | _random.getrandbits(76) & _RANDOM_BITS | _VERSION_AND_VARIANT
-    digits = value.to_bytes(16, "big").hex()
-    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+    # In three parts, each no larger than a machine's word: one number of 128 bits takes half as long again.
+    when = (time.time_ns() // 1_000_000).to_bytes(6, "big").hex("-", -4)
+    marked = (_random_bits(32) & _RANDOM | _VERSION_AND_VARIANT).to_bytes(4, "big").hex("-", 2)
+    return f"{when}-{marked}-{_random_bits(48).to_bytes(6, 'big').hex()}"
 
 
 class Connection(RequestHandler):
@@ -100,7 +105,8 @@ class Connection(RequestHandler):
         super().__init__(manager, **{"keepalive_timeout": KEEPALIVE_SECONDS, **options})
         self._serve, self._refused = serve, refused
         self._last = False
-        self.on_leaving: Leaving | None = None
+        self.on_leaving: tuple[Leaving, Call] | None = None
+        """Who is told, and of what call, when the client is gone while its request runs."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
@@ -149,8 +155,10 @@ class Connection(RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         """End the request that runs, because its client is gone; or let it go on, if it is to be read to its end."""
         task = self._task_handler
-        if task is not None and self.on_leaving is not None and self.on_leaving(task):
-            self._task_handler = None
+        if task is not None and self.on_leaving is not None:
+            goes_on, call = self.on_leaving
+            if goes_on(call, task):
+                self._task_handler = None
         super().connection_lost(exc)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
@@ -189,7 +197,7 @@ class Connection(RequestHandler):
             if isinstance(message, HttpProcessingError):
                 self._refuse(message)
                 return
-            exchange = Exchange(self, message, payload, not (message.should_close or message.upgrade))
+            exchange = Exchange(self, message, payload)
             del payload  # a stream lets go of it
             try:
                 await self._serve(exchange)
@@ -277,29 +285,36 @@ class Connection(RequestHandler):
             raise ClientLeft from error
 
 
-@define(eq=False)
+@define(eq=False, init=False)
 class Exchange:
     """One request with its answer."""
 
     connection: Connection
     message: RawRequestMessage
     payload: StreamReader
+    id: str
+    most_bytes: int
+    """How large the body may be; set before it is read."""
     keep_alive: bool
     """Whether the connection may take another request after this one."""
-    id: str = field(factory=new_id)
-    most_bytes: int = field(init=False)
-    """How large the body may be; set before it is read."""
-    begun: bool = field(default=False, init=False)
+    begun: bool
     """Whether something of the answer was written."""
-    status: int = field(default=CLIENT_CLOSED, init=False)
+    status: int
     """Of the answer; what it is while there is none, stands for a client that left before one."""
-    _events: bool = field(default=False, init=False)
+    _events: bool
     """Whether what is written is a stream of events, in which an error can still be said."""
-    _passed: bytes = field(init=False, repr=False)
+    _passed: bytes = field(repr=False)
     """The last piece of a stream that passed; set before anything of it is written."""
-    _over: bool = field(default=False, init=False)
+    _over: bool
     """Whether the last byte was handed over."""
-    _chunked: bool = field(default=False, init=False)
+    _chunked: bool
+
+    # Written out: one that attrs makes looks up each of these values in a table, for every request.
+    def __init__(self, connection: Connection, message: RawRequestMessage, payload: StreamReader) -> None:
+        self.connection, self.message, self.payload = connection, message, payload
+        self.id, self.status = new_id(), CLIENT_CLOSED
+        self.keep_alive = not (message.should_close or message.upgrade)
+        self.begun = self._events = self._over = self._chunked = False
 
     # --- the request ---------------------------------------------------------------------------
 
@@ -317,13 +332,16 @@ class Exchange:
         payload = self.payload
         if payload is EMPTY_PAYLOAD:
             body = b""
-        elif payload.is_eof() and payload.exception() is None:
-            # It came with the head, as most do: nothing is waited for, and the stream is not needed any more.
-            buffered = payload._buffer  # `read_nowait` counts what was taken, for a flow that is over
+        else:
+            if not payload.is_eof() or payload.exception() is not None:
+                self._refuse_by_head()
+                if payload.exception() is not None or not self._comes_at_once():
+                    return b"".join([piece async for piece in self._arriving()])
+                await self._whole_arrival()
+            # The stream is not needed any more.
+            buffered = payload._buffer  # `read_nowait` would count what is taken, for a flow that is over
             body = buffered[0] if len(buffered) == 1 else payload.read_nowait()
             self.payload = EMPTY_PAYLOAD
-        else:
-            return b"".join([piece async for piece in self.pieces()])
         if "content-encoding" in self.message.headers:
             self._refuse_by_head()
         if len(body) > self.most_bytes:
@@ -345,25 +363,41 @@ class Exchange:
         if int(headers.get("content-length", 0)) > self.most_bytes:
             raise _too_large(self.most_bytes)
 
+    def _comes_at_once(self) -> bool:
+        """Whether a body that is on its way is so small that it is waited for once, and not for each of its pieces."""
+        headers = self.message.headers
+        return "content-encoding" not in headers and 0 < int(headers.get("content-length", 0)) <= AT_ONCE_BYTES
+
+    async def _whole_arrival(self) -> None:
+        """Wait until the whole body is here; it may come as slowly as one that is taken piece by piece."""
+        await self._invite()
+        payload, loop = self.payload, asyncio.get_running_loop()
+        began = loop.time()
+        due = began + BODY_GRACE_SECONDS
+        while not payload.is_eof():
+            try:
+                await _by(due, payload.wait_eof())
+            except BodyTimedOut:
+                due = began + BODY_GRACE_SECONDS + payload.total_bytes / BODY_BYTES_PER_SECOND
+                if due <= loop.time():
+                    raise
+
     async def _arriving(self) -> AsyncGenerator[bytes]:
+        await self._invite()
+        size, began = 0, asyncio.get_running_loop().time()
+        due = began + BODY_GRACE_SECONDS
+        while piece := await _by(due, self.payload.readany()):
+            size += len(piece)
+            if size > self.most_bytes:
+                raise _too_large(self.most_bytes)
+            yield piece
+            due = began + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND
+
+    async def _invite(self) -> None:
+        """Ask for a body whose client waits to be asked."""
         expected = self.message.headers.get("expect", "").lower()
         if expected == "100-continue" and self.message.version >= HttpVersion11:
             await self.connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        size, started = 0, asyncio.get_running_loop().time()
-        try:
-            while True:
-                async with asyncio.timeout_at(started + BODY_GRACE_SECONDS + size / BODY_BYTES_PER_SECOND):
-                    piece = await self.payload.readany()
-                if not piece:
-                    return
-                size += len(piece)
-                if size > self.most_bytes:
-                    raise _too_large(self.most_bytes)
-                yield piece
-        except TimeoutError:
-            raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
-        except (HttpProcessingError, ClientPayloadError, RequestPayloadError):
-            raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
     # --- the answer ----------------------------------------------------------------------------
 
@@ -515,6 +549,17 @@ class Exchange:
         self._over = True
         if self._chunked:
             await self._write(b"")
+
+
+async def _by(due: float, arriving: Awaitable[T]) -> T:
+    """What arrives of a body, if it does in time and as its head says."""
+    try:
+        async with asyncio.timeout_at(due):
+            return await arriving
+    except TimeoutError:
+        raise BodyTimedOut(f"The request body came slower than {BODY_BYTES_PER_SECOND} bytes a second.") from None
+    except (HttpProcessingError, ClientPayloadError, RequestPayloadError):
+        raise InvalidRequest("The request body does not arrive as its headers say.") from None
 
 
 def _refusal(error: BaseException) -> CallError:

@@ -26,7 +26,8 @@ class Deadlines:
     def end(self, call: Call) -> None:
         """Forget a call."""
         self._running.pop(call, None)
-        self._over.discard(call)
+        if self._over:
+            self._over.discard(call)
 
     def over(self, call: Call) -> bool:
         """Whether a call was cancelled because its time was over."""

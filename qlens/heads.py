@@ -59,10 +59,11 @@ def _may_be_sent(name: str) -> bool:
 def of_body(account: Account, reply: Reply) -> str:
     """The lines in front of a complete answer."""
     given = sendable(reply.headers) if reply.headers else ""
-    media = "" if "content-type: " in given else "content-type: application/json\r\n"
+    if "content-type: " not in given:
+        given = f"content-type: application/json\r\n{given}"
     if account.call.operation.runs != "full" or (cost := cost_text(account.cost())) is None:
-        return f"{media}{given}{_told(account)}"
-    return f"{media}{given}{_told(account)}x-qlens-cost-usd: {cost}\r\n"
+        return f"{given}{_told(account)}"
+    return f"{given}{_told(account)}x-qlens-cost-usd: {cost}\r\n"
 
 
 def of_stream(account: Account, reply: Reply) -> str:
@@ -81,14 +82,14 @@ def _told(account: Account) -> str:
     if call.operation.runs == "local":
         return lines
     now = time.monotonic()
-    own = max(0.0, now - call.started - account.waited(now)) * 1000
+    own = now - call.started - account.waited(now)
     by = _answered_by(
         None if source is None or source.target is None else source.target.provider,
         None if call.model is None else call.model.name,
         call.cache or "off",
         len(call.attempts),
     )
-    return f"{lines}{by}x-qlens-overhead-ms: {own:.3f}\r\n"
+    return f"{lines}{by}x-qlens-overhead-ms: {own * 1000 if own > 0.0 else 0.0:.3f}\r\n"
 
 
 @lru_cache(maxsize=1024)
@@ -123,10 +124,11 @@ def limits(all_limits: Sequence[Standing]) -> str:
     """OpenAI's x-ratelimit headers, for the tightest limit of each kind."""
     requests = tokens = None
     for limit in all_limits:
-        if limit.kind == "requests":
+        kind = limit.kind
+        if kind == "requests":
             if requests is None or limit.remaining < requests.remaining:
                 requests = limit
-        elif limit.kind == "tokens" and (tokens is None or limit.remaining < tokens.remaining):
+        elif kind == "tokens" and (tokens is None or limit.remaining < tokens.remaining):
             tokens = limit
     lines = "" if requests is None else _limit(requests)
     return lines if tokens is None else lines + _limit(tokens)
@@ -143,10 +145,12 @@ def _limit(limit: Standing) -> str:
 
 def duration(seconds: float) -> str:
     """A duration as OpenAI writes it: 12ms, 1.5s, 6m0s, 1h2m3s."""
-    if 0 <= seconds < 1:
-        return f"{math.ceil(seconds * 1000)}ms"
-    if 1 <= seconds < 60:
-        return f"{seconds:.3f}".rstrip("0").rstrip(".") + "s"
+    # Compared with floats, which is what they are: with whole numbers it takes twice as long.
+    if 0.0 <= seconds < 60.0:
+        if seconds < 1.0:
+            return f"{math.ceil(seconds * 1000)}ms"
+        # Three decimals, without zeros at their end.
+        return f"{seconds:.4g}s" if seconds < 10.0 else f"{seconds:.5g}s"
     if not seconds > 0:
         return "0s"  # also for what is no number
     minutes, rest = divmod(math.ceil(min(seconds, _LONG)), 60)

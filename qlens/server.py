@@ -286,7 +286,7 @@ class Server:
         try:
             call, what = self._call(exchange, generation, paths)
             if isinstance(what, Operation):
-                exchange.connection.on_leaving = partial(generation.pipeline.left, call)
+                exchange.connection.on_leaving = generation.pipeline.left, call
                 await generation.pipeline.run(
                     call, exchange.relay if what.runs != "session" else _joined(exchange, generation)
                 )
@@ -315,9 +315,11 @@ class Server:
         headers = message.headers
         if message.version is not HttpVersion11 and message.version < HttpVersion11 and "transfer-encoding" in headers:
             raise InvalidRequest("Transfer-Encoding needs HTTP/1.1.")
-        path, params = message.path, _NOTHING
+        path, params, query = message.path, _NOTHING, _NOTHING
         what = paths.exactly(message.method, path)
         if what is None:
+            if "?" in path:
+                query = message.url.query
             path = _path(path)
             # What operators ask passes through the supervisor of several workers, who asks for answers with a body.
             find = partial(_found, paths) if paths is generation.client else paths.find
@@ -329,7 +331,7 @@ class Server:
             operation=what if isinstance(what, Operation) else Operation(what.path, what.method, what.path, "local"),
             path=path,
             path_params=params,
-            query=message.url.query if "?" in message.path else _NOTHING,
+            query=query,
             headers=headers,
             peer=exchange.peer,
             credential=_credential(headers),

@@ -601,8 +601,8 @@ MUTANTS = (
     Mutant(
         "a client that leaves cuts off what its provider bills whole",
         "qlens/connection.py",
-        "and self.on_leaving(task):",
-        "and self.on_leaving(task) and False:",
+        "            if goes_on(call, task):\n",
+        "            if goes_on(call, task) and False:\n",
         ("tests/core/test_drains.py::test_an_answer_whose_client_has_left_is_read_to_its_end_and_charged_exactly",),
     ),
     Mutant(
@@ -936,6 +936,13 @@ MUTANTS = (
         "        if lower not in without and _may_be_sent(lower) and not _UNSENDABLE.search(value):\n",
         "        if lower not in without:\n",
         ("tests/core/test_attacks_http.py::test_a_header_of_a_provider_that_cannot_be_sent_is_left_out",),
+    ),
+    Mutant(
+        "a body that is waited for in one go may take for ever",
+        "qlens/connection.py",
+        "                if due <= loop.time():\n",
+        "                if due <= 0:\n",
+        ("tests/core/test_server.py::test_a_body_may_take_the_longer_the_more_of_it_is_there",),
     ),
     Mutant(
         "an endpoint may take for ever",

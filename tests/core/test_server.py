@@ -289,14 +289,57 @@ async def test_the_api_key_header_of_azure_clients_is_a_credential_too() -> None
         assert (await gateway.post(CHAT, HELLO, headers={"authorization": "Bearer "})).status == 401
 
 
-async def test_a_body_that_drips_is_408(monkeypatch: pytest.MonkeyPatch) -> None:
+DRIPS = {
+    "small": ("content-length: 100", b'{"model'),
+    "large": ("content-length: 1000000", b'{"model'),
+    "chunked": ("transfer-encoding: chunked", b'7\r\n{"model\r\n'),
+}
+
+
+@pytest.mark.parametrize(("framing", "part"), DRIPS.values(), ids=DRIPS)
+async def test_a_body_that_drips_is_408(framing: str, part: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlens.connection.BODY_GRACE_SECONDS", 0.2)
     async with running(config()) as gateway:
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n"
-        got = await _raw(gateway, head.encode() + b'{"model')
+        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{framing}\r\n\r\n"
+        got = await _raw(gateway, head.encode() + part)
         assert got.startswith(b"HTTP/1.1 408 ")
         (receipt,) = await gateway.settled(1)
         assert (receipt.outcome, receipt.status) == ("rejected", 408)
+
+
+@pytest.mark.parametrize("at_once", [0, 100_000])
+@pytest.mark.parametrize(("pause", "status"), [(0.6, 200), (1.8, 408)])
+async def test_a_body_may_take_the_longer_the_more_of_it_is_there(
+    at_once: int, pause: float, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlens.connection.AT_ONCE_BYTES", at_once)
+    monkeypatch.setattr("qlens.connection.BODY_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("qlens.connection.BODY_BYTES_PER_SECOND", 1000)
+    body = orjson.dumps({**HELLO, "user": "x" * 2000})
+    async with running(config()) as gateway:
+        host, port = gateway.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        request = _http(body)
+        writer.write(request[:-1000])  # more than 1,000 bytes of the body: a second more than at first
+        await asyncio.sleep(pause)
+        writer.write(request[-1000:])
+        assert (await asyncio.wait_for(reader.read(13), 5)).startswith(f"HTTP/1.1 {status} ".encode())
+        writer.close()
+
+
+@pytest.mark.parametrize("at_once", [0, 100_000])
+async def test_a_body_in_pieces_is_read_whole(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.connection.AT_ONCE_BYTES", at_once)
+    async with running(config()) as gateway:
+        for cut in (-1, -10, -len(orjson.dumps(HELLO))):
+            request = _http()
+            host, port = gateway.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            for part in (request[:cut], request[cut:]):
+                writer.write(part)
+                await asyncio.sleep(0.02)
+            assert (await asyncio.wait_for(reader.read(), 5)).startswith(b"HTTP/1.1 200 ")
+            writer.close()
 
 
 async def test_answers_do_not_tell_what_they_run_on() -> None:
