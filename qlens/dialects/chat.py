@@ -143,7 +143,8 @@ _REQUEST = fields.record(
 def validate(body: Body) -> None:
     """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
     _REQUEST(body, None)
-    fields.check_stream_options(body)
+    if "stream_options" in body:
+        fields.check_stream_options(body)
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from qlens.errors import InvalidRequest
 
@@ -85,15 +86,22 @@ def text(value: Any, path: Path) -> None:
         raise wrong_type(path, "a string", value)
 
 
-_TOLD_BY_TYPE: dict[Rule, type] = {text: str, flag: bool}
-"""The rules that a value of this type keeps whatever it is: a record need not ask them."""
+_Told = tuple[type | None, float | None, float]
+"""A type, and the least and the most that a value of it may be; None as the least: it may be any."""
+_TOLD: WeakKeyDictionary[Rule, _Told] = WeakKeyDictionary()
+"""The rules that such a value keeps: a record need not ask them. Most values of most bodies are one."""
+_TOLD[text], _TOLD[flag] = (str, None, 0), (bool, None, 0)
+_UNTOLD: _Told = (None, None, 0)
+_Look = tuple[type | None, float | None, float, Rule | None]
+"""The same with the rule itself, for any other value; None: there is none."""
 
 
 def string(*, least: int = 0, most: int | None = None) -> Rule:
     """A string with a length within bounds."""
 
     def rule(value: Any, path: Path) -> None:
-        text(value, path)
+        if type(value) is not str:
+            raise wrong_type(path, "a string", value)
         if len(value) < least:
             raise out_of_range(
                 path, "empty string", "empty_string", f"a string with minimum length {least}", "an empty string"
@@ -125,6 +133,7 @@ def integer(low: int = -(2**63), high: int = INT64_MAX) -> Rule:
         if not low <= value <= high:
             raise _beyond(path, "integer", value, low, high)
 
+    _TOLD[rule] = (int, low, high)
     return rule
 
 
@@ -137,6 +146,7 @@ def number(low: float, high: float) -> Rule:
         if not low <= value <= high:
             raise _beyond(path, "decimal", value, low, high)
 
+    _TOLD[rule] = (float, low, high)
     return rule
 
 
@@ -176,7 +186,8 @@ def check_length(value: list[Any], path: Path, least: int, most: int | None) -> 
 
 def record(known: Mapping[str, Rule], *, required: tuple[str, ...] = ()) -> Rule:
     """An object whose known fields keep their rules; null stands for an optional field that is absent."""
-    told = {name: _TOLD_BY_TYPE[check] for name, check in known.items() if check in _TOLD_BY_TYPE}
+    looks: dict[str, _Look] = {name: (*_TOLD.get(check, _UNTOLD), check) for name, check in known.items()}
+    unknown: _Look = (*_UNTOLD, None)
 
     def rule(value: Any, path: Path) -> None:
         if type(value) is not dict:
@@ -185,13 +196,15 @@ def record(known: Mapping[str, Rule], *, required: tuple[str, ...] = ()) -> Rule
             if name not in value:
                 raise missing((path, name))
         for name, entry in value.items():
-            if told.get(name) is type(entry) or (entry is None and name not in required):
+            kind, low, high, check = looks.get(name, unknown)
+            # What has bounds is a number.
+            if type(entry) is kind and (low is None or low <= entry <= high):  # type: ignore[operator]
                 continue
-            check = known.get(name)
-            if check is not None:
+            if check is None:
+                if type(entry) in _NESTED:
+                    anything(entry, (path, name))
+            elif entry is not None or name in required:
                 check(entry, (path, name))
-            elif type(entry) in _NESTED:
-                anything(entry, (path, name))
 
     return rule
 
@@ -264,7 +277,7 @@ def either(expected: str, rules: Mapping[type, Rule]) -> Rule:
             chosen(value, path)
 
     if rules.get(str) is text:
-        _TOLD_BY_TYPE[rule] = str
+        _TOLD[rule] = _TOLD[text]
     return rule
 
 
@@ -296,9 +309,11 @@ def tokens(value: Any, path: Path) -> None:
     check_length(value, path, 1, None)
     if set(map(type, value)) == {int} and 0 <= min(value) <= max(value) <= MAX_TOKENS:
         return
-    check = integer(0, MAX_TOKENS)
     for index, token in enumerate(value):
-        check(token, (path, index))
+        _TOKEN(token, (path, index))
+
+
+_TOKEN = integer(0, MAX_TOKENS)
 
 
 # --- fields that several APIs share ------------------------------------------------------------
