@@ -42,7 +42,16 @@ class Usage:
     @property
     def total(self) -> int:
         """All tokens."""
-        return sum(counts_of(self))
+        return (
+            self.input
+            + self.cached_input
+            + self.cache_write_5m
+            + self.cache_write_1h
+            + self.output
+            + self.reasoning
+            + self.audio_in
+            + self.audio_out
+        )
 
 
 NO_USAGE = Usage()
@@ -67,7 +76,8 @@ def _count(value: object) -> int | None:
 
 
 def _part(details: Mapping[str, object], name: str) -> int:
-    return _count(details.get(name)) or 0
+    value = details.get(name)
+    return value if type(value) is int and 0 <= value < _SANE else _count(value) or 0
 
 
 def _is_object(value: object) -> TypeGuard[Mapping[str, object]]:
@@ -86,43 +96,40 @@ def from_openai(raw: object, tier: object = None, *, generates: bool = True) -> 
     does not count what was generated, the total says it; with neither, the source is `estimated`: somebody who has the
     answer must guess. What does not `generate` has no completion.
     """
-    if not _is_object(raw):
+    if type(raw) is not dict and not _is_object(raw):
         return None
-    prompt, said = _count(raw.get("prompt_tokens")), raw.get("completion_tokens")
-    # A count that is there and is nonsense makes the whole unbelievable.
-    if prompt is None:
-        return None
+    prompt, completion = raw.get("prompt_tokens"), raw.get("completion_tokens")
     source: Literal["provider", "estimated"] = "provider"
-    if said is not None:
-        completion = _count(said)
-        if completion is None:
+    # A count that is there and is nonsense makes the whole unbelievable. Most are counts as they stand.
+    if type(prompt) is not int or not 0 <= prompt < _SANE:
+        prompt = _count(prompt)
+        if prompt is None:
             return None
-    else:
+    if completion is None:
         total = _count(raw.get("total_tokens")) if generates else prompt
         if total is None or total < prompt:
             total, source = prompt, "estimated"
         completion = total - prompt
+    elif type(completion) is not int or not 0 <= completion < _SANE:
+        completion = _count(completion)
+        if completion is None:
+            return None
+    fresh, written_out = prompt, completion
     cached = written = hour = audio_in = reasoning = audio_out = 0
     inside, outside = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
-    if inside and _is_object(inside):
+    # Most details say that there is nothing of each.
+    if inside and _is_object(inside) and any(inside.values()):
         cached, written = _part(inside, "cached_tokens"), _part(inside, "cache_write_tokens")
         # OpenAI has one price for writes; providers with two say how much of them is kept for an hour.
         hour = min(written, _part(inside, "cache_write_1h_tokens"))
         audio_in = _part(inside, "audio_tokens")
-    if outside and _is_object(outside):
+        fresh = _rest(prompt, cached + written + audio_in)
+    if outside and _is_object(outside) and any(outside.values()):
         reasoning, audio_out = _part(outside, "reasoning_tokens"), _part(outside, "audio_tokens")
-    return Usage(
-        input=_rest(prompt, cached + written + audio_in),
-        cached_input=cached,
-        cache_write_5m=written - hour,
-        cache_write_1h=hour,
-        output=_rest(completion, reasoning + audio_out),
-        reasoning=reasoning,
-        audio_in=audio_in,
-        audio_out=audio_out,
-        source=source,
-        tier=tier if isinstance(tier, str) else None,
-    )
+        written_out = _rest(completion, reasoning + audio_out)
+    tier = tier if isinstance(tier, str) else None
+    # By their places: names would cost more than all the rest.
+    return Usage(fresh, cached, written - hour, hour, written_out, reasoning, audio_in, audio_out, {}, source, tier)
 
 
 def from_anthropic(raw: object, before: Usage | None = None) -> Usage | None:
