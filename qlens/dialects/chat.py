@@ -14,7 +14,6 @@ from qlens.usage import Usage
 GENERATES = True
 
 _CHUNK = "chat.completion.chunk"
-_LIMITS = ("max_completion_tokens", "max_tokens")
 
 # --- the request -------------------------------------------------------------------------------
 
@@ -70,18 +69,19 @@ _MESSAGES = fields.tagged(
 )
 
 _ANY_MESSAGES = fields.array(_MESSAGES, of="objects", least=1)
-_PLAIN = frozenset({"role", "content"})
-"""The fields of a message that is a text."""
-_SPEAKERS = frozenset({"system", "developer", "user", "assistant"})
+_SPEAKERS = ("system", "developer", "user", "assistant")
 
 
 def _messages(value: Any, path: fields.Path) -> None:
-    """An array of messages. Plain texts, as most are, break no rule; any other message has all of them looked at."""
+    """An array of messages. Plain texts, as most are, break no rule; any other message has all of them looked at.
+
+    Here and below a plain message is told by its two fields, of which one is a text as its content.
+    """
     if type(value) is list and value:
         for message in value:
-            if type(message) is not dict or message.keys() != _PLAIN or type(message["content"]) is not str:
+            if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
                 break
-            if type(role := message["role"]) is not str or role not in _SPEAKERS:
+            if message.get("role") not in _SPEAKERS:
                 break
         else:
             return
@@ -154,10 +154,12 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
     """
     found: list[tuple[Ref, str]] = []
     for position, message in enumerate(body.get("messages") or ()):
-        if message.keys() == _PLAIN and type(text := message["content"]) is str:
+        if len(message) == 2 and "role" in message and type(text := message.get("content")) is str:
             found.append((("messages", position, "content"), text))  # most are, and there is nothing to search
         else:
             _gather(message, ("messages", position), found)
+    if _BESIDE.isdisjoint(body):
+        return found
     prediction = body.get("prediction")
     if type(prediction) is dict:
         texts.gather(prediction.get("content"), ("prediction", "content"), found)
@@ -168,6 +170,8 @@ def request_texts(body: Body) -> list[tuple[Ref, str]]:
 
 
 _DESCRIBED = ("functions", "response_format", "tools", "web_search_options")
+_BESIDE = frozenset({"prediction", *_DESCRIBED})
+"""What texts stand in beside the messages."""
 _OPAQUE = texts.OPAQUE - {"filename"} | {"thinking_blocks"}
 
 
@@ -225,17 +229,21 @@ _SEARCHES = "web_search"
 def input_bound(body: Body) -> tuple[int, int]:
     """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
     messages = body["messages"]
-    size, items = sum(map(_message_size, messages)), 1 + len(messages)
-    for name in body.keys() - _COUNTED_APART:
-        if (value := body[name]) is not None:
-            size += len(orjson.dumps(value))
-            items += len(value) if type(value) is list else 1
+    size, items = 0, 1 + len(messages)
+    for message in messages:
+        if len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
+            size += len(message["role"]) + (len(content) if content.isascii() else texts.size(content))
+        else:
+            size += _message_size(message)
+    if not _COUNTED_APART.issuperset(body):
+        for name in body.keys() - _COUNTED_APART:
+            if (value := body[name]) is not None:
+                size += len(orjson.dumps(value))
+                items += len(value) if type(value) is list else 1
     return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
 
 
 def _message_size(message: dict[str, Any]) -> int:
-    if message.keys() == _PLAIN and type(content := message["content"]) is str:
-        return len(message["role"]) + texts.size(content)
     size = 0
     for name, value in message.items():
         if type(value) is str:
@@ -261,8 +269,7 @@ def media(body: Body) -> dict[str, int]:
     """Count what a model reads beside text, by kind: images, audio, files; what is unknown, and hosted tools."""
     counts: dict[str, int] = {}
     for message in body["messages"]:
-        content = message.get("content")
-        if type(content) is list:
+        if type(content := message.get("content")) is list:
             for part in content:
                 for kind in _media_of(part):
                     counts[kind] = counts.get(kind, 0) + 1
@@ -301,14 +308,15 @@ def returned(body: Body) -> int:
 
 def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
     """Lower what is asked to what the model allows, under the client's own field names."""
-    # Of two limits a provider may read either: both are to say the smaller number.
-    asked = output_bound(body)[1]
-    if asked is not None:
-        most = asked if max_output_tokens is None else min(asked, max_output_tokens)
-        for name in _LIMITS:
-            if body.get(name) is not None:
-                body[name] = most
-    if choices(body) > max_n:
+    name, asked = output_bound(body)
+    if name is not None and asked is not None:
+        if max_output_tokens is not None and asked > max_output_tokens:
+            asked = max_output_tokens
+        body[name] = asked
+        # Of two limits a provider may read either: both are to say the smaller number.
+        if name != "max_tokens" and body.get("max_tokens") is not None:
+            body["max_tokens"] = asked
+    if "n" in body and choices(body) > max_n:
         body["n"] = max_n
 
 
