@@ -325,7 +325,7 @@ class Pipeline:
             call.stream = True
             call.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         dialect.clamp(body, model.max_output_tokens, model.max_n)
-        hard, call.estimated_input = dialect.input_bound(body)
+        hard, call.estimated_input, media = dialect.measured(body)
         if dialect.GENERATES:
             _, asked = dialect.output_bound(body)
             most = asked if asked is not None else _most_output(self.reachable(call))
@@ -333,7 +333,6 @@ class Pipeline:
             output = (most or 0) * dialect.choices(body)
         else:
             most, output = None, 0
-        media = dialect.media(body)
         if media or operation.dialect in objects.OF_RESPONSES:
             objects.claim(call, self.ids, self.responds)
             if call.form is not None:

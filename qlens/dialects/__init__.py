@@ -51,6 +51,9 @@ class Dialect(Protocol):
     def media(self, body: Body) -> dict[str, int]:
         """Count what a model reads beside text, by kind: images, audio, files; a kind that is absent is left out."""
 
+    def measured(self, body: Body) -> tuple[int, int, dict[str, int]]:
+        """Both numbers of `input_bound`, and `media`."""
+
     def output_bound(self, body: Body) -> tuple[str | None, int | None]:
         """The field and the number by which the client limits generated tokens of one choice; None: it does not."""
 

@@ -228,19 +228,36 @@ _SEARCHES = "web_search"
 
 def input_bound(body: Body) -> tuple[int, int]:
     """The most input tokens this body can have, and an estimate of them; media are not text and not counted."""
+    most, estimate, _ = measured(body)
+    return most, estimate
+
+
+def media(body: Body) -> dict[str, int]:
+    """Count what a model reads beside text, by kind: images, audio, files; what is unknown, and hosted tools."""
+    return measured(body)[2]
+
+
+def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media` at once: there may be many messages, which are to be walked through once."""
     messages = body["messages"]
     size, items = 0, 1 + len(messages)
+    counts: dict[str, int] = {}
     for message in messages:
         if len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
             size += len(message["role"]) + (len(content) if content.isascii() else texts.size(content))
         else:
             size += _message_size(message)
+            _count_media(message, counts)
     if not _COUNTED_APART.issuperset(body):
         for name in body.keys() - _COUNTED_APART:
             if (value := body[name]) is not None:
                 size += len(orjson.dumps(value))
                 items += len(value) if type(value) is list else 1
-    return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4
+        if tools := body.get("tools"):
+            kinds = [tool["type"] for tool in tools]
+            if hosted := sum(kind not in _OWN_TOOLS and not kind.startswith(_SEARCHES) for kind in kinds):
+                counts[texts.HOSTED_TOOLS] = hosted
+    return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4, counts
 
 
 def _message_size(message: dict[str, Any]) -> int:
@@ -265,22 +282,15 @@ def _json_size(value: Any) -> int:
     return texts.size(value) if type(value) is str else len(orjson.dumps(value))
 
 
-def media(body: Body) -> dict[str, int]:
-    """Count what a model reads beside text, by kind: images, audio, files; what is unknown, and hosted tools."""
-    counts: dict[str, int] = {}
-    for message in body["messages"]:
-        if type(content := message.get("content")) is list:
-            for part in content:
-                for kind in _media_of(part):
-                    counts[kind] = counts.get(kind, 0) + 1
-        # An earlier spoken answer is read again.
-        if message.get("audio"):
-            counts["audio"] = counts.get("audio", 0) + 1
-    if tools := body.get("tools"):
-        kinds = [tool["type"] for tool in tools]
-        if hosted := sum(kind not in _OWN_TOOLS and not kind.startswith(_SEARCHES) for kind in kinds):
-            counts[texts.HOSTED_TOOLS] = hosted
-    return counts
+def _count_media(message: dict[str, Any], counts: dict[str, int]) -> None:
+    content = message.get("content")
+    if type(content) is list:
+        for part in content:
+            for kind in _media_of(part):
+                counts[kind] = counts.get(kind, 0) + 1
+    # An earlier spoken answer is read again.
+    if message.get("audio"):
+        counts["audio"] = counts.get("audio", 0) + 1
 
 
 def _media_of(part: dict[str, Any]) -> list[str]:

@@ -26,6 +26,7 @@ def validate(body: Body) -> None:
 request_texts = responses.request_texts
 input_bound = responses.input_bound
 media = responses.media
+measured = responses.measured
 
 
 def output_bound(body: Body) -> tuple[str | None, int | None]:

@@ -42,6 +42,11 @@ def media(body: Body) -> dict[str, int]:
     return {}
 
 
+def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media`."""
+    return *input_bound(body), media(body)
+
+
 def output_bound(body: Body) -> tuple[str | None, int | None]:
     """Nothing is generated."""
     return None, 0

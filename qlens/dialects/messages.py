@@ -288,6 +288,11 @@ def _media_of(content: Any) -> Iterator[str]:
         yield from _media_of(source.get("content") if type(source) is dict else None)
 
 
+def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media`."""
+    return *input_bound(body), media(body)
+
+
 def output_bound(body: Body) -> tuple[str | None, int | None]:
     """The field and the number by which the client limits generated tokens: this API wants it always."""
     return "max_tokens", body.get("max_tokens")

@@ -95,6 +95,10 @@ class Plain:
         """What is counted beside tokens."""
         return self.meters(body)
 
+    def measured(self, body: Body) -> tuple[int, int, Meters]:
+        """Its `input_bound` and its `media`."""
+        return *self.input_bound(body), self.media(body)
+
     def output_bound(self, body: Body) -> tuple[str | None, int | None]:
         """No tokens are asked for."""
         return None, 0

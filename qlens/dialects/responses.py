@@ -333,6 +333,11 @@ def _hosted(tools: list[Any]) -> Iterator[str]:
             yield texts.HOSTED_TOOLS
 
 
+def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media`."""
+    return *input_bound(body), media(body)
+
+
 def output_bound(body: Body) -> tuple[str | None, int | None]:
     """The field and the number by which the client limits the answer, reasoning included."""
     asked = body.get("max_output_tokens")
