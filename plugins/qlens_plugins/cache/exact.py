@@ -65,10 +65,6 @@ class _Entry:
     dialect: str
     stored: float
 
-    @property
-    def size(self) -> int:
-        return len(self.body) + _ENTRY_OVERHEAD
-
 
 @define(eq=False)
 class _Shelf:
@@ -87,14 +83,14 @@ class _Shelf:
         if key in self.entries:
             self.drop(key)
         self.entries[key] = entry
-        self.size += entry.size
+        self.size += len(entry.body) + _ENTRY_OVERHEAD
         while self.size > max_bytes:
             self.drop(next(iter(self.entries)))
 
     def drop(self, key: bytes) -> None:
         entry = self.entries.pop(key, None)
         if entry is not None:
-            self.size -= entry.size
+            self.size -= len(entry.body) + _ENTRY_OVERHEAD
 
 
 @frozen
@@ -107,7 +103,10 @@ class _Wishes:
 
 
 _NO_WISHES = _Wishes()
-_UNKNOWN: tuple[Model | None, bytes] = (None, b"")
+_UNKNOWN: tuple[Model | None, bytes] = (Model("", ()), b"")
+"""Of no call's model."""
+_FORM: Mapping[str, None] = {"stream": None, "stream_options": None}
+"""What says the form of an answer alone, as if it was not there."""
 
 
 @define(eq=False)
@@ -159,28 +158,32 @@ class Exact:
         said = call.headers.get("cache-control")
         wishes = _wishes(said) if said else _NO_WISHES
         key = self._key(call)
-        if wishes.use and key in self._shelf.entries and (entry := self._fresh(key, wishes.max_age)):
+        if not wishes.use:
+            self._lookups[self._bypass] += 1
+        elif key in self._shelf.entries and (entry := self._fresh(key, wishes.max_age)):
             call.cache = "hit"
             self._lookups[self._hit] += 1
             return _reply(entry)
-        self._lookups[self._miss if wishes.use else self._bypass] += 1
-        call.cache = "miss" if wishes.use or wishes.store else "off"
+        else:
+            self._lookups[self._miss] += 1
         if wishes.store:
             self._awaited[call] = key
             call.keep = max(call.keep, self.config.max_entry_bytes)
+        call.cache = "miss" if wishes.use or wishes.store else "off"
         return None
 
     @hookimpl
     async def store(self, call: Call, reply: Reply) -> None:
         """Keep a complete answer of the call's own model."""
-        key, body, target, model = self._awaited.pop(call, None), reply.body, reply.target, call.model
-        if key is None or body is None or len(body) > self.config.max_entry_bytes:
+        key, body, config = self._awaited.pop(call, None), reply.body, self.config
+        if key is None or body is None or len(body) > config.max_entry_bytes:
             return
         # A fallback's answer stands in while the model is down; kept, it would outlive the trouble.
+        target, model = reply.target, call.model
         if target is not None and model is not None and target.public != model.name:
             return
         entry = _Entry(trimmed(body), reply.usage, reply.finish, target, reply.dialect, self._monotonic())
-        self._shelf.put(key, entry, self.config.store.max_bytes)
+        self._shelf.put(key, entry, config.store.max_bytes)
 
     @hookimpl
     def explain(self, call: Call) -> list[str]:
@@ -193,7 +196,7 @@ class Exact:
         tenant = call.known.tenant
         about = tenant, call.operation.name, call.asked_model
         model, head = self._heads.get(about, _UNKNOWN)
-        if model is not call.model or not head:
+        if model is not call.model:
             if len(self._heads) >= _REMEMBERED:
                 self._heads.clear()
             head = _head(tenant, call)
@@ -224,14 +227,9 @@ def _head(tenant: str, call: Call) -> bytes:
 
 
 def _key_of(head: bytes, call: Call) -> bytes:
-    body: Mapping[str, object] = call.body
     if betas := call.headers.get("anthropic-beta"):  # a provider may be sent some of them, and answer otherwise for it
         head += _measured(",".join(sorted({name.strip() for name in betas.split(",")})).encode(errors="replace"))
-    if "stream" in body or "stream_options" in body:
-        body = dict(body)
-        body.pop("stream", None)
-        body.pop("stream_options", None)
-    return sha256(head + _canonical(body)).digest()
+    return sha256(head + dumps({**call.body, **_FORM}, _plain, OPT_SORT_KEYS)).digest()
 
 
 def _measured(part: bytes) -> bytes:
