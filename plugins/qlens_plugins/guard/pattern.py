@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from operator import itemgetter
 from typing import Literal
 
 from attrs import Attribute, define, field, frozen
@@ -87,6 +88,8 @@ class PatternConfig:
 
 
 Compiled = tuple[tuple[Rule, re.Pattern[str]], ...]
+_TEXT = itemgetter(1)
+"""The text of a reference with its text."""
 
 
 @define(eq=False)
@@ -148,10 +151,10 @@ class Pattern:
     def _clean(self, call: Call) -> None:
         texts = call.texts()
         for _, pattern in self._on_request:
-            for _, text in texts:
-                if pattern.search(text):  # most prompts meet no rule, and no rule changes them for the next
-                    call.rewrite_text(_Cleaner(self._on_request, "prompt", self._count))
-                    return
+            # Most prompts meet no rule, and no rule changes them for the next.
+            if any(map(pattern.search, map(_TEXT, texts))):
+                call.rewrite_text(_Cleaner(self._on_request, "prompt", self._count))
+                return
 
     def _count(self, rule: Rule) -> None:
         self._gateway.metrics.counter(
