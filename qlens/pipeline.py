@@ -311,7 +311,7 @@ class Pipeline:
         if call.path_params and (named := call.path_params.get("deployment")) is not None:
             body["model"] = named  # Azure's clients name it in the path, whatever the body says
         dialect = dialects.named(operation.dialect)
-        dialect.validate(body)
+        validated = dialect.validate(body)
         if self.hooks.wrap_call and (field := _TOKENS.get(operation.dialect)) and has_tokens(body.get(field)):
             self.refuse_unseen("Arrays of tokens are not taken", of_request=field)
         name = call.asked_model = body["model"]
@@ -325,7 +325,7 @@ class Pipeline:
             call.stream = True
             call.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
         dialect.clamp(body, model.max_output_tokens, model.max_n)
-        hard, call.estimated_input, media = dialect.measured(body)
+        hard, call.estimated_input, media = dialect.measured(body, validated)
         if dialect.GENERATES:
             _, asked = dialect.output_bound(body)
             most = asked if asked is not None else _most_output(self.reachable(call))

@@ -39,8 +39,11 @@ class Dialect(Protocol):
     GENERATES: bool
     """Whether answers are generated token by token, so that an output bound is needed."""
 
-    def validate(self, body: Body) -> None:
-        """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
+    def validate(self, body: Body) -> int | None:
+        """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code.
+
+        What it gives, if anything, is what `measured` need not find out again, as long as nobody changes the body.
+        """
 
     def request_texts(self, body: Body) -> list[tuple[Ref, str]]:
         """List the texts a model will read; the ref of one that nobody may rewrite is Fixed."""
@@ -51,8 +54,8 @@ class Dialect(Protocol):
     def media(self, body: Body) -> dict[str, int]:
         """Count what a model reads beside text, by kind: images, audio, files; a kind that is absent is left out."""
 
-    def measured(self, body: Body) -> tuple[int, int, dict[str, int]]:
-        """Both numbers of `input_bound`, and `media`."""
+    def measured(self, body: Body, validated: int | None = None, /) -> tuple[int, int, dict[str, int]]:
+        """Both numbers of `input_bound`, and `media`; with what `validate` gave for this body."""
 
     def output_bound(self, body: Body) -> tuple[str | None, int | None]:
         """The field and the number by which the client limits generated tokens of one choice; None: it does not."""

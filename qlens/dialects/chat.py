@@ -68,25 +68,7 @@ _MESSAGES = fields.tagged(
     },
 )
 
-_ANY_MESSAGES = fields.array(_MESSAGES, of="objects", least=1)
 _SPEAKERS = ("system", "developer", "user", "assistant")
-
-
-def _messages(value: Any, path: fields.Path) -> None:
-    """An array of messages. Plain texts, as most are, break no rule; any other message has all of them looked at.
-
-    Here and below a plain message is told by its two fields, of which one is a text as its content.
-    """
-    if type(value) is list and value:
-        for message in value:
-            if type(message) is not dict or len(message) != 2 or type(message.get("content")) is not str:
-                break
-            if message.get("role") not in _SPEAKERS:
-                break
-        else:
-            return
-    _ANY_MESSAGES(value, path)
-
 
 _FUNCTION = fields.record(
     {"name": fields.text, "description": fields.text, "parameters": fields.free_form, "strict": fields.flag},
@@ -111,40 +93,62 @@ _CHOICE = fields.record(
     {"type": fields.text, "function": fields.record({"name": fields.text}), "allowed_tools": _ALLOWED}
 )
 _CHOSEN = fields.either("a string or an object", {str: fields.text, dict: _CHOICE})
-_REQUEST = fields.record(
-    {
-        **fields.SAMPLING,
-        "audio": fields.free_form,
-        "function_call": _CHOSEN,
-        "functions": fields.array(_FUNCTION, of="objects"),
-        "logprobs": fields.flag,
-        "max_completion_tokens": fields.TOKEN_LIMIT,
-        "messages": _messages,
-        "metadata": fields.table(fields.text),
-        "modalities": fields.array(fields.text, of="strings"),
-        "parallel_tool_calls": fields.flag,
-        "prediction": fields.record({"type": fields.text, "content": _CONTENT}, required=("type", "content")),
-        "prompt_cache_key": fields.text,
-        "reasoning_effort": fields.text,
-        "response_format": _FORMAT,
-        "safety_identifier": fields.text,
-        "service_tier": fields.text,
-        "store": fields.flag,
-        "tool_choice": _CHOSEN,
-        "tools": fields.array(_TOOL, of="objects"),
-        "top_logprobs": fields.integer(0, 20),
-        "verbosity": fields.text,
-        "web_search_options": fields.free_form,
-    },
-    required=("model", "messages"),
-)
+_FIELDS = {
+    **fields.SAMPLING,
+    "audio": fields.free_form,
+    "function_call": _CHOSEN,
+    "functions": fields.array(_FUNCTION, of="objects"),
+    "logprobs": fields.flag,
+    "max_completion_tokens": fields.TOKEN_LIMIT,
+    "messages": fields.array(_MESSAGES, of="objects", least=1),
+    "metadata": fields.table(fields.text),
+    "modalities": fields.array(fields.text, of="strings"),
+    "parallel_tool_calls": fields.flag,
+    "prediction": fields.record({"type": fields.text, "content": _CONTENT}, required=("type", "content")),
+    "prompt_cache_key": fields.text,
+    "reasoning_effort": fields.text,
+    "response_format": _FORMAT,
+    "safety_identifier": fields.text,
+    "service_tier": fields.text,
+    "store": fields.flag,
+    "tool_choice": _CHOSEN,
+    "tools": fields.array(_TOOL, of="objects"),
+    "top_logprobs": fields.integer(0, 20),
+    "verbosity": fields.text,
+    "web_search_options": fields.free_form,
+}
+_REQUIRED = ("model", "messages")
+_REQUEST = fields.record(_FIELDS, required=_REQUIRED)
+_REQUEST_OF_PLAIN = fields.record({**_FIELDS, "messages": fields.seen}, required=_REQUIRED)
 
 
-def validate(body: Body) -> None:
-    """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code."""
-    _REQUEST(body, None)
+def validate(body: Body) -> int | None:
+    """Refuse a request body with OpenAI's 400: InvalidRequest with its param and code.
+
+    Gives the size of its messages where all of them are plain, so that `measured` need not walk through them again.
+    """
+    size = _plain_size(body.get("messages"))
+    (_REQUEST if size is None else _REQUEST_OF_PLAIN)(body, None)
     if "stream_options" in body:
         fields.check_stream_options(body)
+    return size
+
+
+def _plain_size(messages: Any) -> int | None:
+    """How long messages are in bytes that are texts of speakers and nothing else, as most are: these break no rule.
+
+    None where one is anything else. Here and below a plain message is told by its two fields, with a text as content.
+    """
+    if type(messages) is not list or not messages:
+        return None
+    size = 0
+    for message in messages:
+        if type(message) is not dict or len(message) != 2 or type(content := message.get("content")) is not str:
+            return None
+        if (role := message.get("role")) not in _SPEAKERS:
+            return None
+        size += len(role) + (len(content) if content.isascii() else texts.size(content))
+    return size
 
 
 def request_texts(body: Body) -> list[tuple[Ref, str]]:
@@ -237,17 +241,12 @@ def media(body: Body) -> dict[str, int]:
     return measured(body)[2]
 
 
-def measured(body: Body) -> tuple[int, int, dict[str, int]]:
-    """Its `input_bound` and its `media` at once: there may be many messages, which are to be walked through once."""
+def measured(body: Body, plain_size: int | None = None) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media` at once; with the size of plain messages that `validate` has seen."""
     messages = body["messages"]
-    size, items = 0, 1 + len(messages)
+    items = 1 + len(messages)
     counts: dict[str, int] = {}
-    for message in messages:
-        if len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
-            size += len(message["role"]) + (len(content) if content.isascii() else texts.size(content))
-        else:
-            size += _message_size(message)
-            _count_media(message, counts)
+    size = _messages_size(messages, counts) if plain_size is None else plain_size
     if not _COUNTED_APART.issuperset(body):
         for name in body.keys() - _COUNTED_APART:
             if (value := body[name]) is not None:
@@ -258,6 +257,18 @@ def measured(body: Body) -> tuple[int, int, dict[str, int]]:
             if hosted := sum(kind not in _OWN_TOOLS and not kind.startswith(_SEARCHES) for kind in kinds):
                 counts[texts.HOSTED_TOOLS] = hosted
     return size + items * texts.MESSAGE_TOKENS, -(-size // 3) + items * 4, counts
+
+
+def _messages_size(messages: list[dict[str, Any]], counts: dict[str, int]) -> int:
+    """The bytes of messages of any kind, whose media are added to `counts`."""
+    size = 0
+    for message in messages:
+        if len(message) == 2 and "role" in message and type(content := message.get("content")) is str:
+            size += len(message["role"]) + texts.size(content)
+        else:
+            size += _message_size(message)
+            _count_media(message, counts)
+    return size
 
 
 def _message_size(message: dict[str, Any]) -> int:

@@ -42,7 +42,7 @@ def media(body: Body) -> dict[str, int]:
     return {}
 
 
-def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
     """Its `input_bound` and its `media`."""
     return *input_bound(body), media(body)
 

@@ -86,11 +86,15 @@ def text(value: Any, path: Path) -> None:
         raise wrong_type(path, "a string", value)
 
 
+def seen(value: Any, path: Path) -> None:
+    """An array that was looked at already."""
+
+
 _Told = tuple[type | None, float | None, float]
 """A type, and the least and the most that a value of it may be; None as the least: it may be any."""
 _TOLD: WeakKeyDictionary[Rule, _Told] = WeakKeyDictionary()
 """The rules that such a value keeps: a record need not ask them. Most values of most bodies are one."""
-_TOLD[text], _TOLD[flag] = (str, None, 0), (bool, None, 0)
+_TOLD[text], _TOLD[flag], _TOLD[seen] = (str, None, 0), (bool, None, 0), (list, None, 0)
 _UNTOLD: _Told = (None, None, 0)
 _Look = tuple[type | None, float | None, float, Rule | None]
 """The same with the rule itself, for any other value; None: there is none."""

@@ -288,7 +288,7 @@ def _media_of(content: Any) -> Iterator[str]:
         yield from _media_of(source.get("content") if type(source) is dict else None)
 
 
-def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
     """Its `input_bound` and its `media`."""
     return *input_bound(body), media(body)
 

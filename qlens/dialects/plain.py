@@ -95,7 +95,7 @@ class Plain:
         """What is counted beside tokens."""
         return self.meters(body)
 
-    def measured(self, body: Body) -> tuple[int, int, Meters]:
+    def measured(self, body: Body, validated: int | None = None) -> tuple[int, int, Meters]:
         """Its `input_bound` and its `media`."""
         return *self.input_bound(body), self.media(body)
 

@@ -333,7 +333,7 @@ def _hosted(tools: list[Any]) -> Iterator[str]:
             yield texts.HOSTED_TOOLS
 
 
-def measured(body: Body) -> tuple[int, int, dict[str, int]]:
+def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
     """Its `input_bound` and its `media`."""
     return *input_bound(body), media(body)
 

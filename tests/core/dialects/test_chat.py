@@ -302,7 +302,7 @@ def test_any_json_is_accepted_or_refused_in_openais_way(body: Body) -> None:
     assert 0 < estimate <= hard
     assert chat.choices(body) <= 2
     assert chat.request_texts(body) is not None
-    assert chat.media(body) is not None
+    assert chat.measured(body, chat.validate(body)) == (hard, estimate, chat.media(body))
 
 
 # --- what is read and bounded ------------------------------------------------------------------
@@ -424,6 +424,17 @@ def test_every_message_and_tool_has_room_for_what_a_chat_template_adds() -> None
     assert two[0] - one[0] == 16 + len("user") + len("hello")
     tools = [{"type": "x"}] * 2
     assert chat.input_bound(request(tools=tools))[0] - one[0] == 32 + len(orjson.dumps(tools))
+
+
+@pytest.mark.parametrize("text", ["hello", "héllo", "\ud800", "😀" * 5])
+def test_what_the_check_saw_of_plain_messages_is_what_is_measured(text: str) -> None:
+    plain = [{"role": role, "content": text} for role in ("system", "developer", "user", "assistant")]
+    body = request(messages=plain, of_tomorrow=["x"])
+    assert chat.validate(body) is not None
+    assert chat.measured(body, chat.validate(body)) == (*chat.input_bound(body), {})
+    body["messages"] = [*plain, {"role": "user", "content": [PICTURE]}]
+    assert chat.validate(body) is None
+    assert chat.measured(body, chat.validate(body)) == (*chat.input_bound(body), {"images": 1})
 
 
 def test_settings_are_no_input() -> None:
