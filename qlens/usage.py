@@ -150,7 +150,6 @@ def from_openai(raw: object, tier: object = None, *, generates: bool = True) -> 
         completion = _count(completion)
         if completion is None:
             return None
-    fresh, written_out = prompt, completion
     cached = written = hour = audio_in = reasoning = audio_out = 0
     inside, outside = raw.get("prompt_tokens_details"), raw.get("completion_tokens_details")
     # Most details say that there is nothing of each.
@@ -159,13 +158,13 @@ def from_openai(raw: object, tier: object = None, *, generates: bool = True) -> 
         # OpenAI has one price for writes; providers with two say how much of them is kept for an hour.
         hour = min(written, _part(inside, "cache_write_1h_tokens"))
         audio_in = _part(inside, "audio_tokens")
-        fresh = _rest(prompt, cached + written + audio_in)
+        prompt = _rest(prompt, cached + written + audio_in)
     if outside and _is_object(outside) and any(outside.values()):
         reasoning, audio_out = _part(outside, "reasoning_tokens"), _part(outside, "audio_tokens")
-        written_out = _rest(completion, reasoning + audio_out)
+        completion = _rest(completion, reasoning + audio_out)
     tier = tier if isinstance(tier, str) else None
     # By their places: names would cost more than all the rest.
-    return Usage(fresh, cached, written - hour, hour, written_out, reasoning, audio_in, audio_out, {}, source, tier)
+    return Usage(prompt, cached, written - hour, hour, completion, reasoning, audio_in, audio_out, {}, source, tier)
 
 
 def from_anthropic(raw: object, before: Usage | None = None) -> Usage | None:
