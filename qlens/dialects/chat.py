@@ -327,8 +327,8 @@ def returned(body: Body) -> int:
     return choices(body)
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows, under the client's own field names."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows, under the client's own field names; gives the limit after it."""
     name, asked = output_bound(body)
     if name is not None and asked is not None:
         if max_output_tokens is not None and asked > max_output_tokens:
@@ -339,6 +339,7 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
             body["max_tokens"] = asked
     if "n" in body and choices(body) > max_n:
         body["n"] = max_n
+    return asked
 
 
 # --- the answer --------------------------------------------------------------------------------

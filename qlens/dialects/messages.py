@@ -316,17 +316,18 @@ class Chosen(Block):
     """A `thinking` whose budget no client has given: of `max_tokens`, whatever it becomes, half is for the answer."""
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows, and with it the part of it that is for thinking."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows, and with it what is for thinking; gives the limit after it."""
     asked, thinking = body.get("max_tokens"), body.get("thinking")
     if asked is None:
-        return
+        return None
     most = asked if max_output_tokens is None else min(asked, max_output_tokens)
     body["max_tokens"] = most
     if type(thinking) is Chosen:
         _leave_room(body, thinking, most // 2)
     elif type(thinking) is dict and most < asked:
         _leave_room(body, thinking, most - 1)
+    return output_bound(body)[1]
 
 
 def _leave_room(body: Body, thinking: Block, most: int) -> None:

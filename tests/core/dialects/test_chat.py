@@ -471,7 +471,7 @@ def test_of_two_output_limits_the_smaller_counts(fields: Body, expected: tuple[s
 )
 def test_what_is_asked_is_lowered_under_the_clients_own_names(fields: Body, clamped: Body) -> None:
     body = request(**fields)
-    chat.clamp(body, 100, 4)
+    assert chat.clamp(body, 100, 4) == chat.output_bound(body)[1]
     assert body == request(**clamped)
 
 
