@@ -28,12 +28,11 @@ def choices_of(body: Body) -> list[tuple[int, int, Choice]]:
 
 def finish(body: Body) -> str | None:
     """The first choice's finish reason."""
-    choices = body.get("choices")
-    for choice in choices if type(choices) is list else ():
-        if type(choice) is dict:
-            reason = choice.get("finish_reason")
-            return reason if type(reason) is str else None
-    return None
+    try:
+        reason = body["choices"][0]["finish_reason"]
+    except (IndexError, KeyError, TypeError):  # there is none, or what stands first is no choice
+        reason = next((choice.get("finish_reason") for _, _, choice in choices_of(body)), None)
+    return reason if type(reason) is str else None
 
 
 def ends(event: Body) -> list[int]:

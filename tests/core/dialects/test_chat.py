@@ -726,6 +726,11 @@ def test_usage_and_finish_are_read_with_the_tier() -> None:
     assert chat.usage(body) == Usage(input=3, output=4, source="provider", tier="flex")
     assert chat.finish(body) == "length"
     assert chat.finish({"choices": []}) is None
+    odds: list[Any] = [None, "stop", {"0": {"finish_reason": "stop"}}, [None, "stop"], [[]]]
+    for odd in (*odds, [{}, {"finish_reason": "stop"}]):
+        assert chat.finish({"choices": odd}) is None
+    assert chat.finish({"choices": [{"finish_reason": 1}, {"finish_reason": "stop"}]}) is None
+    assert chat.finish({"choices": [None, 3, {"finish_reason": "stop"}]}) == "stop"
     assert chat.usage({"usage": None}) is None
 
 
