@@ -383,8 +383,10 @@ class Call:
         Tools and the form of the answer are among them, with names and values that `replace_text` refuses to change; so
         is what uploaded files are called.
         """
-        names = [(_FileName((number,)), file.filename) for number, file in enumerate(self.files)]
-        return [*dialects.named(self.operation.dialect).request_texts(self.body), *names]
+        found = dialects.named(self.operation.dialect).request_texts(self.body)
+        if self.form is not None:
+            found = [*found, *((_FileName((number,)), file.filename) for number, file in enumerate(self.form.files))]
+        return found
 
     def replace_text(self, ref: dialects.Ref, text: str) -> None:
         """Put a text back where `texts()` found it; raises Blocked for what cannot be another text.

@@ -20,10 +20,16 @@ class Models(Mapping[str, Model]):
     _models: Mapping[str, Model]
     _kinds: Mapping[str, str | None] = field(factory=dict)
     """Whose models each provider serves."""
+    _exact: Mapping[str, Model] = field(init=False)
+    """All but wildcards."""
     _wildcards: tuple[Model, ...] = field(init=False)
     """Longest first."""
     _reached: Mapping[str, Mapping[Upstream, tuple[str, Model]]] = field(init=False)
     """By wildcard, the models without one whose targets its own can become, each with a name that makes them so."""
+
+    @_exact.default
+    def _without_wildcards(self) -> Mapping[str, Model]:
+        return {name: model for name, model in self._models.items() if not name.endswith("*")}
 
     @_wildcards.default
     def _sorted_wildcards(self) -> tuple[Model, ...]:
@@ -48,10 +54,10 @@ class Models(Mapping[str, Model]):
         A wildcard's model keeps the pattern as its name; in its targets `*` has become what matched. Where these are
         those of a model without a wildcard, it counts as that.
         """
+        if (model := self._exact.get(name)) is not None:
+            return model
         if name.endswith("*"):
             return None
-        if (model := self._models.get(name)) is not None:
-            return model
         # Nothing is remembered: clients may send endless names.
         wildcard = next((model for model in self._wildcards if matches(model.name, name)), None)
         if wildcard is None:
@@ -85,7 +91,7 @@ class Models(Mapping[str, Model]):
 
     def listed(self) -> tuple[Model, ...]:
         """The models that can be listed: all but wildcards."""
-        return tuple(model for name, model in self._models.items() if not name.endswith("*"))
+        return tuple(self._exact.values())
 
     def __getitem__(self, public_name: str) -> Model:
         return self._models[public_name]

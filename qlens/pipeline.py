@@ -324,10 +324,9 @@ class Pipeline:
         if operation.streams and body.get("stream") is True:
             call.stream = True
             call.wants_usage = bool((body.get("stream_options") or {}).get("include_usage"))
-        dialect.clamp(body, model.max_output_tokens, model.max_n)
+        asked = dialect.clamp(body, model.max_output_tokens, model.max_n)
         hard, call.estimated_input, media = dialect.measured(body, validated)
         if dialect.GENERATES:
-            _, asked = dialect.output_bound(body)
             most = asked if asked is not None else _most_output(self.reachable(call))
             call.bounded = most is not None
             output = (most or 0) * dialect.choices(body)

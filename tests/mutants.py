@@ -725,8 +725,8 @@ MUTANTS = (
     Mutant(
         "max tokens are not clamped",
         "qlens/pipeline.py",
-        "        dialect.clamp(body, model.max_output_tokens, model.max_n)\n",
-        "",
+        "        asked = dialect.clamp(body, model.max_output_tokens, model.max_n)\n",
+        "        _, asked = dialect.output_bound(body)\n",
         (
             "tests/core/test_attacks_account.py::test_a_fallback_is_asked_for_no_more_than_it_allows_and_the_bound_knows_the_most",
         ),

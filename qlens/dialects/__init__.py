@@ -66,8 +66,11 @@ class Dialect(Protocol):
     def returned(self, body: Body) -> int:
         """How many of them come back."""
 
-    def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> None:
-        """Lower what is asked to what the model allows, under the client's own field names."""
+    def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+        """Lower what is asked to what the model allows, under the client's own field names.
+
+        Gives the number of `output_bound` after it.
+        """
 
     def usage(self, body: Body) -> Usage | None:
         """Read the usage of an answer, or of one event of a stream."""

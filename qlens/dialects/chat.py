@@ -70,6 +70,18 @@ _MESSAGES = fields.tagged(
 
 _SPEAKERS = ("system", "developer", "user", "assistant")
 
+
+def _message(value: Any, path: fields.Path) -> None:
+    """One message. A plain one, a speaker's text and nothing else, breaks no rule."""
+    if (
+        type(value) is not dict
+        or len(value) != 2
+        or type(value.get("content")) is not str
+        or value.get("role") not in _SPEAKERS
+    ):
+        _MESSAGES(value, path)
+
+
 _FUNCTION = fields.record(
     {"name": fields.text, "description": fields.text, "parameters": fields.free_form, "strict": fields.flag},
     required=("name",),
@@ -100,7 +112,7 @@ _FIELDS = {
     "functions": fields.array(_FUNCTION, of="objects"),
     "logprobs": fields.flag,
     "max_completion_tokens": fields.TOKEN_LIMIT,
-    "messages": fields.array(_MESSAGES, of="objects", least=1),
+    "messages": fields.array(_message, of="objects", least=1),
     "metadata": fields.table(fields.text),
     "modalities": fields.array(fields.text, of="strings"),
     "parallel_tool_calls": fields.flag,
@@ -182,16 +194,18 @@ _OPAQUE = texts.OPAQUE - {"filename"} | {"thinking_blocks"}
 def _gather(message: dict[str, Any], ref: Ref, found: list[tuple[Ref, str]]) -> None:
     start = len(found)
     texts.gather(message, ref, found, _OPAQUE)
-    if "tool_calls" in message or "function_call" in message:
+    is_calling = "tool_calls" in message or "function_call" in message
+    if is_calling:
         found[start:] = jsons.opened(found[start:])
     name = message.get("name")
     if type(name) is str:  # of who speaks, or of the function that did
         found.append(((*ref, "name") if message.get("role") in _SPEAKERS else Fixed((*ref, "name")), name))
-    texts.named(message.get("function_call"), (*ref, "function_call"), found)
-    calls = message.get("tool_calls")
-    for position, call in enumerate(calls if type(calls) is list else ()):
-        for kind in ("function", "custom") if type(call) is dict else ():
-            texts.named(call.get(kind), (*ref, "tool_calls", position, kind), found)
+    if is_calling:
+        texts.named(message.get("function_call"), (*ref, "function_call"), found)
+        calls = message.get("tool_calls")
+        for position, call in enumerate(calls if type(calls) is list else ()):
+            for kind in ("function", "custom") if type(call) is dict else ():
+                texts.named(call.get(kind), (*ref, "tool_calls", position, kind), found)
     thoughts = message.get("thinking_blocks")
     for position, block in enumerate(thoughts if type(thoughts) is list else ()):
         if type(block) is dict and type(thought := block.get("thinking")) is str:
@@ -327,8 +341,8 @@ def returned(body: Body) -> int:
     return choices(body)
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows, under the client's own field names."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows, under the client's own field names; gives the limit after it."""
     name, asked = output_bound(body)
     if name is not None and asked is not None:
         if max_output_tokens is not None and asked > max_output_tokens:
@@ -339,6 +353,7 @@ def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
             body["max_tokens"] = asked
     if "n" in body and choices(body) > max_n:
         body["n"] = max_n
+    return asked
 
 
 # --- the answer --------------------------------------------------------------------------------

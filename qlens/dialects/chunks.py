@@ -15,23 +15,24 @@ _NOT_EXTRA = frozenset({*_EVERY_EVENT, "choices", "usage", "obfuscation", "error
 _OWN_FIELDS = frozenset({"index", "delta", "message", "text", "finish_reason", "logprobs"})
 
 
-def choices_of(body: Body) -> Iterator[tuple[int, int, Choice]]:
+def choices_of(body: Body) -> list[tuple[int, int, Choice]]:
     """The choices of a body or an event: position, index and the choice itself; what is no choice is left out."""
     choices = body.get("choices")
+    found: list[tuple[int, int, Choice]] = []
     for position, choice in enumerate(choices if type(choices) is list else ()):
         if type(choice) is dict:
             index = choice.get("index")
-            yield position, index if type(index) is int else 0, choice
+            found.append((position, index if type(index) is int else 0, choice))
+    return found
 
 
 def finish(body: Body) -> str | None:
     """The first choice's finish reason."""
-    choices = body.get("choices")
-    for choice in choices if type(choices) is list else ():
-        if type(choice) is dict:
-            reason = choice.get("finish_reason")
-            return reason if type(reason) is str else None
-    return None
+    try:
+        reason = body["choices"][0]["finish_reason"]
+    except (IndexError, KeyError, TypeError):  # there is none, or what stands first is no choice
+        reason = next((choice.get("finish_reason") for _, _, choice in choices_of(body)), None)
+    return reason if type(reason) is str else None
 
 
 def ends(event: Body) -> list[int]:
@@ -50,11 +51,15 @@ def head(body: Body, kind: str) -> Body:
 
 def extras(body: Body) -> Body:
     """Fields beside OpenAI's own, such as Azure's prompt_filter_results: the first event carries them."""
+    if _NOT_EXTRA.issuperset(body):
+        return {}
     return {name: value for name, value in body.items() if name not in _NOT_EXTRA}
 
 
 def choice_extras(choice: Choice) -> Choice:
     """Fields of a choice beside OpenAI's own, such as Azure's content_filter_results: its last event carries them."""
+    if _OWN_FIELDS.issuperset(choice):
+        return {}
     return {name: value for name, value in choice.items() if name not in _OWN_FIELDS}
 
 
@@ -78,9 +83,10 @@ def gathered(events: Iterable[Body]) -> tuple[Body, dict[int, list[Choice]]]:
     for event in events:
         for name in _EVERY_EVENT:
             # Azure's first event has an empty id and model and the year 1970: the first real value counts.
-            if not body.get(name) and name in event:
+            if name in event and not body.get(name):
                 body[name] = event[name]
-        body.update({name: value for name, value in extras(event).items() if value is not None})
+        if more := extras(event):
+            body.update({name: value for name, value in more.items() if value is not None})
         if type(event.get("usage")) is dict:
             body["usage"] = larger(body.get("usage"), event["usage"])
         for _, index, choice in choices_of(event):

@@ -38,8 +38,9 @@ choices = responses.choices
 returned = responses.returned
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
     """There is nothing to lower."""
+    return output_bound(body)[1]
 
 
 usage = responses.usage

@@ -83,12 +83,13 @@ def _prompts(body: Body) -> int:
     return len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows, under the client's own field names."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows, under the client's own field names; gives the limit after it."""
     limits = {"max_tokens": max_output_tokens, "n": max_n, "best_of": max_n}
     for name, limit in limits.items():
         if limit is not None and body.get(name) is not None:
             body[name] = min(body[name], limit)
+    return output_bound(body)[1]
 
 
 # --- the answer --------------------------------------------------------------------------------

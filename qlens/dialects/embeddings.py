@@ -62,8 +62,9 @@ def returned(body: Body) -> int:
     return 1
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
     """There is nothing to lower."""
+    return output_bound(body)[1]
 
 
 def usage(body: Body) -> Usage | None:

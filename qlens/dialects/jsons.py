@@ -18,6 +18,10 @@ MOST_TEXTS = 50_000
 through every rule, while all other calls wait."""
 
 _LITERAL = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"(\s*:)?|-?\d[\d.eE+-]*', re.DOTALL)
+# Made once: json.loads makes one for every text that it is told how to read.
+_AS_CLIENTS = json.JSONDecoder(strict=False, parse_int=float)
+"""Reads JSON as clients do, who mind neither lone surrogates nor long numbers."""
+_SPELLED = json.JSONDecoder(strict=False)
 _MARK = re.compile(r'\\(?:.|$)|["{}\[\]]', re.DOTALL)
 _TOLD_IN_JSON = frozenset(
     {
@@ -110,8 +114,7 @@ def _is_json(source: str) -> bool:
     ):
         raise _too_many()
     try:
-        # As clients read it, who mind neither lone surrogates nor long numbers.
-        json.loads(source, strict=False, parse_int=float)
+        _AS_CLIENTS.decode(source)
     except (ValueError, RecursionError):
         return False
     return True
@@ -121,10 +124,9 @@ def _literals(source: str) -> Iterator[tuple[re.Match[str], str, bool]]:
     """The texts and numbers in JSON: where each stands, what it says, and whether it is a key."""
     for match in _LITERAL.finditer(source):
         spelled, colon = match.groups()
-        if spelled is None:
-            text = match.group()
-        else:
-            text = json.loads(f'"{spelled}"', strict=False) if "\\" in spelled else spelled
+        text = match.group() if spelled is None else spelled
+        if spelled is not None and "\\" in spelled:
+            text = _SPELLED.decode(f'"{spelled}"')
         yield match, text, colon is not None
 
 

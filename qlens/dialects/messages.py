@@ -178,13 +178,16 @@ def _gather_block(block: Block, ref: Ref, found: list[tuple[Ref, str]]) -> None:
     if kind == "document" and type(source) is dict:
         _gather_source(source, (*ref, "source"), found)
     # What tools are called with may have any names: none of them says that a text is not read.
-    jsons.below(block.get("input"), (*ref, "input"), found)
+    if "input" in block or len(found) > jsons.MOST_TEXTS:  # which is then refused
+        jsons.below(block.get("input"), (*ref, "input"), found)
     content = block.get("content")
     if type(content) is list:
         _gather(content, (*ref, "content"), found)
-    else:
+    elif content is not None:
         texts.gather(content, (*ref, "content"), found)
-    texts.gather({name: value for name, value in block.items() if name not in _GATHERED}, ref, found)
+    if not _GATHERED.isdisjoint(block):
+        block = {name: value for name, value in block.items() if name not in _GATHERED}
+    texts.gather(block, ref, found)
     if kind == "search_result" and type(source) is str:
         found.append(((*ref, "source"), source))
 
@@ -261,8 +264,7 @@ def media(body: Body) -> dict[str, int]:
     counts: dict[str, int] = {}
     for message in body["messages"]:
         if type(content := message.get("content")) is list:
-            for kind in _media_of(content):
-                counts[kind] = counts.get(kind, 0) + 1
+            _count_media(content, counts)
     hosted = sum(map(_is_hosted, tools)) if (tools := body.get("tools")) else 0
     if type(servers := body.get("mcp_servers")) is list:
         hosted += len(servers)
@@ -274,18 +276,26 @@ def _is_hosted(tool: Block) -> bool:
     return type(kind) is str and kind != "custom" and not kind.startswith((*_OWN_TOOLS, _SEARCHES))
 
 
-def _media_of(content: Any) -> Iterator[str]:
-    blocks = content if type(content) is list else (content,)
-    for block in (block for block in blocks if type(block) is dict):
+def _count_media(content: Any, counts: dict[str, int]) -> None:
+    for block in content if type(content) is list else (content,):
+        if type(block) is not dict:
+            continue
         kind, source = block.get("type"), block.get("source")
         if type(kind) is str and kind in _MEDIA:
             if type(source) is not dict or source.get("type") != "text":
-                yield _MEDIA[kind]
+                counts[_MEDIA[kind]] = counts.get(_MEDIA[kind], 0) + 1
         elif type(kind) is str and kind not in _WORDS and not kind.endswith(_RESULTS):
-            yield texts.UNKNOWN
+            counts[texts.UNKNOWN] = counts.get(texts.UNKNOWN, 0) + 1
         # A document may be made of blocks, as a tool's result may.
-        yield from _media_of(block.get("content"))
-        yield from _media_of(source.get("content") if type(source) is dict else None)
+        if "content" in block:
+            _count_media(block["content"], counts)
+        if type(source) is dict and "content" in source:
+            _count_media(source["content"], counts)
+
+
+def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
+    """Its `input_bound` and its `media`."""
+    return *input_bound(body), media(body)
 
 
 def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
@@ -316,17 +326,18 @@ class Chosen(Block):
     """A `thinking` whose budget no client has given: of `max_tokens`, whatever it becomes, half is for the answer."""
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows, and with it the part of it that is for thinking."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows, and with it what is for thinking; gives the limit after it."""
     asked, thinking = body.get("max_tokens"), body.get("thinking")
     if asked is None:
-        return
+        return None
     most = asked if max_output_tokens is None else min(asked, max_output_tokens)
     body["max_tokens"] = most
     if type(thinking) is Chosen:
         _leave_room(body, thinking, most // 2)
     elif type(thinking) is dict and most < asked:
         _leave_room(body, thinking, most - 1)
+    return output_bound(body)[1]
 
 
 def _leave_room(body: Body, thinking: Block, most: int) -> None:

@@ -111,10 +111,11 @@ class Plain:
         """One answer."""
         return 1
 
-    def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> None:
+    def clamp(self, body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
         """Lower how many are asked for to what the model allows."""
         if isinstance(body.get("n"), int):
             body["n"] = min(body["n"], max_n)
+        return self.output_bound(body)[1]
 
     def usage(self, body: Body) -> Usage | None:
         """Read the usage of an answer."""

@@ -352,11 +352,12 @@ def choices(body: Body) -> int:
 returned = choices
 
 
-def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> None:
-    """Lower what is asked to what the model allows."""
+def clamp(body: Body, max_output_tokens: int | None, max_n: int) -> int | None:
+    """Lower what is asked to what the model allows; gives the limit after it."""
     asked = body.get("max_output_tokens")
     if asked is not None and max_output_tokens is not None:
         body["max_output_tokens"] = min(asked, max_output_tokens)
+    return output_bound(body)[1]
 
 
 # --- the answer --------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def describe(node: Any, ref: Ref, found: list[tuple[Ref, str]], *, names: bool =
                 continue
             if type(child) is str:
                 found.append(((*ref, key) if key in _DESCRIBES else Fixed((*ref, key)), child))
-            else:
+            elif type(child) is dict or type(child) is list:
                 describe(child, (*ref, key), found, names=key in _NAMING and not names)
     elif type(node) is list:
         for position, child in enumerate(node):

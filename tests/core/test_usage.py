@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from inspect import signature
 from typing import Any
 
 import pytest
-from attrs import asdict, evolve
+from attrs import asdict, evolve, fields
+from attrs.exceptions import FrozenInstanceError
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -242,6 +245,22 @@ def test_the_sum_of_usages_adds_every_bucket_and_is_as_sure_as_the_least_sure() 
     assert (dict(both.meters), both.source, both.tier) == ({"images": 3, "seconds": 3}, "partial", "flex")
     assert together([]) == NO_USAGE
     assert together([one]) is one
+
+
+def test_a_usage_is_made_as_attrs_would_make_it() -> None:
+    names = [field.name for field in fields(Usage)]
+    assert list(signature(Usage).parameters) == names == list(vars(NO_USAGE))
+    values: list[Any] = [*range(8), {"images": 1}, "provider", "flex"]
+    made = Usage(*values)
+    assert [getattr(made, name) for name in names] == values
+    assert made == evolve(NO_USAGE, **dict(zip(names, values, strict=True))) == copy.deepcopy(made)
+    assert [getattr(Usage(), field.name) for field in fields(Usage) if field.name != "meters"] == [
+        field.default for field in fields(Usage) if field.name != "meters"
+    ]
+    assert Usage().meters == {}
+    assert Usage().meters is not Usage().meters
+    with pytest.raises(FrozenInstanceError):
+        made.input = 1  # type: ignore[misc]
 
 
 def test_buckets_are_all_the_token_fields() -> None:

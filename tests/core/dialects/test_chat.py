@@ -471,7 +471,7 @@ def test_of_two_output_limits_the_smaller_counts(fields: Body, expected: tuple[s
 )
 def test_what_is_asked_is_lowered_under_the_clients_own_names(fields: Body, clamped: Body) -> None:
     body = request(**fields)
-    chat.clamp(body, 100, 4)
+    assert chat.clamp(body, 100, 4) == chat.output_bound(body)[1]
     assert body == request(**clamped)
 
 
@@ -726,6 +726,11 @@ def test_usage_and_finish_are_read_with_the_tier() -> None:
     assert chat.usage(body) == Usage(input=3, output=4, source="provider", tier="flex")
     assert chat.finish(body) == "length"
     assert chat.finish({"choices": []}) is None
+    odds: list[Any] = [None, "stop", {"0": {"finish_reason": "stop"}}, [None, "stop"], [[]]]
+    for odd in (*odds, [{}, {"finish_reason": "stop"}]):
+        assert chat.finish({"choices": odd}) is None
+    assert chat.finish({"choices": [{"finish_reason": 1}, {"finish_reason": "stop"}]}) is None
+    assert chat.finish({"choices": [None, 3, {"finish_reason": "stop"}]}) == "stop"
     assert chat.usage({"usage": None}) is None
 
 

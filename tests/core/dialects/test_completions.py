@@ -126,13 +126,13 @@ def test_every_prompt_is_answered_n_or_best_of_times(fields: Body, expected: int
 
 def test_what_is_asked_is_lowered_to_what_the_model_allows() -> None:
     body = request(max_tokens=500, n=9, best_of=20)
-    completions.clamp(body, 100, 4)
+    assert completions.clamp(body, 100, 4) == 100
     assert body == request(max_tokens=100, n=4, best_of=4)
     body = request(max_tokens=None)
     completions.clamp(body, 100, 4)
     assert body == request(max_tokens=None)
     body = request(max_tokens=500, n=2)
-    completions.clamp(body, None, 4)
+    assert completions.clamp(body, None, 4) == 500
     assert body == request(max_tokens=500, n=2)
 
 

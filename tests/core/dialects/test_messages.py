@@ -165,7 +165,7 @@ def test_media_are_counted_by_kind() -> None:
 )
 def test_output_is_clamped_and_thinking_with_it(asked: int, limit: int | None, tokens: int, budget: int | None) -> None:
     given = body(max_tokens=asked, thinking={"type": "enabled", "budget_tokens": 8000 if asked > 8000 else 10})
-    messages.clamp(given, limit, 1)
+    assert messages.clamp(given, limit, 1) == tokens
     assert messages.output_bound(given) == ("max_tokens", tokens)
     if asked > 8000:
         assert given.get("thinking") == (None if budget is None else {"type": "enabled", "budget_tokens": budget})

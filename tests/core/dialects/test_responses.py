@@ -203,9 +203,9 @@ def test_the_output_is_bounded_by_its_one_field() -> None:
     responses.clamp(body, None, 1)
     responses.clamp(body, 900, 1)
     assert body["max_output_tokens"] == 500
-    responses.clamp(body, 200, 1)
+    assert responses.clamp(body, 200, 1) == 200
     assert body["max_output_tokens"] == 200
-    responses.clamp(plain := request(), 200, 1)
+    assert responses.clamp(plain := request(), 200, 1) is None
     assert "max_output_tokens" not in plain
     assert (responses.choices(body), responses.returned(body)) == (1, 1)
 
