@@ -185,6 +185,13 @@ class Entry:
         tiers.update(dict.fromkeys(STANDARD_TIERS, standard))
         return cls(rows[0].above_prompt_tokens, standard, tiers, dearest)
 
+    def cost(self, usage: Usage) -> Cost | None:
+        """What a usage costs: exactly, if the provider counted it and its tier has a price."""
+        rates = self.tiers.get(usage.tier)
+        if rates is None:
+            return self.standard.cost(usage, "estimated")
+        return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
+
 
 def _nothing(row: PriceRow) -> Rates:
     """The prices of the standard tier where only others have some."""
@@ -228,12 +235,7 @@ class Sheet:
         None when part of it has no price.
         """
         entry = self.only or self._entry(usage.prompt)
-        if entry is None:
-            return None
-        rates = entry.tiers.get(usage.tier)
-        if rates is None:
-            return entry.standard.cost(usage, "estimated")
-        return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
+        return None if entry is None else entry.cost(usage)
 
     def _entry(self, prompt: int) -> Entry | None:
         return next((entry for entry in self.entries if not entry.above or prompt > entry.above), None)
