@@ -14,7 +14,7 @@ def usd(picos: int) -> str:
     if picos < 0:
         return f"-{usd(-picos)}"
     whole, rest = divmod(picos, _DOLLAR)
-    return f"{whole}.{rest:0{PLACES}}".rstrip("0") if rest else str(whole)
+    return f"{whole}.{rest:012}".rstrip("0") if rest else str(whole)
 
 
 def picos(usd: Decimal) -> int:
