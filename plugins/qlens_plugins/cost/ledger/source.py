@@ -88,11 +88,12 @@ class Source:
                 return found + self._interrupted(most - len(found)) if self.is_former else found
             self._is_read = False
             for record in chunk:
-                found += self._understood(record)
+                if (row := self._understood(record)) is not None:
+                    found.append(row)
             time.sleep(PAUSE_SECONDS)
         return found
 
-    def _understood(self, data: Any) -> list[Row]:
+    def _understood(self, data: Any) -> Row | None:
         """The row that a record makes, if it makes one. One that cannot be understood must not hold up all others.
 
         It is the bytes that were read, or what was `Said` to this process.
@@ -103,28 +104,28 @@ class Source:
                 before = data[0]
                 if isinstance(before, str):
                     self._begun(before, data)
-                    return []
+                    return None
                 self._over.append(before[0])
-                return [rows.ended(before, data[1])]
+                return rows.ended(before, data[1])
             # Of the own calls nearly all end: their beginnings are read no further than need be.
             if not self.is_former and (id_ := records.begun(data)) is not None:
                 self._begun(id_, data)
-                return []
+                return None
             record = records.read(data)
             if record.is_beginning:
                 self._begun(record.id, data)
-                return []
+                return None
             self._over.append(record.id)
             if record.is_void:
-                return []
+                return None
             row = record.row
             if self.tells:
                 self._hold(record)
-            return [row]
+            return row
         except Exception:
             log.exception("ledger: a record in %s cannot be understood and is lost: %r", self.spool.place, data)
             self.lost(1)
-            return []
+            return None
 
     def _begun(self, id_: str, data: bytes | Said) -> None:
         self._kept[-1] = id_
