@@ -69,8 +69,8 @@ class Spool:
     _shipped: Position = field(default=(0, 0), init=False)
     _ends: deque[Position] = field(factory=deque, init=False)
     """Where each record ends that was read and is not shipped."""
-    _room: int = field(default=0, init=False)
-    """How many bytes may be appended before it is looked anew what there is room for; never too many."""
+    _until: int = field(default=0, init=False)
+    """How long the current file may be before it is looked anew what there is room for; never too long."""
     _fresh: deque[tuple[Segment, int, object]] | None = field(default=None, init=False, repr=False)
     """Where each record ends that is not read yet, and what it says; None while some of them are in the files alone."""
 
@@ -186,7 +186,7 @@ class Spool:
         """Let as many bytes wait from now on."""
         if most_bytes != self.most_bytes:
             with self._changing:
-                self.most_bytes, self._room = most_bytes, 0
+                self.most_bytes, self._until = most_bytes, 0
 
     def append(self, record: bytes, said: object = None) -> None:
         """Add a record at the end; raises SpoolFull, or another OSError when the disk does not take it.
@@ -201,14 +201,14 @@ class Spool:
         changing.acquire()  # `with` takes twice as long
         try:
             segment = self._current
-            if segment is None or size > self._room:
+            if segment is None or (end := segment.size + size) > self._until:
                 segment = self._with_room(size)
+                end = segment.size + size
             if _write(segment.file, framed) != size:
                 self._undo(segment)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            segment.size = end = segment.size + size
+            segment.size = end
             segment.unsynced.append(framed)
-            self._room -= size
             if (fresh := self._fresh) is not None:
                 fresh.append((segment, end, said or record))
         finally:
@@ -222,7 +222,7 @@ class Spool:
         segment = self._current
         if segment is None or segment.size + size > self.segment_bytes:
             segment = self._begin()
-        self._room = max(size, min(allowed, self.segment_bytes - segment.size, LOOK_BYTES))
+        self._until = segment.size + max(size, min(allowed, self.segment_bytes - segment.size, LOOK_BYTES))
         if self._fresh is not None and len(self._fresh) > self.in_memory:
             self._fresh = None
         return segment

@@ -85,13 +85,11 @@ class Levels:
         for share in plan.shares:
             level = share.level
             needed = tokens * share.unit if share.counts_tokens else share.unit
-            if (full_at := level.full_at) < now:
-                full_at = now
-            full_at += needed
-            missing = full_at - now
+            full_at = level.full_at
+            missing = needed + full_at - now if full_at > now else needed
             if missing > share.room and needed:
                 return self._undone(plan, tokens, now, share)
-            level.full_at = full_at
+            level.full_at = now + missing
             share.missing = missing
         for place in plan.places:
             seats = place.seats
