@@ -281,7 +281,7 @@ def test_wherever_the_process_dies_each_call_is_there_once(
             n = running_.pop(which % len(running_))
             if step == "end":
                 expected[f"call-{n}"] = complete(n)
-                journal.keep(closing(n), (known(n), rows.facts_after(receipt(n))) if which % 3 else None)
+                journal.note(closing(n), (known(n), rows.facts_after(receipt(n))) if which % 3 else None, 1)
             else:
                 journal.void(records.voiding(f"call-{n}"))
         elif step in {"ship", "die in commit", "die after commit"}:
@@ -300,7 +300,7 @@ def test_wherever_the_process_dies_each_call_is_there_once(
             journal.open()
     expected |= {f"call-{n}": complete(n) for n in running_}
     for n in running_:
-        journal.keep(closing(n))
+        journal.note(closing(n), receipts=1)
     for _ in range(60):
         for row in journal.take(3):
             database.setdefault(row[0], short(row))
@@ -547,7 +547,7 @@ def test_what_cannot_be_read_for_a_while_is_not_passed_over(tmp_path: Path, monk
     left_by_a_dead_process(tmp_path / "s", begun(0), *(closing(n) for n in range(1, 40)))
     journal.open()
     for n in range(40, 80):
-        journal.keep(closing(n))
+        journal.note(closing(n), receipts=1)
     real, asked = Spool.read, [0]
 
     def read(spool: Spool, most: int, after: int = 0) -> list[bytes]:

@@ -67,8 +67,8 @@ class Journal:
 
     # --- on the event loop ---------------------------------------------------------------------
 
-    def note(self, record: bytes, said: Said | None = None) -> bool:
-        """Put a record, which says this, on the disk; False when that takes nothing."""
+    def note(self, record: bytes, said: Said | None = None, receipts: int = 0) -> bool:
+        """Put a record, which says this and is so many receipts, on the disk; False when that takes nothing."""
         syncing = self._syncing
         if syncing is None:
             return False
@@ -77,18 +77,13 @@ class Journal:
         except OSError as error:
             self._refused(error)
             return False
+        if receipts:
+            self._given += receipts
+            self.fresh += receipts
         if syncing.asleep:
             syncing.wake()
         if self._problem is not None and time.monotonic() > self._refusal + RETRY_SECONDS:
             self._recovered()
-        return True
-
-    def keep(self, record: bytes, said: Said | None = None) -> bool:
-        """Put a receipt on the disk; False when that takes nothing."""
-        if not self.note(record, said):
-            return False
-        self._given += 1
-        self.fresh += 1
         return True
 
     def remember(self, record: bytes) -> None:

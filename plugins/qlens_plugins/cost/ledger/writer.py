@@ -185,7 +185,7 @@ class Writer:
             self.dropped(1)
             return True
         journal = self.journal
-        if not journal.keep(record, said):
+        if not journal.note(record, said, 1):
             if begun is None and not self._has_place:
                 return False
             journal.remember(record)
