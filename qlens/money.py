@@ -6,15 +6,15 @@ from decimal import Decimal
 
 PLACES = 12
 """Decimal places of a picodollar: 1 USD is 10**12 of them."""
-_DOLLAR = 10**PLACES
+_DOLLAR: int = 10**PLACES
+_WRITTEN = f"%d.%0{PLACES}d"
 
 
 def usd(picos: int) -> str:
     """Write picodollars as dollars in plain decimals, without exponent and without trailing zeros."""
     if picos < 0:
         return f"-{usd(-picos)}"
-    whole, rest = divmod(picos, _DOLLAR)
-    return f"{whole}.{rest:0{PLACES}}".rstrip("0") if rest else str(whole)
+    return (_WRITTEN % divmod(picos, _DOLLAR)).rstrip("0").rstrip(".")
 
 
 def picos(usd: Decimal) -> int:

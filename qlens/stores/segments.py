@@ -193,6 +193,15 @@ class Segment:
         """How many records are not shipped."""
         return self.shippable + len(self.unsynced)
 
+    @property
+    def is_there(self) -> bool:
+        """Whether the file has all that was written to it, by its length."""
+        size = self.size  # first: it grows meanwhile
+        try:
+            return self.place.size(self.number) >= size
+        except OSError:
+            return False
+
     def open(self) -> BinaryIO:
         """Open it to read it."""
         return io.BytesIO(self.content()) if self.failed else self.place.open(self.number)

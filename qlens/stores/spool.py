@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import count, islice
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zlib import crc32
 
 from attrs import define, field
@@ -22,6 +22,8 @@ log = logging.getLogger("qlens.spool")
 
 SEGMENT_BYTES = 16 * 1024 * 1024
 MOST_BYTES = 1024 * 1024 * 1024
+LOOK_BYTES = 64 * 1024
+"""After so many bytes it is looked anew what there is room for, on the disk and in memory."""
 
 # Looked up once: they are used for every record.
 _head, _HEAD_BYTES, _write = HEAD.pack, HEAD.size, os.write
@@ -51,6 +53,8 @@ class Spool:
     """The numbered folder inside the spool's folder: each process has its own."""
     segment_bytes: int
     most_bytes: int
+    in_memory: int = 0
+    """How many records that are not read yet may be in memory as well, as they were said: they need no parsing."""
     torn: int = field(default=0, init=False)
     """Bytes that were dropped because they are no whole records: the end of what a crash or a full disk cut off."""
     _segments: list[Segment] = field(factory=list, init=False)
@@ -65,19 +69,23 @@ class Spool:
     _shipped: Position = field(default=(0, 0), init=False)
     _ends: deque[Position] = field(factory=deque, init=False)
     """Where each record ends that was read and is not shipped."""
-    _room: int = field(default=0, init=False)
-    """How many bytes may be appended before it is looked anew what there is room for; never too many."""
+    _until: int = field(default=0, init=False)
+    """How long the current file may be before it is looked anew what there is room for; never too long."""
+    _fresh: deque[tuple[Segment, int, object]] | None = field(default=None, init=False, repr=False)
+    """Where each record ends that is not read yet, and what it says; None while some of them are in the files alone."""
 
     # --- opening and closing -------------------------------------------------------------------
 
     @classmethod
-    def open(cls, folder: Path, *, segment_bytes: int = SEGMENT_BYTES, most_bytes: int = MOST_BYTES) -> Spool:
+    def open(
+        cls, folder: Path, *, segment_bytes: int = SEGMENT_BYTES, most_bytes: int = MOST_BYTES, in_memory: int = 0
+    ) -> Spool:
         """Take the first place in a folder that no living process owns, with what was left there; raises OSError.
 
         The folder is made, the one it stands in is not.
         """
         for number in count():
-            spool = cls._at(folder / str(number), segment_bytes, most_bytes)
+            spool = cls._at(folder / str(number), segment_bytes, most_bytes, in_memory)
             if spool is not None:
                 return spool
         raise AssertionError
@@ -106,12 +114,12 @@ class Spool:
         return found
 
     @classmethod
-    def _at(cls, path: Path, segment_bytes: int, most_bytes: int) -> Spool | None:
+    def _at(cls, path: Path, segment_bytes: int, most_bytes: int, in_memory: int = 0) -> Spool | None:
         """The spool at a place; None when a living process owns it."""
         place = Place.taken(path)
         if place is None:
             return None
-        spool = cls(place, segment_bytes, most_bytes)
+        spool = cls(place, segment_bytes, most_bytes, in_memory)
         try:
             spool._recover()
         except BaseException:
@@ -142,6 +150,7 @@ class Spool:
             else:
                 segment.delete()
         self._numbers = count(max([self._shipped[0], *numbers]) + 1)
+        self._catch_up()
         if self.torn:
             log.warning("spool %s: %d bytes are no whole record and are dropped", self.place, self.torn)
 
@@ -177,26 +186,33 @@ class Spool:
         """Let as many bytes wait from now on."""
         if most_bytes != self.most_bytes:
             with self._changing:
-                self.most_bytes, self._room = most_bytes, 0
+                self.most_bytes, self._until = most_bytes, 0
 
-    def append(self, record: bytes) -> None:
+    def append(self, record: bytes, said: object = None) -> None:
         """Add a record at the end; raises SpoolFull, or another OSError when the disk does not take it.
 
-        It is in the kernel's hands then: the death of this process does not harm it. An empty record is none.
+        It is in the kernel's hands then: the death of this process does not harm it. An empty record is none. What it
+        says in other words is what `read` gives, where it need not be read from a file.
         """
         length = len(record)
         framed = _head(length, crc32(record, length)) + record
         size = length + _HEAD_BYTES
-        with self._changing:
+        changing = self._changing
+        changing.acquire()  # `with` takes twice as long
+        try:
             segment = self._current
-            if segment is None or size > self._room:
+            if segment is None or (end := segment.size + size) > self._until:
                 segment = self._with_room(size)
+                end = segment.size + size
             if _write(segment.file, framed) != size:
                 self._undo(segment)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            segment.size += size
+            segment.size = end
             segment.unsynced.append(framed)
-            self._room -= size
+            if (fresh := self._fresh) is not None:
+                fresh.append((segment, end, said or record))
+        finally:
+            changing.release()
 
     def _with_room(self, size: int) -> Segment:
         """The segment to append so many bytes to, and how many more there is room for."""
@@ -206,7 +222,9 @@ class Spool:
         segment = self._current
         if segment is None or segment.size + size > self.segment_bytes:
             segment = self._begin()
-        self._room = max(size, min(allowed, self.segment_bytes - segment.size))
+        self._until = segment.size + max(size, min(allowed, self.segment_bytes - segment.size, LOOK_BYTES))
+        if self._fresh is not None and len(self._fresh) > self.in_memory:
+            self._fresh = None
         return segment
 
     def _begin(self) -> Segment:
@@ -290,19 +308,56 @@ class Spool:
 
     # --- reading -------------------------------------------------------------------------------
 
-    def read(self, most: int, after: int = 0) -> list[bytes]:
-        """The next records that are not shipped, at most so many; `after` skips those that were read already."""
-        while len(self._ends) > after:
-            self._ends.pop()
+    def read(self, most: int, after: int = 0) -> list[Any]:
+        """The next records that are not shipped, at most so many; `after` skips those that were read already.
+
+        Each is as it was appended: its bytes, or, of those in memory, what it says in other words.
+        """
+        if len(self._ends) > after:
+            with self._changing:
+                self._fresh = None  # what is read again stands in front of it
+            while len(self._ends) > after:
+                self._ends.pop()
+        if self._fresh is not None and (found := self._read_memory(most)) is not None:
+            return found
         number, place = self._ends[-1] if self._ends else self._shipped
         with self._changing:
             segments = [segment for segment in self._segments if segment.number >= number]
-        found: list[bytes] = []
+        found = []
         for segment in segments:
             found += self._read(segment, place if segment.number == number else 0, most - len(found))
             if len(found) == most:
                 break
+        self._catch_up()
         return found
+
+    def _read_memory(self, most: int) -> list[Any] | None:
+        """The next records, of those in memory; None when some are in the files alone."""
+        with self._changing:
+            fresh = self._fresh
+            if fresh is None:
+                return None
+            taken = [fresh.popleft() for _ in range(min(most, len(fresh)))]
+            segment = self._current
+        self._ends += [(segment.number, place) for segment, place, _ in taken]
+        found = [said for _, _, said in taken]
+        if found and segment is not None and not segment.is_there:
+            # Nobody has noticed, since nothing was read from it. What is appended now goes to a file that is there.
+            log.error("spool: %s is not what was written", segment)
+            with self._changing:
+                if self._current is segment:
+                    self._current = None
+        return found
+
+    def _catch_up(self) -> None:
+        """Keep what is appended from now on in memory, if all that is there was read."""
+        if not self.in_memory:
+            return
+        place = self._ends[-1] if self._ends else self._shipped
+        with self._changing:
+            last = self._segments[-1] if self._segments else None
+            if last is None or place == (last.number, last.size):
+                self._fresh = deque()
 
     def _read(self, segment: Segment, start: int, most: int) -> list[bytes]:
         found: list[bytes] = []

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from qlens.stores import spool as spools
 from qlens.stores.spool import Left, Spool, SpoolFull
 from qlens.stores.syncing import SpoolSync
 
@@ -108,10 +109,12 @@ def test_a_record_longer_than_a_file_has_its_own(tmp_path: Path) -> None:
 class Life(RuleBasedStateMachine):
     """A spool against a list, over any order of steps, deaths of its owner included."""
 
+    in_memory = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(os.fspath(os.environ["SPOOL_TEST_FOLDER"]), str(time.monotonic_ns()))
-        self.spool = Spool.open(self.folder, segment_bytes=300)
+        self.spool = Spool.open(self.folder, segment_bytes=300, in_memory=self.in_memory)
         self.waiting: list[bytes] = []
         self.seen = 0
 
@@ -143,7 +146,7 @@ class Life(RuleBasedStateMachine):
     @rule(tidy=st.booleans())
     def next_owner(self, tidy: bool) -> None:
         self.spool.close() if tidy else abandon(self.spool)
-        self.spool = Spool.open(self.folder, segment_bytes=300)
+        self.spool = Spool.open(self.folder, segment_bytes=300, in_memory=self.in_memory)
         self.seen = 0
 
     @invariant()
@@ -158,11 +161,79 @@ class Life(RuleBasedStateMachine):
         assert not self.folder.exists()
 
 
-def test_a_spool_is_a_list_that_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class LifeInMemory(Life):
+    """The same where what is appended is in memory as well, as long as it is little."""
+
+    in_memory = 4
+
+
+@pytest.mark.parametrize("life", [Life, LifeInMemory])
+def test_a_spool_is_a_list_that_survives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, life: type[RuleBasedStateMachine]
+) -> None:
     from hypothesis.stateful import run_state_machine_as_test
 
     monkeypatch.setenv("SPOOL_TEST_FOLDER", str(tmp_path))
-    run_state_machine_as_test(Life, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(life, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+
+
+# --- in memory ---------------------------------------------------------------------------------
+
+
+def said(spool: Spool, number: int) -> tuple[str, int]:
+    """Append a record, and what it says in other words."""
+    spool.append(b"%03d" % number, ("said", number))
+    return "said", number
+
+
+def test_what_is_in_memory_comes_as_it_was_said(tmp_path: Path) -> None:
+    spool = Spool.open(tmp_path, segment_bytes=50, in_memory=100)
+    found = [said(spool, n) for n in range(9)]
+    spool.append(b"bytes")
+    assert spool.read(4) == found[:4]
+    assert spool.read(99, after=4) == [*found[4:], b"bytes"]
+    assert spool.read(99, after=2) == [*(b"%03d" % n for n in range(2, 9)), b"bytes"]  # again: from the files
+    late = said(spool, 10)
+    assert spool.read(99, after=10) == [late]
+    spool.shipped(7)
+    assert len(segments(tmp_path)) == 2
+    abandon(spool)
+    assert everything(tmp_path) == [b"007", b"008", b"bytes", b"010"]
+
+
+def test_more_than_may_be_in_memory_is_read_from_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spools, "LOOK_BYTES", 110)
+    spool = Spool.open(tmp_path, in_memory=20)
+    for n in range(100):
+        said(spool, n)
+    assert spool.read(60) == [b"%03d" % n for n in range(60)]
+    said(spool, 100)
+    assert spool.read(99, after=60) == [b"%03d" % n for n in range(60, 101)]
+    assert spool.read(99, after=101) == []
+    assert [said(spool, 101)] == spool.read(99, after=101)
+    spool.shipped(102)
+    assert spool.left == (0, 0)
+    spool.close()
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_file_that_nobody_reads_is_missed_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_gone: bool
+) -> None:
+    spool = Spool.open(tmp_path / "s", in_memory=100)
+    found = [said(spool, n) for n in range(3)]
+    (path,) = segments(tmp_path / "s")
+    if is_gone:
+        for each in sorted((tmp_path / "s").rglob("*"), reverse=True):
+            each.rmdir() if each.is_dir() else each.unlink()
+    else:
+        os.truncate(path, 15)
+    assert spool.read(99) == found
+    assert "is not what was written" in caplog.text
+    found.append(said(spool, 3))
+    assert spool.read(99, after=3) == found[3:]
+    abandon(spool)
+    assert everything(tmp_path / "s") == ([b"003"] if is_gone else [b"000", b"003"])
 
 
 # --- damaged files -----------------------------------------------------------------------------

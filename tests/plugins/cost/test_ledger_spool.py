@@ -68,13 +68,22 @@ def receipt(n: int = 0, **changes: Any) -> Receipt:
     return evolve(made, **changes)
 
 
-def begun(n: int, picos: int | None = 5_000_000) -> bytes:
+def known(n: int, picos: int | None = 5_000_000) -> rows.Facts:
     """What admission knows of the call of a receipt: at most 20 tokens in, 1000 out, for so much."""
-    return records.opened((*rows.facts_of(receipt(n)), 20, 1000, {}, picos, "*/gpt-4o-mini"))
+    return (*rows.facts_of(receipt(n)), 20, 1000, {}, picos, "*/gpt-4o-mini")
+
+
+def begun(n: int, picos: int | None = 5_000_000) -> bytes:
+    return records.opened(known(n, picos))
 
 
 def closing(n: int) -> bytes:
-    return records.closing(begun(n), receipt(n))
+    return records.closed((known(n), rows.facts_after(receipt(n))))
+
+
+def late(receipt: Receipt) -> bytes:
+    """The record of a call that nobody knew of before."""
+    return records.closed((rows.facts_of(receipt), rows.facts_after(receipt)))
 
 
 def interrupted(n: int) -> tuple[Any, ...]:
@@ -139,11 +148,11 @@ def test_a_record_makes_the_row_and_the_event_that_the_receipt_makes() -> None:
         receipt(tags={"other": "tags"}, streamed=True, error="\ud800"),
         receipt(usage=Usage(input=2**70), caller=Caller("t", "\udfff", "k")),
     ):
-        late = records.read(records.closing(None, each))
-        assert late.row == rows.row(each)
-        assert Event.of_receipt(late.receipt) == Event.of_receipt(each)
-        assert Event.of_receipt(late.receipt).data == Event.of_receipt(each).data
-        assert late.id == each.id
+        read = records.read(late(each))
+        assert read.row == rows.row(each)
+        assert Event.of_receipt(read.receipt) == Event.of_receipt(each)
+        assert Event.of_receipt(read.receipt).data == Event.of_receipt(each).data
+        assert read.id == each.id
     attempts = json.loads(rows.row(receipt(attempts=(failed, billed)))[-1])  # type: ignore[arg-type]
     assert attempts[0]["first_byte_us"] == 250_000
     assert attempts[1]["usage"] == {"input": 1, "output": 2, "images": 3, "source": "partial"}
@@ -207,7 +216,7 @@ async def test_calls_of_a_dead_process_are_charged_what_they_cost_or_can_have_co
         closing(1),
         records.voiding("call-2"),
         begun(4, picos=None),
-        records.closing(None, receipt(5)),
+        late(receipt(5)),
     )
     for _ in range(2):
         writer = writer_of(place.store(), folder)
@@ -266,13 +275,13 @@ def test_wherever_the_process_dies_each_call_is_there_once(
     for step, which in taken:
         if step == "begin":
             running_.append(number)
-            journal.note(begun(number))
+            journal.note(begun(number), known(number) if which % 2 else None)
             number += 1
         elif step in {"end", "void"} and running_:
             n = running_.pop(which % len(running_))
             if step == "end":
                 expected[f"call-{n}"] = complete(n)
-                journal.keep(closing(n))
+                journal.note(closing(n), (known(n), rows.facts_after(receipt(n))) if which % 3 else None, 1)
             else:
                 journal.void(records.voiding(f"call-{n}"))
         elif step in {"ship", "die in commit", "die after commit"}:
@@ -291,7 +300,7 @@ def test_wherever_the_process_dies_each_call_is_there_once(
             journal.open()
     expected |= {f"call-{n}": complete(n) for n in running_}
     for n in running_:
-        journal.keep(closing(n))
+        journal.note(closing(n), receipts=1)
     for _ in range(60):
         for row in journal.take(3):
             database.setdefault(row[0], short(row))
@@ -538,7 +547,7 @@ def test_what_cannot_be_read_for_a_while_is_not_passed_over(tmp_path: Path, monk
     left_by_a_dead_process(tmp_path / "s", begun(0), *(closing(n) for n in range(1, 40)))
     journal.open()
     for n in range(40, 80):
-        journal.keep(closing(n))
+        journal.note(closing(n), receipts=1)
     real, asked = Spool.read, [0]
 
     def read(spool: Spool, most: int, after: int = 0) -> list[bytes]:

@@ -203,8 +203,9 @@ class Budgets:
         plan = self._plans.get((id(call.caller), id(call.model))) or self._plan(call)
         if not (plan.hard or plan.soft):
             return None
-        current = self.tills.current
-        held = [(current(purse), NOTHING) for purse in plan.soft] if plan.soft else []
+        tills = self._tills
+        assert tills is not None, "the budgets are not open"
+        held = [(tills.current(purse), NOTHING) for purse in plan.soft] if plan.soft else []
         if not plan.hard:
             return plan, held
         cost = call.bound_cost.picos
@@ -213,11 +214,11 @@ class Budgets:
                 return None
             raise refusals.unpriced(call)
         if not cost:
-            return plan, [*held, *((current(purse), NOTHING) for purse in plan.hard)]
+            return plan, [*held, *((tills.current(purse), NOTHING) for purse in plan.hard)]
         call.most_output = call.bound.output
         if plan.tolerant:
             return await self._ask(plan, cost, held, call)
-        now = self.tills.now()
+        now = tills.now()
         for purse in plan.hard:
             till = purse.till
             if cost > till.room or now >= till.until:
@@ -302,7 +303,8 @@ class Budgets:
         if hold is None:
             return
         plan, held = hold
-        tills, cost = self.tills, receipt.cost.picos
+        tills, cost = self._tills, receipt.cost.picos
+        assert tills is not None, "the budgets are not open"
         for till, need in held:
             reserved = need.likely + need.excess
             tills.settle(till, need, reserved if cost is None else cost)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from attrs import field, frozen
+from attrs import define, field, frozen
 
 from qlens_plugins.cost.budgets.windows import Period
 
@@ -41,7 +41,7 @@ class Account:
     period: Period
 
 
-@frozen
+@define  # made with every call: frozen takes twice as long. Nobody changes one
 class Need:
     """What one call must have reserved: what it will likely cost, and how much more it may."""
 

@@ -70,7 +70,7 @@ class Till:
     warned: int = 0
     """The highest percentage that was warned of."""
     warn_from: int = 0
-    """The sum from which the next warning is due."""
+    """How much this process has spent when the next warning is due, as far as it knows what others have."""
     exhausted: int = 0
     """The limit at which it was told that it is exhausted."""
 
@@ -196,7 +196,7 @@ class Tills:
         till.spent += cost
         till.room += need.likely - cost
         self.dirty[till] = None
-        if till.all_spent >= till.warn_from:
+        if till.spent >= till.warn_from:
             self._warn(till)
 
     def _warn(self, till: Till) -> None:
@@ -207,7 +207,7 @@ class Tills:
                 till.warned = percent
                 self.warn(till, percent)
         rest = [percent for percent in till.purse.line.warn_at if percent > till.warned]
-        till.warn_from = -(-limit * rest[0] // 100) if rest else 2**63
+        till.warn_from = -(-limit * rest[0] // 100) - (till.all_spent - till.spent) if rest else 2**63
 
     # --- the store -----------------------------------------------------------------------------
 

@@ -13,13 +13,15 @@ from attrs import define, field
 
 from qlens import Spool, SpoolSync, StartupError
 from qlens_plugins.cost.ledger import records
-from qlens_plugins.cost.ledger.records import Record
+from qlens_plugins.cost.ledger.records import Record, Said
 from qlens_plugins.cost.ledger.rows import Row
 from qlens_plugins.cost.ledger.source import Source
 
 log = logging.getLogger("qlens.ledger")
 
 MOST_BYTES = 1024 * 1024 * 1024
+IN_MEMORY = 10_000
+"""How many records the thread need not read from the disk, at some 700 bytes each: more wait while it cannot write."""
 RETRY_SECONDS = 1.0
 """Between two tries to open a spool, and how long it must have taken all to be called well again."""
 SYNC_SECONDS = 5.0
@@ -65,28 +67,23 @@ class Journal:
 
     # --- on the event loop ---------------------------------------------------------------------
 
-    def note(self, record: bytes) -> bool:
-        """Put a record on the disk; False when that takes nothing."""
+    def note(self, record: bytes, said: Said | None = None, receipts: int = 0) -> bool:
+        """Put a record, which says this and is so many receipts, on the disk; False when that takes nothing."""
         syncing = self._syncing
         if syncing is None:
             return False
         try:
-            syncing.spool.append(record)
+            syncing.spool.append(record, said)
         except OSError as error:
             self._refused(error)
             return False
+        if receipts:
+            self._given += receipts
+            self.fresh += receipts
         if syncing.asleep:
             syncing.wake()
         if self._problem is not None and time.monotonic() > self._refusal + RETRY_SECONDS:
             self._recovered()
-        return True
-
-    def keep(self, record: bytes) -> bool:
-        """Put a receipt on the disk; False when that takes nothing."""
-        if not self.note(record):
-            return False
-        self._given += 1
-        self.fresh += 1
         return True
 
     def remember(self, record: bytes) -> None:
@@ -139,10 +136,10 @@ class Journal:
         self._tried = time.monotonic()
         try:
             self.take_over()
-            spool = Spool.open(self.folder, most_bytes=self.most_bytes)
+            spool = Spool.open(self.folder, most_bytes=self.most_bytes, in_memory=IN_MEMORY)
             while spool.left.records:  # of one who died this moment
                 self._sources.append(self._former(spool))
-                spool = Spool.open(self.folder, most_bytes=self.most_bytes)
+                spool = Spool.open(self.folder, most_bytes=self.most_bytes, in_memory=IN_MEMORY)
         except OSError as error:
             self._refused(error)
             if error.errno not in _HOPELESS:

@@ -156,7 +156,7 @@ class Ledger:
         begun = writer.begin(call)
         if begun is None and config.when_full == "refuse":
             raise _unavailable()
-        if config.sync == "call" and isinstance(begun, bytes):
+        if config.sync == "call" and isinstance(begun, tuple):
             try:
                 await writer.synced(call, begun)
             except OSError as error:

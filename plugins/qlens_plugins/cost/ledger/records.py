@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from qlens import Call, Receipt
+from qlens import Receipt
 from qlens_plugins.cost.ledger import rows
 
 # Small letters: written by orjson. Capitals: by json, because there is a lone surrogate, or an integer beyond 64 bits,
@@ -22,7 +22,11 @@ _LOADS: Mapping[bytes, Callable[[bytes], Any]] = {
     _BEGUN_ODD: json.loads,
     _ENDED_ODD: json.loads,
 }
-_IS_BEGUN = _BEGUN[0]
+
+Ended = tuple[rows.Facts, rows.Facts]
+"""What was known of a call before, and how it ended."""
+Said = Sequence[Any]
+"""What a record says: what is known of a call that has begun, with its id in front, or an `Ended`."""
 
 
 class Record(NamedTuple):
@@ -60,31 +64,21 @@ class Record(NamedTuple):
         return self.before, rows.interrupted(self.before) if self.after is None else self.after
 
 
-def opening(call: Call) -> bytes:
-    """The record that a call may be sent from now on."""
-    return opened(rows.facts_before(call))
-
-
 def opened(facts: rows.Facts) -> bytes:
-    """The same, of what is known of the call."""
+    """The record that a call of which this is known may be sent from now on."""
     try:
-        # A copy, and so no longer than it is, as what orjson writes often is: it is kept for as long as the call runs.
+        # A copy, and so no longer than it is, as what orjson writes often is: it is kept until it is on the disk.
         return _BEGUN + orjson.dumps(facts, dict)
     except TypeError:
         return _BEGUN_ODD + _odd(facts)
 
 
-def closing(opening: bytes | None, receipt: Receipt) -> bytes:
-    """The record of how it ended; it says all, whether the other one was ever written or not."""
-    if opening is None:
-        opening = opened(rows.facts_of(receipt))
-    facts = rows.facts_after(receipt)
+def closed(said: Ended) -> bytes:
+    """The record of how a call ended; it says all, whether the other one was ever written or not."""
     try:
-        if opening[0] == _IS_BEGUN:
-            return b"e[%b,%b]" % (opening[1:], orjson.dumps(facts, dict))
+        return _ENDED + orjson.dumps(said, dict)
     except TypeError:
-        pass
-    return b"E[%b,%b]" % (opening[1:], _odd(facts))
+        return _ENDED_ODD + _odd(said)
 
 
 def voiding(id_: str) -> bytes:
@@ -111,5 +105,5 @@ def read(record: bytes) -> Record:
     return Record(found[0], found, None) if kind in (_BEGUN, _BEGUN_ODD) else Record(found[0][0], *found)
 
 
-def _odd(facts: rows.Facts) -> bytes:
+def _odd(facts: rows.Facts | Ended) -> bytes:
     return json.dumps(facts, default=dict).encode()

@@ -6,12 +6,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from attrs import define, field
 
 from qlens import Spool
-from qlens_plugins.cost.ledger import records
-from qlens_plugins.cost.ledger.records import Record
+from qlens_plugins.cost.ledger import records, rows
+from qlens_plugins.cost.ledger.records import Record, Said
 from qlens_plugins.cost.ledger.rows import AT_ONCE, Row
 
 log = logging.getLogger("qlens.ledger")
@@ -43,8 +44,8 @@ class Source:
     """Whether what a former owner left untold is kept until it is `told`."""
     _kept: deque[str | None] = field(factory=deque, init=False)
     """For each record that was read and is there still: the call that it waits for, None when for none."""
-    _running: dict[str, bytes] = field(factory=dict, init=False)
-    """The records of calls that have begun, by the call's id."""
+    _running: dict[str, bytes | Said] = field(factory=dict, init=False)
+    """The records of calls that have begun, or what they say, by the call's id."""
     _carried: set[str] = field(factory=set, init=False)
     """Calls whose record was written once more, which is not read yet."""
     _over: list[str] = field(factory=list, init=False)
@@ -77,7 +78,8 @@ class Source:
         found: list[Row] = []
         while len(found) < most:
             try:
-                chunk = self.spool.read(min(AT_ONCE, most - len(found)), after=len(self._kept))
+                # Half of them say that a call has begun, and make no row.
+                chunk = self.spool.read(min(2 * AT_ONCE, most - len(found)), after=len(self._kept))
             except OSError:
                 if found:  # they count as read already
                     return found
@@ -86,35 +88,46 @@ class Source:
                 return found + self._interrupted(most - len(found)) if self.is_former else found
             self._is_read = False
             for record in chunk:
-                found += self._understood(record)
+                if (row := self._understood(record)) is not None:
+                    found.append(row)
             time.sleep(PAUSE_SECONDS)
         return found
 
-    def _understood(self, data: bytes) -> list[Row]:
-        """The row that a record makes, if it makes one. One that cannot be understood must not hold up all others."""
+    def _understood(self, data: Any) -> Row | None:
+        """The row that a record makes, if it makes one. One that cannot be understood must not hold up all others.
+
+        It is the bytes that were read, or what was `Said` to this process.
+        """
         self._kept.append(None)
         try:
+            if not isinstance(data, bytes):
+                before = data[0]
+                if isinstance(before, str):
+                    self._begun(before, data)
+                    return None
+                self._over.append(before[0])
+                return rows.ended(before, data[1])
             # Of the own calls nearly all end: their beginnings are read no further than need be.
             if not self.is_former and (id_ := records.begun(data)) is not None:
                 self._begun(id_, data)
-                return []
+                return None
             record = records.read(data)
             if record.is_beginning:
                 self._begun(record.id, data)
-                return []
+                return None
             self._over.append(record.id)
             if record.is_void:
-                return []
+                return None
             row = record.row
             if self.tells:
                 self._hold(record)
-            return [row]
+            return row
         except Exception:
             log.exception("ledger: a record in %s cannot be understood and is lost: %r", self.spool.place, data)
             self.lost(1)
-            return []
+            return None
 
-    def _begun(self, id_: str, data: bytes) -> None:
+    def _begun(self, id_: str, data: bytes | Said) -> None:
         self._kept[-1] = id_
         if id_ in self._carried:
             self._carried.remove(id_)  # it is running still, or over since
@@ -133,7 +146,7 @@ class Source:
         over = set(self._over)
         ids = [id_ for id_ in self._running if id_ not in over]
         self._is_read = len(ids) <= most
-        found = [records.read(self._running[id_]) for id_ in ids[:most]]
+        found = [records.read(data) for id_ in ids[:most] if isinstance(data := self._running[id_], bytes)]
         self._over += ids[:most]
         if self.tells:
             for record in found:
@@ -171,12 +184,15 @@ class Source:
             count += 1
         self.spool.shipped(count)
 
+    def _append(self, data: bytes | Said) -> None:
+        self.spool.append(data if isinstance(data, bytes) else records.opened(data), data)
+
     def _carry(self) -> None:
         """Write the records of calls that run long once more, at the end: then all that stand behind them may go."""
         try:
             for place, id_ in enumerate(self._kept):
                 if id_ in self._running:
-                    self.spool.append(self._running[id_])
+                    self._append(self._running[id_])
                     self._carried.add(id_)
                     self._kept[place] = None
             self.spool.sync()

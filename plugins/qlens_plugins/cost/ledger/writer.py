@@ -43,11 +43,11 @@ GRACE_SECONDS = 5.0
 class Promised:
     """A call that the disk has no record of; its receipt has a place in memory."""
 
-    opening: bytes
+    facts: rows.Facts
 
 
-Begun = bytes | Promised
-"""What `begin` gives for a call, the record on the disk if it is there, and `keep` or `void` takes back."""
+Begun = rows.Facts | Promised
+"""What `begin` gives for a call, what the record on the disk says if it is there, and `keep` or `void` takes back."""
 
 
 @define(eq=False)
@@ -165,25 +165,27 @@ class Writer:
 
     def begin(self, call: Call) -> Begun | None:
         """Note that a call may be sent from now on; None when there is no place for that."""
-        opening = records.opening(call)
-        if self.journal.note(opening):
-            return opening
+        facts = rows.facts_before(call)
+        if self.journal.note(records.opened(facts), facts):
+            return facts
         if not self._has_place:
             return None
         self._promised += 1
-        return Promised(opening)
+        return Promised(facts)
 
     def keep(self, receipt: Receipt, begun: Begun | None = None) -> bool:
         """Put a receipt in the queue; False when it has no place there, because the call had not begun."""
         try:
-            record = records.closing(begun if type(begun) is bytes else self._redeemed(begun), receipt)
+            before = begun if type(begun) is tuple else self._redeemed(begun) or rows.facts_of(receipt)
+            said = before, rows.facts_after(receipt)
+            record = records.closed(said)
         except Exception:
             # One receipt that cannot be written down must not hold up all that come after it.
             log.exception("ledger %s: receipt %s cannot be written down and is lost", self.store, receipt.id)
             self.dropped(1)
             return True
         journal = self.journal
-        if not journal.keep(record):
+        if not journal.note(record, said, 1):
             if begun is None and not self._has_place:
                 return False
             journal.remember(record)
@@ -216,11 +218,11 @@ class Writer:
             return False
         return self.journal.in_memory + self._promised < self.queue_size
 
-    def _redeemed(self, begun: Begun | None) -> bytes | None:
+    def _redeemed(self, begun: Begun | None) -> rows.Facts | None:
         """What is known of a call from before, whose place in memory is free again."""
         if isinstance(begun, Promised):
             self._promised -= 1
-            return begun.opening
+            return begun.facts
         return begun
 
     def count(self, receipt: Receipt) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from operator import attrgetter
 from typing import Literal
 
 from attrs import define, field, frozen
@@ -43,6 +44,10 @@ _COUNTED_IN = {
     "output": ("reasoning", "audio_out"),
 }
 """The buckets in which tokens may turn out to be that a bound has in one."""
+
+
+_beside = attrgetter("cached_input", "cache_write_5m", "cache_write_1h", "reasoning", "audio_in", "audio_out", "meters")
+"""What of a usage most calls do not use."""
 
 
 @frozen
@@ -101,24 +106,11 @@ class Rates:
 
     def cost(self, usage: Usage, state: Literal["exact", "estimated"]) -> Cost | None:
         """What a usage costs: each bucket and meter that was used, once; None when one of them has no price."""
-        # Spelled out: a loop over the names of the buckets takes twice as long, and few of them are used.
         sent, got = usage.input, usage.output
-        if (
-            sent
-            and got
-            and self.has_both
-            and not (
-                usage.cached_input
-                or usage.meters
-                or usage.reasoning
-                or usage.cache_write_5m
-                or usage.cache_write_1h
-                or usage.audio_in
-                or usage.audio_out
-            )
-        ):
+        if sent and got and self.has_both and not any(_beside(usage)):
             each, other = self.input, self.output
             return Cost(sent * each + got * other, state, self.id, (("input", sent, each), ("output", got, other)))
+        # Spelled out: a loop over the names of the buckets takes twice as long, and few of them are used.
         lines: list[tuple[str, int, int]] = []
         if usage.input:
             lines.append(("input", usage.input, self.input))
@@ -185,6 +177,13 @@ class Entry:
         tiers.update(dict.fromkeys(STANDARD_TIERS, standard))
         return cls(rows[0].above_prompt_tokens, standard, tiers, dearest)
 
+    def cost(self, usage: Usage) -> Cost | None:
+        """What a usage costs: exactly, if the provider counted it and its tier has a price."""
+        rates = self.tiers.get(usage.tier)
+        if rates is None:
+            return self.standard.cost(usage, "estimated")
+        return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
+
 
 def _nothing(row: PriceRow) -> Rates:
     """The prices of the standard tier where only others have some."""
@@ -228,12 +227,7 @@ class Sheet:
         None when part of it has no price.
         """
         entry = self.only or self._entry(usage.prompt)
-        if entry is None:
-            return None
-        rates = entry.tiers.get(usage.tier)
-        if rates is None:
-            return entry.standard.cost(usage, "estimated")
-        return rates.cost(usage, "exact" if usage.source == "provider" else "estimated")
+        return None if entry is None else entry.cost(usage)
 
     def _entry(self, prompt: int) -> Entry | None:
         return next((entry for entry in self.entries if not entry.above or prompt > entry.above), None)

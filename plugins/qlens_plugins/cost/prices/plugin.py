@@ -89,6 +89,11 @@ class Prices:
     Config = PricesConfig
     shares = "store"  # it refuses by its table, and counts nothing: all workers say the same
 
+    def __new__(cls, config: PricesConfig, name: str) -> Prices:
+        """An instance that refuses calls only where the table is strict: no other call pays for being asked about."""
+        del name
+        return object.__new__(StrictPrices if config.strict else cls)
+
     @property
     def book(self) -> Book:
         """The table in use. It is read when first asked for; a gateway that serves has read it before."""
@@ -181,36 +186,9 @@ class Prices:
         is_bound = usage is call.bound
         if sheet.by_request and (call.operation.meters or _has_passed(call, usage)):
             usage = evolve(usage, meters={**usage.meters, REQUESTS: 1})
-        return sheet.bound(usage) if is_bound else sheet.cost(usage)
-
-    @hookimpl
-    async def admit(self, call: Call) -> None:
-        """Refuse what could not be priced, when the table is strict."""
-        if not self.config.strict or call.model is None:
-            return
-        # A bound counts tokens of audio as those of texts.
-        if call.bound_cost.picos is not None and not (call.body and call.body.get("modalities")):
-            return
-        ways = needed(call)
-        sheets = [self.book.find(target, call.wall_ns) for target in self._targets(call.model)]
-        if not ways or all(any(sheet.bills(way) for way in ways) for sheet in sheets):
-            return
-        wanted = " or of ".join(" and ".join(way) for way in ways)
-        raise InvalidRequest(
-            f"The model `{call.model.name}`, or a fallback of it, has no price of {wanted}, by which this call would "
-            "be billed, and this gateway refuses calls that it cannot price. Its operator can add a row to the price "
-            "table: `qlens prices` shows what is there.",
-            param="model",
-            code="model_unpriced",
-        )
-
-    def _targets(self, model: Model) -> Iterable[Target]:
-        """All that a call for a model may be sent to."""
-        yield from model.candidates
-        names = dict.fromkeys(name for names in model.fallbacks.values() for name in names)
-        for name in names:
-            fallback = self._gateway.models.resolve(name) if self._gateway is not None else None
-            yield from fallback.candidates if fallback is not None else ()
+        if (entry := sheet.only) is None:
+            return sheet.bound(usage) if is_bound else sheet.cost(usage)
+        return entry.dearest.cost(usage, "estimated") if is_bound else entry.cost(usage)
 
     @hookimpl
     def explain(self, call: Call) -> Iterable[str]:
@@ -245,6 +223,40 @@ class Prices:
             return 0
 
         yield Command("prices", listing.HELP, listing.add_arguments, run)
+
+
+@define(eq=False)
+class StrictPrices(Prices):
+    """The same with a table that must know a price of all that calls may cost."""
+
+    @hookimpl
+    async def admit(self, call: Call) -> None:
+        """Refuse what could not be priced, when the table is strict."""
+        if call.model is None:
+            return
+        # A bound counts tokens of audio as those of texts.
+        if call.bound_cost.picos is not None and not (call.body and call.body.get("modalities")):
+            return
+        ways = needed(call)
+        sheets = [self.book.find(target, call.wall_ns) for target in self._targets(call.model)]
+        if not ways or all(any(sheet.bills(way) for way in ways) for sheet in sheets):
+            return
+        wanted = " or of ".join(" and ".join(way) for way in ways)
+        raise InvalidRequest(
+            f"The model `{call.model.name}`, or a fallback of it, has no price of {wanted}, by which this call would "
+            "be billed, and this gateway refuses calls that it cannot price. Its operator can add a row to the price "
+            "table: `qlens prices` shows what is there.",
+            param="model",
+            code="model_unpriced",
+        )
+
+    def _targets(self, model: Model) -> Iterable[Target]:
+        """All that a call for a model may be sent to."""
+        yield from model.candidates
+        names = dict.fromkeys(name for names in model.fallbacks.values() for name in names)
+        for name in names:
+            fallback = self._gateway.models.resolve(name) if self._gateway is not None else None
+            yield from fallback.candidates if fallback is not None else ()
 
 
 def _has_passed(call: Call, usage: Usage) -> bool:

@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from attrs import define, field
 
 from qlens import CallError, Receipt
-from qlens_plugins.rate_limit.token_bucket.meters import MICROSECOND, Cap, Key, Meter
+from qlens_plugins.rate_limit.token_bucket.meters import NANOSECOND, Cap, Key, Meter
 from qlens_plugins.rate_limit.token_bucket.plans import Hold, Place, Plan, Share, owed, owed_to
 from qlens_plugins.rate_limit.token_bucket.refusals import crowded, limited, too_large
 from qlens_plugins.rate_limit.token_bucket.shown import Used
@@ -84,9 +84,9 @@ class Levels:
         now = self.now()
         for share in plan.shares:
             level = share.level
-            needed = (tokens if share.counts_tokens else 1) * share.unit
+            needed = tokens * share.unit if share.counts_tokens else share.unit
             full_at = level.full_at
-            missing = needed + (full_at - now if full_at > now else 0)
+            missing = needed + full_at - now if full_at > now else needed
             if missing > share.room and needed:
                 return self._undone(plan, tokens, now, share)
             level.full_at = now + missing
@@ -179,7 +179,6 @@ def refusal(plan: Plan[Level, Seats], tokens: int, now: int) -> CallError:
     return crowded(full.cap, full.key, full.seats.running)
 
 
-def clock(monotonic: Callable[[], float]) -> Callable[[], int]:
+def clock(monotonic_ns: Callable[[], int]) -> Callable[[], int]:
     """A clock in picoseconds."""
-    # Through whole microseconds, which is as fine as seconds in a float are.
-    return lambda: round(monotonic() * 1_000_000) * MICROSECOND
+    return lambda: monotonic_ns() * NANOSECOND

@@ -14,6 +14,7 @@ from qlens_plugins.rate_limit.token_bucket.settings import Rule
 SECOND = 10**12
 """Times are whole picoseconds: fine enough that a rate's rounding is lost in a clock's own."""
 MICROSECOND = 10**6
+NANOSECOND = 1000
 _MINUTE = 60 * SECOND
 
 ALLOWANCE = "of the key's allowance"

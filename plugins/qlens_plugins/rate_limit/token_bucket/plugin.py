@@ -62,7 +62,7 @@ class TokenBucket:
     @asynccontextmanager
     async def lifespan(self, gateway: Gateway) -> AsyncIterator[None]:
         """Take the clock, this worker's share of the limits, and the store."""
-        self.gateway, now = gateway, clock(gateway.clock.monotonic)
+        self.gateway, now = gateway, clock(gateway.clock.monotonic_ns)
         states, store = self._states, self.config.store
         workers = gateway.config.server.workers if gateway.url else 1
         if isinstance(states, Levels):
