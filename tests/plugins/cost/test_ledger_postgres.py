@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from cuts import CommitCut
-from ledgers import PostgresPlace
+from ledgers import PostgresPlace, SqlitePlace
 
 from qlens import (
     Caller,
@@ -35,13 +37,13 @@ from qlens import (
 from qlens.testing import Running, running
 from qlens.testing.faults import fault_proxy
 from qlens.testing.postgres import PostgresServer, postgres_server
+from qlens_plugins.cost.ledger import backup, rows, sums, verifying, writer
 from qlens_plugins.cost.ledger import reader as reading
-from qlens_plugins.cost.ledger import rows, sums, verifying, writer
 from qlens_plugins.cost.ledger.plugin import LedgerConfig
 from qlens_plugins.cost.ledger.postgres import PostgresStore, schema, store
 from qlens_plugins.cost.ledger.postgres.schema import MIGRATIONS, Month
 from qlens_plugins.cost.ledger.reader import Reader
-from qlens_plugins.cost.ledger.rollups import GROUPS
+from qlens_plugins.cost.ledger.rollups import DAY, GROUPS
 from qlens_plugins.cost.ledger.store import Batch, Database, StoreAway, TookTooLong
 from qlens_plugins.cost.ledger.sums import Question
 
@@ -300,6 +302,35 @@ def test_somebody_who_reads_for_long_keeps_no_receipt_waiting(
     ledger.close()
 
 
+async def test_what_is_asked_while_a_month_is_dropped_misses_nothing(place: PostgresPlace, tmp_path: Path) -> None:
+    """A client is refused rather than told of less, `verify` finds no difference, and a backup has what is left."""
+    day, copy = NOON // DAY * DAY, tmp_path / "ledger.jsonl"
+    waits = "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with running(config(place.url).replace("plugin: anonymous", "plugin: anonymous, roles: [admin]")) as gateway:
+        ledger = place.store()
+        await asyncio.to_thread(ledger.write, "one", Batch(1, [rows.row(receipt(n)) for n in range(50)], {}))
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await schema.forget(other, 2**62)
+            answer = asyncio.create_task(gateway.get(f"/v1/usage/summary?group_by=user_id&start_time={day}"))
+            verdict = asyncio.create_task(asyncio.to_thread(ledger.reading(30).run, verifying.verify))
+            saved = asyncio.create_task(
+                asyncio.to_thread(ledger.reading(30).run, lambda database: backup.write(database, copy))
+            )
+            await until(lambda: place.rows(waits) == [{"n": 3}])
+        await other.close()
+        assert "receipts_deleted" in (await answer).text
+        assert (await verdict).told == []
+        assert (await saved).rests > 0
+        await asyncio.to_thread(ledger.close)
+    new = SqlitePlace(tmp_path / "new.db")
+    restored = new.store()
+    restored.connect()
+    backup.Source(copy).restore(restored, lambda: None)
+    restored.close()
+    assert new.rows("SELECT sum(calls) AS n FROM usage_days") == [{"n": 50}]
+
+
 def test_a_name_that_is_too_long_for_a_key_is_cut_and_still_another_s(place: PostgresPlace) -> None:
     ledger = place.store()
     seed = random.Random(7)
@@ -351,6 +382,7 @@ def test_a_command_may_take_its_time_between_two_statements(
 ) -> None:
     monkeypatch.setattr("qlens.stores.postgres._SETTINGS", "SET idle_in_transaction_session_timeout = '100ms'")
     ledger = place.store()
+    ledger.connect()
 
     def slow(database: Database) -> Any:
         time.sleep(0.5)

@@ -107,6 +107,8 @@ class PostgresReading:
         if self.seconds == math.inf:
             # A command may take its time between two statements: `verify` does with each large day.
             begin += "; SET LOCAL idle_in_transaction_session_timeout = 0"
+        # Before anything is read: who waited later until a month is dropped would read on as of before, without it.
+        begin += "; LOCK TABLE ONLY receipts IN ACCESS SHARE MODE"
         line.execute(begin, last - time.monotonic())
         if self._stopped:
             raise TookTooLong
