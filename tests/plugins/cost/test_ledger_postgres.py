@@ -302,6 +302,47 @@ def test_somebody_who_reads_for_long_keeps_no_receipt_waiting(
     ledger.close()
 
 
+async def test_a_user_who_may_not_make_partitions_still_writes_receipts(place: PostgresPlace) -> None:
+    """The tables are another's, who made a month's partition before it came, so far."""
+    owner = place.store()
+    await asyncio.to_thread(owner.connect)
+    place.execute("CREATE ROLE clerk LOGIN PASSWORD 'example-password'")
+    try:
+        place.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO clerk")
+        async with running(config(place.url.replace("qlens:", "clerk:"))) as gateway:
+            assert await call(gateway) == 200
+            await until(lambda: partitions_of(place) == {"receipts_other": 1})
+            assert gateway.plugin("cost", "ledger").health().ok
+        await asyncio.to_thread(owner.write, "one", Batch(1, [rows.row(receipt(1))], {}))
+        await asyncio.to_thread(owner.close)
+        assert partitions_of(place) == {Month.at(time.time()).table: 1, "receipts_2025_11": 1}
+    finally:
+        place.execute("DROP OWNED BY clerk")
+        place.execute("DROP ROLE clerk")
+
+
+async def test_a_partition_that_takes_too_long_to_be_made_keeps_no_receipt_waiting(
+    place: PostgresPlace, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = place.store()
+    await asyncio.to_thread(ledger.connect)
+    ledger._next_try = time.monotonic() + 1000
+    await asyncio.to_thread(
+        ledger.write, "one", Batch(1, [rows.row(receipt(1, id=f"{Month.at(time.time()).first_id}-7"))], {})
+    )
+    await asyncio.to_thread(ledger.close)
+    # As with many receipts that have to be moved.
+    place.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(20); RETURN OLD; END'"
+    )
+    place.execute("CREATE TRIGGER slow BEFORE DELETE ON receipts_other FOR EACH ROW EXECUTE FUNCTION slow()")
+    monkeypatch.setattr(store, "WRITE_SECONDS", 1)
+    async with running(config(place.url)) as gateway:
+        assert await call(gateway) == 200
+        await until(lambda: partitions_of(place) == {"receipts_other": 2})
+        await until(lambda: gateway.plugin("cost", "ledger").health().ok)
+
+
 async def test_what_is_asked_while_a_month_is_dropped_misses_nothing(place: PostgresPlace, tmp_path: Path) -> None:
     """A client is refused rather than told of less, `verify` finds no difference, and a backup has what is left."""
     day, copy = NOON // DAY * DAY, tmp_path / "ledger.jsonl"

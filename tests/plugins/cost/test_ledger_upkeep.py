@@ -463,7 +463,7 @@ def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkey
         ("DELETE FROM usage_coarse_days", "calls is 1 in the receipts, 0 in the roll-ups"),
         ("UPDATE usage_coarse_days SET failed = failed + 1", "failed is 0 in the receipts, 1 in the roll-ups"),
         ("UPDATE usage_coarse_latencies SET calls = calls + 1", "the latencies in the roll-ups are not those"),
-        ("UPDATE usage_groups SET tags = '{\"team\":\"b\"}'", "calls is 0 in the receipts, 1 in the roll-ups"),
+        ('UPDATE usage_groups SET tags = \'{"team":"b"}\'', "calls is 0 in the receipts, 1 in the roll-ups"),
     ],
 )
 def test_verify_sees_a_difference(
