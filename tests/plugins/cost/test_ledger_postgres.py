@@ -209,6 +209,34 @@ async def test_a_server_that_falls_silent_is_left_after_a_while(
     assert len(place.rows("SELECT id FROM receipts")) == 2
 
 
+async def test_a_connection_that_the_server_ends_is_told_as_that(
+    place: PostgresPlace, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not as what the client's library could then not do any more."""
+    ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'qlens ledger'"
+    async with running(config(place.url)) as gateway:
+        plugin = gateway.plugin("cost", "ledger")
+        assert await call(gateway) == 200
+        await until(lambda: plugin.writer.waiting == 0)
+        await asyncio.to_thread(place.execute, ends)
+        assert await call(gateway) == 200
+        await until(lambda: plugin.writer.waiting == 0)
+        # While it waits for somebody's lock, too.
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await other.execute("LOCK TABLE usage_days")
+            assert await call(gateway) == 200
+            waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            await until(lambda: place.rows(waits))
+            await asyncio.to_thread(place.execute, ends)
+        await other.close()
+        await until(lambda: plugin.writer.waiting == 0 and plugin.health().ok)
+    told = [record.message.partition("try again: ")[2] for record in caplog.records if "cannot write" in record.message]
+    assert len(told) == 2, told
+    assert told[0] == "the server has closed the connection"
+    assert told[1].endswith("terminating connection due to administrator command")
+
+
 # --- writers at once ---------------------------------------------------------------------------
 
 
