@@ -371,6 +371,24 @@ async def test_a_partition_that_takes_too_long_to_be_made_keeps_no_receipt_waiti
         await until(lambda: gateway.plugin("cost", "ledger").health().ok)
 
 
+async def test_a_gateway_whose_clock_is_ahead_deletes_nothing_that_others_keep(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns, month = time.time_ns, Month.at(time.time())
+    old = Month.at(month.begin.timestamp() - 86_400 * 200)
+    ledger = place.store()
+    made = [receipt(n, id=f"{each.first_id}-7", wall_ns=now_ns()) for n, each in enumerate((old, month))]
+    await asyncio.to_thread(ledger.write, "one", Batch(1, [rows.row(each) for each in made], {}))
+    await asyncio.to_thread(ledger.close)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 730 * 86_400 * 10**9)
+    async with running(config(place.url, "flush_seconds: 0.01, keep_days: 30")) as gateway:
+        assert await call(gateway) == 200
+        await until(lambda: gateway.plugin("cost", "ledger").writer._next_look > 0)
+    # By the server's clock it is long ago, too.
+    assert old.table not in partitions_of(place)
+    assert partitions_of(place)[month.table] > 0
+
+
 async def test_what_is_asked_while_a_month_is_dropped_misses_nothing(place: PostgresPlace, tmp_path: Path) -> None:
     """A client is refused rather than told of less, `verify` finds no difference, and a backup has what is left."""
     day, copy = NOON // DAY * DAY, tmp_path / "ledger.jsonl"
