@@ -477,6 +477,20 @@ def test_verify_sees_a_difference(
     assert "differences" in out.splitlines()[-1]
 
 
+def test_a_server_that_takes_nothing_is_read_all_the_same(
+    postgres: PostgresServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a standby is: who takes backups of it keeps no gateway waiting."""
+    place = PostgresPlace(postgres, postgres.new_database())
+    fill(place.store(), 10)
+    place.execute(f"ALTER DATABASE {place.name} SET default_transaction_read_only = on")
+    assert qlens(tmp_path, place, "verify") == 0
+    assert qlens(tmp_path, place, "backup", str(tmp_path / "ledger.jsonl")) == 0
+    assert "10 receipts and 1 counts of refused calls" in capsys.readouterr().out
+    assert qlens(tmp_path, place, "migrate") == 1
+    assert "read-only transaction" in capsys.readouterr().err
+
+
 def test_migrate_makes_the_tables(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert qlens(tmp_path, place, "migrate") == 0
     assert "has the tables of this version" in capsys.readouterr().out
