@@ -88,7 +88,11 @@ class PostgresReading:
             self._use(line)
             try:
                 answer = self._asked(line, question, last)
-            except (asyncio.CancelledError, TimeoutError, asyncpg.QueryCanceledError) as error:
+            except (asyncio.CancelledError, TimeoutError) as error:
+                raise TookTooLong from error
+            except asyncpg.QueryCanceledError as error:
+                if self.seconds == math.inf:
+                    raise  # there was no limit: somebody at the server has ended it
                 raise TookTooLong from error
             finally:
                 self._use(None)
