@@ -623,6 +623,33 @@ def test_a_newer_version_s_tables_are_written_when_it_says_so(
     ledger.close()
 
 
+async def test_an_upgrade_may_take_longer_than_other_plugins_may_to_open(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlens.gateway.OPEN_SECONDS", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", MIGRATIONS[:1])
+        old = place.store()
+        await asyncio.to_thread(old.write, "old", Batch(1, [rows.row(receipt(1))], {}))
+        await asyncio.to_thread(old.close)
+    other = await asyncpg.connect(place.url)
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute("LOCK TABLE usage_groups")
+
+    async def slow() -> None:
+        await asyncio.sleep(1)
+        await transaction.rollback()
+        await other.close()
+
+    upgrading = asyncio.create_task(slow())
+    async with running(config(place.url)) as gateway:
+        assert upgrading.done()
+        assert gateway.plugin("cost", "ledger").health().ok
+        assert place.rows("SELECT sum(calls) AS n FROM usage_coarse_days") == [{"n": 1}]
+    await upgrading
+
+
 def test_what_is_written_is_on_the_disk_whatever_the_server_does_for_others(place: PostgresPlace) -> None:
     ledger = place.store()
     ledger.connect()
