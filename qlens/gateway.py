@@ -87,15 +87,16 @@ class _Lifespan:
     async def open(self, manager: AbstractAsyncContextManager[None]) -> None:
         opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._hold(manager, opened), name=f"lifespan {self.instance.key}")
+        seconds = getattr(self.instance.plugin, "open_seconds", OPEN_SECONDS)
         try:
-            async with asyncio.timeout(OPEN_SECONDS) as timer:
+            async with asyncio.timeout(seconds) as timer:
                 await opened
         except (TimeoutError, asyncio.CancelledError) as error:
             await self._give_up()
             if not timer.expired():
                 raise
             plugin = self.instance.entry.plugin
-            raise StartupError(f"{plugin} did not open within {OPEN_SECONDS} s") from error
+            raise StartupError(f"{plugin} did not open within {seconds:g} s") from error
 
     async def _hold(self, manager: AbstractAsyncContextManager[None], opened: asyncio.Future[None]) -> None:
         try:

@@ -73,7 +73,7 @@ def lifespan(gateway: Gateway) -> AbstractAsyncContextManager[None]:  # type: ig
     """Hold what the plugin needs while it serves: connections, tasks, files.
 
     Entered at start-up before the socket opens, and on reload; left after the last call of this configuration settled.
-    Opening may take 60 s and closing 30 s; then it is cancelled.
+    Opening may take 60 s, or the plugin's `open_seconds`, and closing 30 s; then it is cancelled.
     Return an async context manager. `gateway` gives http, metrics, stores, models, providers, clock, worker, audit and
     events; `gateway.reach(network)` gives http or, for a setting of type Network, connections that close with it.
     Raise StartupError for a fault the operator must mend; a backend that is down must not fail it: show it in `health`.

@@ -58,11 +58,20 @@ def postgres_errors(away: type[Exception], place: str | None = None) -> Iterator
     try:
         yield
     except _FAILURES as error:
-        text = str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
+        text = _reason(error)
         for kind, problem in _HOPELESS.items() if place is not None else ():
             if isinstance(error, kind):
                 raise StartupError(f"{place}: {problem} ({text})") from error
         raise away(text) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What has happened, where asyncpg tells of what it then could not do itself: end a transaction, say."""
+    while isinstance(error, asyncpg.InterfaceError) and isinstance(error.__context__, _FAILURES):
+        error = error.__context__
+    if isinstance(error, asyncpg.InternalClientError):
+        return "the server has closed the connection"
+    return str(error) or ("no answer in time" if isinstance(error, TimeoutError) else type(error).__name__)
 
 
 @define(eq=False)

@@ -13,11 +13,13 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from cuts import CommitCut
-from ledgers import PostgresPlace
+from ledgers import PostgresPlace, SqlitePlace
 
 from qlens import (
     Caller,
@@ -35,13 +37,13 @@ from qlens import (
 from qlens.testing import Running, running
 from qlens.testing.faults import fault_proxy
 from qlens.testing.postgres import PostgresServer, postgres_server
+from qlens_plugins.cost.ledger import backup, rows, sums, verifying, writer
 from qlens_plugins.cost.ledger import reader as reading
-from qlens_plugins.cost.ledger import rows, sums, verifying, writer
 from qlens_plugins.cost.ledger.plugin import LedgerConfig
 from qlens_plugins.cost.ledger.postgres import PostgresStore, schema, store
 from qlens_plugins.cost.ledger.postgres.schema import MIGRATIONS, Month
 from qlens_plugins.cost.ledger.reader import Reader
-from qlens_plugins.cost.ledger.rollups import GROUPS
+from qlens_plugins.cost.ledger.rollups import DAY, GROUPS
 from qlens_plugins.cost.ledger.store import Batch, Database, StoreAway, TookTooLong
 from qlens_plugins.cost.ledger.sums import Question
 
@@ -207,6 +209,34 @@ async def test_a_server_that_falls_silent_is_left_after_a_while(
     assert len(place.rows("SELECT id FROM receipts")) == 2
 
 
+async def test_a_connection_that_the_server_ends_is_told_as_that(
+    place: PostgresPlace, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And not as what the client's library could then not do any more."""
+    ends = "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'qlens ledger'"
+    async with running(config(place.url)) as gateway:
+        plugin = gateway.plugin("cost", "ledger")
+        assert await call(gateway) == 200
+        await until(lambda: plugin.writer.waiting == 0)
+        await asyncio.to_thread(place.execute, ends)
+        assert await call(gateway) == 200
+        await until(lambda: plugin.writer.waiting == 0)
+        # While it waits for somebody's lock, too.
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await other.execute("LOCK TABLE usage_days")
+            assert await call(gateway) == 200
+            waits = "SELECT pid FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            await until(lambda: place.rows(waits))
+            await asyncio.to_thread(place.execute, ends)
+        await other.close()
+        await until(lambda: plugin.writer.waiting == 0 and plugin.health().ok)
+    told = [record.message.partition("try again: ")[2] for record in caplog.records if "cannot write" in record.message]
+    assert len(told) == 2, told
+    assert told[0] == "the server has closed the connection"
+    assert told[1].endswith("terminating connection due to administrator command")
+
+
 # --- writers at once ---------------------------------------------------------------------------
 
 
@@ -300,6 +330,94 @@ def test_somebody_who_reads_for_long_keeps_no_receipt_waiting(
     ledger.close()
 
 
+async def test_a_user_who_may_not_make_partitions_still_writes_receipts(place: PostgresPlace) -> None:
+    """The tables are another's, who made a month's partition before it came, so far."""
+    owner = place.store()
+    await asyncio.to_thread(owner.connect)
+    place.execute("CREATE ROLE clerk LOGIN PASSWORD 'example-password'")
+    try:
+        place.execute("GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO clerk")
+        async with running(config(place.url.replace("qlens:", "clerk:"))) as gateway:
+            assert await call(gateway) == 200
+            await until(lambda: partitions_of(place) == {"receipts_other": 1})
+            assert gateway.plugin("cost", "ledger").health().ok
+        await asyncio.to_thread(owner.write, "one", Batch(1, [rows.row(receipt(1))], {}))
+        await asyncio.to_thread(owner.close)
+        assert partitions_of(place) == {Month.at(time.time()).table: 1, "receipts_2025_11": 1}
+    finally:
+        place.execute("DROP OWNED BY clerk")
+        place.execute("DROP ROLE clerk")
+
+
+async def test_a_partition_that_takes_too_long_to_be_made_keeps_no_receipt_waiting(
+    place: PostgresPlace, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = place.store()
+    await asyncio.to_thread(ledger.connect)
+    ledger._next_try = time.monotonic() + 1000
+    await asyncio.to_thread(
+        ledger.write, "one", Batch(1, [rows.row(receipt(1, id=f"{Month.at(time.time()).first_id}-7"))], {})
+    )
+    await asyncio.to_thread(ledger.close)
+    # As with many receipts that have to be moved.
+    place.execute(
+        "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(20); RETURN OLD; END'"
+    )
+    place.execute("CREATE TRIGGER slow BEFORE DELETE ON receipts_other FOR EACH ROW EXECUTE FUNCTION slow()")
+    monkeypatch.setattr(store, "WRITE_SECONDS", 1)
+    async with running(config(place.url)) as gateway:
+        assert await call(gateway) == 200
+        await until(lambda: partitions_of(place) == {"receipts_other": 2})
+        await until(lambda: gateway.plugin("cost", "ledger").health().ok)
+
+
+async def test_a_gateway_whose_clock_is_ahead_deletes_nothing_that_others_keep(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_ns, month = time.time_ns, Month.at(time.time())
+    old = Month.at(month.begin.timestamp() - 86_400 * 200)
+    ledger = place.store()
+    made = [receipt(n, id=f"{each.first_id}-7", wall_ns=now_ns()) for n, each in enumerate((old, month))]
+    await asyncio.to_thread(ledger.write, "one", Batch(1, [rows.row(each) for each in made], {}))
+    await asyncio.to_thread(ledger.close)
+    monkeypatch.setattr(time, "time_ns", lambda: now_ns() + 730 * 86_400 * 10**9)
+    async with running(config(place.url, "flush_seconds: 0.01, keep_days: 30")) as gateway:
+        assert await call(gateway) == 200
+        await until(lambda: gateway.plugin("cost", "ledger").writer._next_look > 0)
+    # By the server's clock it is long ago, too.
+    assert old.table not in partitions_of(place)
+    assert partitions_of(place)[month.table] > 0
+
+
+async def test_what_is_asked_while_a_month_is_dropped_misses_nothing(place: PostgresPlace, tmp_path: Path) -> None:
+    """A client is refused rather than told of less, `verify` finds no difference, and a backup has what is left."""
+    day, copy = NOON // DAY * DAY, tmp_path / "ledger.jsonl"
+    waits = "SELECT count(*) AS n FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    async with running(config(place.url).replace("plugin: anonymous", "plugin: anonymous, roles: [admin]")) as gateway:
+        ledger = place.store()
+        await asyncio.to_thread(ledger.write, "one", Batch(1, [rows.row(receipt(n)) for n in range(50)], {}))
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await schema.forget(other, 2**62)
+            answer = asyncio.create_task(gateway.get(f"/v1/usage/summary?group_by=user_id&start_time={day}"))
+            verdict = asyncio.create_task(asyncio.to_thread(ledger.reading(30).run, verifying.verify))
+            saved = asyncio.create_task(
+                asyncio.to_thread(ledger.reading(30).run, lambda database: backup.write(database, copy))
+            )
+            await until(lambda: place.rows(waits) == [{"n": 3}])
+        await other.close()
+        assert "receipts_deleted" in (await answer).text
+        assert (await verdict).told == []
+        assert (await saved).rests > 0
+        await asyncio.to_thread(ledger.close)
+    new = SqlitePlace(tmp_path / "new.db")
+    restored = new.store()
+    restored.connect()
+    backup.Source(copy).restore(restored, lambda: None)
+    restored.close()
+    assert new.rows("SELECT sum(calls) AS n FROM usage_days") == [{"n": 50}]
+
+
 def test_a_name_that_is_too_long_for_a_key_is_cut_and_still_another_s(place: PostgresPlace) -> None:
     ledger = place.store()
     seed = random.Random(7)
@@ -351,6 +469,7 @@ def test_a_command_may_take_its_time_between_two_statements(
 ) -> None:
     monkeypatch.setattr("qlens.stores.postgres._SETTINGS", "SET idle_in_transaction_session_timeout = '100ms'")
     ledger = place.store()
+    ledger.connect()
 
     def slow(database: Database) -> Any:
         time.sleep(0.5)
@@ -502,6 +621,33 @@ def test_a_newer_version_s_tables_are_written_when_it_says_so(
     with pytest.raises(StartupError, match="upgrade QLens"):
         ledger.connect()
     ledger.close()
+
+
+async def test_an_upgrade_may_take_longer_than_other_plugins_may_to_open(
+    place: PostgresPlace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlens.gateway.OPEN_SECONDS", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(schema, "MIGRATIONS", MIGRATIONS[:1])
+        old = place.store()
+        await asyncio.to_thread(old.write, "old", Batch(1, [rows.row(receipt(1))], {}))
+        await asyncio.to_thread(old.close)
+    other = await asyncpg.connect(place.url)
+    transaction = other.transaction()
+    await transaction.start()
+    await other.execute("LOCK TABLE usage_groups")
+
+    async def slow() -> None:
+        await asyncio.sleep(1)
+        await transaction.rollback()
+        await other.close()
+
+    upgrading = asyncio.create_task(slow())
+    async with running(config(place.url)) as gateway:
+        assert upgrading.done()
+        assert gateway.plugin("cost", "ledger").health().ok
+        assert place.rows("SELECT sum(calls) AS n FROM usage_coarse_days") == [{"n": 1}]
+    await upgrading
 
 
 def test_what_is_written_is_on_the_disk_whatever_the_server_does_for_others(place: PostgresPlace) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import pytest
 from ledgers import Place, PostgresPlace, SqlitePlace
 
@@ -16,7 +17,7 @@ from qlens import Caller, Cost, Receipt, Target, Usage, usd
 from qlens.cli import main
 from qlens.testing import running
 from qlens.testing.postgres import PostgresServer
-from qlens_plugins.cost.ledger import backup, rows, sums
+from qlens_plugins.cost.ledger import backup, rows, sums, versions
 from qlens_plugins.cost.ledger.postgres import schema as postgres_schema
 from qlens_plugins.cost.ledger.rests import kept_since_ns
 from qlens_plugins.cost.ledger.rollups import COARSE, DAY, GROUPED, HOUR
@@ -463,6 +464,7 @@ def test_a_restore_that_was_cut_off_goes_on(place: Place, tmp_path: Path, monkey
         ("DELETE FROM usage_coarse_days", "calls is 1 in the receipts, 0 in the roll-ups"),
         ("UPDATE usage_coarse_days SET failed = failed + 1", "failed is 0 in the receipts, 1 in the roll-ups"),
         ("UPDATE usage_coarse_latencies SET calls = calls + 1", "the latencies in the roll-ups are not those"),
+        ('UPDATE usage_groups SET tags = \'{"team":"b"}\'', "calls is 0 in the receipts, 1 in the roll-ups"),
     ],
 )
 def test_verify_sees_a_difference(
@@ -474,6 +476,68 @@ def test_verify_sees_a_difference(
     out = capsys.readouterr().out
     assert told in out
     assert "differences" in out.splitlines()[-1]
+
+
+def test_a_server_that_takes_nothing_is_read_all_the_same(
+    postgres: PostgresServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a standby is: who takes backups of it keeps no gateway waiting."""
+    place = PostgresPlace(postgres, postgres.new_database())
+    fill(place.store(), 10)
+    place.execute(f"ALTER DATABASE {place.name} SET default_transaction_read_only = on")
+    assert qlens(tmp_path, place, "verify") == 0
+    assert qlens(tmp_path, place, "backup", str(tmp_path / "ledger.jsonl")) == 0
+    assert "10 receipts and 1 counts of refused calls" in capsys.readouterr().out
+    assert qlens(tmp_path, place, "migrate") == 1
+    assert "read-only transaction" in capsys.readouterr().err
+
+
+def test_a_command_that_an_operator_of_the_server_ends_says_so(
+    postgres: PostgresServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = PostgresPlace(postgres, postgres.new_database())
+    fill(place.store(), 10)
+
+    def cancelled() -> None:
+        found: list[dict[str, Any]] = []
+        while not found:
+            time.sleep(0.02)
+            found = place.rows(
+                "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event_type = 'Lock' "
+                "AND datname = current_database() AND application_name = 'qlens questions'"
+            )
+
+    async def locked() -> int:
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await other.execute("LOCK TABLE usage_days")
+            thread = asyncio.create_task(asyncio.to_thread(cancelled))
+            code = await asyncio.to_thread(qlens, tmp_path, place, "verify")
+            await thread
+        await other.close()
+        return code
+
+    assert asyncio.run(locked()) == 1
+    assert "canceling statement due to user request" in capsys.readouterr().err
+
+
+def test_a_ledger_that_somebody_locks_for_long_is_told_of(
+    postgres: PostgresServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(versions, "SECONDS", 1)
+    place = PostgresPlace(postgres, postgres.new_database())
+    fill(place.store(), 10)
+
+    async def locked() -> int:
+        other = await asyncpg.connect(place.url)
+        async with other.transaction():
+            await other.execute("LOCK TABLE receipts")
+            code = await asyncio.to_thread(qlens, tmp_path, place, "verify")
+        await other.close()
+        return code
+
+    assert asyncio.run(locked()) == 2
+    assert "has not answered within 1 s: somebody may lock it" in capsys.readouterr().err
 
 
 def test_migrate_makes_the_tables(place: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,7 @@ class Ledger:
     Config = LedgerConfig
     shares = "store"
     takes_once = True
+    open_seconds = 900  # it upgrades large tables before it serves; cut off, it would begin anew with every start
     spent = spent
 
     @hookimpl

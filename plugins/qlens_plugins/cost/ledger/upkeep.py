@@ -75,7 +75,12 @@ _Work = Callable[[Store, argparse.Namespace, Noted], int]
 
 def _run(work: _Work, store: Store, args: argparse.Namespace, noted: Noted) -> int:
     try:
-        store.connect()
+        try:
+            store.connect()
+        except StoreAway:
+            if args.action not in _READING:
+                raise
+            # It may be a standby, which has all there is to read. If nobody is there, reading tells.
         return work(store, args, noted)
     except (StoreAway, StartupError) as error:
         sys.stderr.write(f"qlens: the ledger {store}: {str(error).removeprefix('ledger: ')}\n")

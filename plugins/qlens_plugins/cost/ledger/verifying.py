@@ -11,7 +11,7 @@ from attrs import define, evolve, field
 from qlens import usd
 from qlens_plugins.cost.ledger import sums
 from qlens_plugins.cost.ledger.rests import kept_since_ns
-from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, GROUPS, HOUR, SUMS
+from qlens_plugins.cost.ledger.rollups import COARSE, COUNTS, DAY, GROUPED, HOUR, SUMS
 from qlens_plugins.cost.ledger.rows import DAY_NS
 from qlens_plugins.cost.ledger.store import Database
 from qlens_plugins.cost.ledger.sums import SECOND_NS, Group, Question, Sums
@@ -43,14 +43,14 @@ def verify(database: Database) -> Verdict:
     """Add up the receipts of each day, and compare: with its hours, with the day and its latencies, also the coarse."""
     verdict = Verdict()
     for start in _days(database):
-        question = Question(start, start + DAY, HOUR, GROUPS)
+        question = Question(start, start + DAY, HOUR, GROUPED)
         receipts = dict(sums.part(database, question, None, start, start + DAY))
         for found in receipts.values():
             verdict.receipts += found["calls"]
             verdict.cost_picos += found["cost"]
-        _compare(verdict, GROUPS, receipts, dict(sums.part(database, question, HOUR, start, start + DAY)), HOURS)
+        _compare(verdict, GROUPED, receipts, dict(sums.part(database, question, HOUR, start, start + DAY)), HOURS)
         latencies = sums.latencies(database, question, receipts=True)
-        for names in (GROUPS, COARSE):
+        for names in (GROUPED, COARSE):
             by_day: dict[tuple[int, Group], Sums] = {}
             for (_, group), found in receipts.items():
                 by_day.setdefault((start, _fewer(group, names)), Sums.none()).add(found)
@@ -61,8 +61,8 @@ def verify(database: Database) -> Verdict:
 
 
 def _fewer(group: Group, names: Sequence[str]) -> Group:
-    """A group's values of some of GROUPS."""
-    return tuple(value for name, value in zip(GROUPS, group, strict=True) if name in names)
+    """A group's values of some of GROUPED."""
+    return tuple(value for name, value in zip(GROUPED, group, strict=True) if name in names)
 
 
 def _days(database: Database) -> list[int]:
@@ -113,7 +113,7 @@ def _compare_latencies(
 
 
 def _named(names: Sequence[str], group: Group) -> str:
-    return ", ".join(f"{name} {value!r}" for name, value in zip(names, group, strict=True) if value)
+    return ", ".join(f"{name} {value!r}" for name, value in zip(names, group, strict=True) if value not in {"", "{}"})
 
 
 def _shown(name: str, value: int) -> str:

@@ -6,21 +6,23 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from qlens import StartupError
-from qlens_plugins.cost.ledger.store import Store, StoreAway
+from qlens_plugins.cost.ledger.store import Store, StoreAway, TookTooLong
 
 if TYPE_CHECKING:
     from qlens import Gateway
 
-SECONDS = 60
+SECONDS = 20
 _VERSION = "SELECT version FROM versions WHERE owner = 'ledger'"
 
 
 def version(store: Store) -> int:
-    """The version of the tables; 0 where there are none yet, or nobody can be asked."""
+    """The version of the tables; 0 where there are none yet, or nobody can be asked. Raises StartupError."""
     try:
         found = store.reading(SECONDS).run(lambda database: database.one(_VERSION))
     except StoreAway:
         return 0
+    except TookTooLong:
+        raise StartupError(f"the ledger {store} has not answered within {SECONDS} s: somebody may lock it") from None
     return int(found[0]) if found else 0
 
 

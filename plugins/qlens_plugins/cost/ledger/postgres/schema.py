@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
@@ -282,8 +283,16 @@ async def add_partitions(connection: Any, months: Iterable[Month]) -> set[Month]
     return known
 
 
+_NOW_NS = "SELECT floor(extract(epoch FROM clock_timestamp()) * 1000000000)::bigint"
+
+
 async def forget(connection: Any, before_ns: int) -> bool:
-    """Drop the months that ended before a time, and what is older of the others; whether there may be more."""
+    """Drop the months that ended before a time, and what is older of the others; whether there may be more.
+
+    The time goes by this machine's clock. One that is ahead of the server's must not delete what others count on.
+    """
+    now_ns = time.time_ns()
+    before_ns -= max(0, now_ns - await connection.fetchval(_NOW_NS))
     async with connection.transaction():
         await connection.execute(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}")
         await connection.execute(POSTGRES_LOCK)

@@ -25,6 +25,9 @@ UPGRADE_SECONDS = 600.0
 """For making or upgrading the tables."""
 PARTITION_SECONDS = 60.0
 """Between two tries to make a partition while somebody reads."""
+_NO_PARTITION = (asyncpg.InsufficientPrivilegeError, asyncpg.QueryCanceledError, TimeoutError)
+"""What keeps a partition from being made while receipts can be written: the tables are another's, or there is so much
+to be moved that it takes too long."""
 IDLE = 2
 """Connections that are kept for the next question."""
 
@@ -125,6 +128,12 @@ class PostgresStore:
                 # Somebody reads for long. What has no partition yet is moved when there is one.
                 self._next_try = time.monotonic() + PARTITION_SECONDS
                 log.info("ledger %s: the next partition has to wait: %s", self, error)
+            except _NO_PARTITION as error:
+                # It may be so for good, and must not keep receipts waiting for good.
+                self._next_try = time.monotonic() + PARTITION_SECONDS
+                log.warning("ledger %s: the next partition cannot be made: %s", self, error)
+                if isinstance(error, TimeoutError):
+                    raise  # the connection is not to be trusted; the next one tries without
 
     def _opened(self, what: str) -> PostgresLine:
         return PostgresLine.opened(self.url.reveal(), f"qlens {what}")
