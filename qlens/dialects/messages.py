@@ -298,11 +298,6 @@ def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[s
     return *input_bound(body), media(body)
 
 
-def measured(body: Body, validated: int | None = None) -> tuple[int, int, dict[str, int]]:
-    """Its `input_bound` and its `media`."""
-    return *input_bound(body), media(body)
-
-
 def output_bound(body: Body) -> tuple[str | None, int | None]:
     """The field and the number by which the client limits generated tokens: this API wants it always."""
     return "max_tokens", body.get("max_tokens")
