@@ -153,7 +153,10 @@ class Meter(EventWatcher):
             front, events, text = (b"", 0, b"") if self._like is None else self._like.front(block)
             if front:
                 passing.append(self._pass_alike(front, events, text))
-            elif looked_at < _MOST_LOOKED_AT and b"\r" not in block and not _is_the_end(block):
+            elif _is_the_end(block):
+                passing.append(self._sift(sse.cut(block)))
+                break
+            elif looked_at < _MOST_LOOKED_AT and b"\r" not in block:
                 looked_at += 1
                 passing.append(self._scan(front := sse.first(block)))
             else:
@@ -215,6 +218,8 @@ class Meter(EventWatcher):
     def _sift(self, events: list[bytes]) -> bytes:
         """What of these events goes to the client, each looked into."""
         passing: list[bytes] = []
+        if sse.DONE in events:
+            events = events[: events.index(sse.DONE) + 1]  # what comes after it is nobody's
         self._keep(b"".join(events))
         try:
             for event in events:

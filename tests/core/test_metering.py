@@ -320,11 +320,13 @@ async def test_a_closed_stream_passes_nothing_more_and_its_usage_is_known() -> N
     assert reply.chunks is None
 
 
-async def test_what_comes_after_the_end_mark_is_not_passed() -> None:
-    seen, _, _, error = await _run([_event(_delta("a", "stop")) + _event(b"[DONE]") + _event(_delta("late"))])
+async def test_what_comes_after_the_end_mark_is_neither_passed_nor_kept() -> None:
+    stream = _event(_delta("a", "stop")) + _event(b"[DONE]") + _event(_delta("late"))
+    seen, _, kept, error = await _run([stream], keep=10_000)
     assert error is None
     assert seen[-1] == "[DONE]"
     assert len(seen) == 2
+    assert orjson.loads(kept[0])["choices"][0]["message"]["content"] == "a"
 
 
 async def test_a_kept_answer_is_handed_over_before_the_end_mark_and_not_when_it_is_too_big() -> None:
