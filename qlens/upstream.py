@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "Deadlines", "Upload", "Upstream", "extra_headers", "header_value", "http_url"]
 
+_END_SECONDS = 1.0
+"""How long the end of a body may take whose last event was read."""
 _FREE_SECONDS = 1.0
 """When to come back while all connections are in use."""
 
@@ -308,6 +310,12 @@ class Answer:
         if self._ended and not self._begun:
             self._ended, self._next = False, b""  # nobody has had it
 
+    def leave(self) -> None:
+        """Let the connection go of a body that lacks nothing but its end: if that comes in a moment, it is used again."""
+        if (connection := self._connection) is not None:
+            self._connection = None
+            self._peer.give_back_at_end(connection)
+
     # Not a generator: one that is left in the middle would be closed by a task of the event loop, later.
     def __aiter__(self) -> Answer:
         return self
@@ -490,6 +498,20 @@ class _Peer:
         if connection.free():
             self._idle[connection] = None
         self._leave()
+
+    def give_back_at_end(self, connection: Connection) -> None:
+        # A stream's last event and the chunk that ends its body are often two packets.
+        until = self._now() + _END_SECONDS
+
+        def look(waiter: asyncio.Future[None] | None) -> None:
+            is_late = waiter is not None and (waiter.cancelled() or waiter.exception() is not None)
+            is_needed = self._slots is not None and self._slots.locked()
+            if is_late or is_needed or not connection.is_ending():
+                self.give_back(connection)
+            else:
+                connection.wait(until).add_done_callback(look)
+
+        look(None)
 
     async def aclose(self) -> None:
         self._closed = True

@@ -198,6 +198,10 @@ class Connection(asyncio.BufferedProtocol):
         """Whether the whole answer is here: what is left of it is one more `take`."""
         return self._stage == _OVER
 
+    def is_ending(self) -> bool:
+        """Whether nothing of the body waits to be taken, and more of it, or its end, may still come."""
+        return self._stage == _BODY and not self._pieces
+
     async def ask(self, head: bytes, body: bytes | Upload, until: float, *, bare: bool = False) -> None:
         """Send a request and wait for the head of its answer; TimeoutError at `until`, by the loop's clock.
 

@@ -81,6 +81,8 @@ class Watcher(ABC):
         """Close a stream that was read to its end, as its connection was: then the call has nothing to wait for."""
         if self._closed or not isinstance(source := self._source, Answer):
             return
+        if self.reply.complete:
+            source.leave()
         if source.is_closed and self.reply.let_go(self, source, source.close):
             self._closed = True
             self._let_go()
