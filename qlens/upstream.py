@@ -311,7 +311,7 @@ class Answer:
             self._ended, self._next = False, b""  # nobody has had it
 
     def leave(self) -> None:
-        """Let the connection go of a body that lacks nothing but its end: if that comes in a moment, it is used again."""
+        """Let the connection go, where the body lacks nothing but its end: if that comes soon, it is used again."""
         if (connection := self._connection) is not None:
             self._connection = None
             self._peer.give_back_at_end(connection)

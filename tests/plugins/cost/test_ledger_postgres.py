@@ -141,15 +141,15 @@ async def test_a_server_that_crashes_under_load_loses_nothing_and_doubles_nothin
             plugin = gateway.plugin("cost", "ledger")
             async with calling(gateway) as statuses:
                 for _ in range(2):
-                    # The callers rest for nobody: on a machine that others use, too, it takes a while to catch up.
-                    await until(lambda: plugin.health().ok and plugin.writer.waiting < 100, seconds=60)
+                    # It writes again; the callers rest for nobody, so on a busy machine it never catches up.
+                    await until(lambda: plugin.health().ok, seconds=60)
                     before = len(statuses)
                     await until(lambda before=before: len(statuses) > before + 50)
                     await asyncio.to_thread(server.stop, signal.SIGQUIT)
                     await until(lambda: not plugin.health().ok)
                     await asyncio.sleep(0.5)
                     await asyncio.to_thread(server.start)
-            await until(lambda: plugin.writer.waiting == 0 and plugin.health().ok)
+            await until(lambda: plugin.writer.waiting == 0 and plugin.health().ok, seconds=60)
         await asyncio.to_thread(exact, place, statuses)
         assert set(statuses) == {200, 404}
 
