@@ -521,7 +521,7 @@ class Exchange:
         if not self.keep_alive or connection.is_closing:
             self.keep_alive = False
             lines += "connection: close\r\n"
-        if message.version is HttpVersion11 or message.version > HttpVersion11:
+        if message.version is HttpVersion11 or message.version >= HttpVersion11:
             return head(status, lines)
         if self.keep_alive:
             lines += "connection: keep-alive\r\n"

@@ -16,7 +16,7 @@ from qlens.estimates import BYTES_PER_TOKEN, delivered
 from qlens.exchange import error_from
 from qlens.metering_alike import CHAT, Likeness, merged, payloads
 from qlens.metering_cut import within
-from qlens.metering_first import text_in, tier_in
+from qlens.metering_first import last_tier_in, text_in, tier_in
 from qlens.metering_length import Length
 from qlens.metering_notable import NOTABLE, start_of_the_notable
 from qlens.money import usd
@@ -180,6 +180,8 @@ class Meter(EventWatcher):
             self._note(_first_said(block))
             if self._like is not None and (text := self._like.text(block)) is not None:
                 return self._pass_alike(block, 1, text)
+        if b'"service_tier"' in block:
+            self._tier = last_tier_in(block) or self._tier
         return self._pass(block, *_counted(block))
 
     def _note(self, event: bytes) -> None:

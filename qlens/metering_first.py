@@ -43,3 +43,9 @@ def tier_in(event: bytes) -> str | None:
     """The service tier that an event says, without parsing it."""
     found = _TIER.search(event)
     return None if found is None else found[1].decode(errors="replace")
+
+
+def last_tier_in(events: bytes) -> str | None:
+    """The last service tier that one of these events says."""
+    found = _TIER.findall(events)
+    return found[-1].decode(errors="replace") if found else None

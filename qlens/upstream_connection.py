@@ -464,14 +464,14 @@ class Connection(asyncio.BufferedProtocol):
 
     def _last_head(self, came: bytes) -> bytes:
         """The head of an older version, or behind interim ones or line ends; it keeps one line end at its end."""
-        start = came.index(b"HTTP/")
+        came = came.lstrip(b"\r\n")
         while self._interim:
-            start = came.index(b"HTTP/", came.index(_END, start))
+            came = came[came.index(_END) + len(_END) :].lstrip(b"\r\n")
             self._interim -= 1
-        head = came[start : came.index(_END, start) + 2]
-        if not head.startswith((b"HTTP/1.1", b"HTTP/1.0")):
+        # The parser would take other protocols, too.
+        if not came.startswith((b"HTTP/1.1", b"HTTP/1.0")):
             raise _Malformed(_NOT_HTTP)
-        return head
+        return came[: came.index(_END) + 2]
 
     def _write(self, data: bytes | memoryview) -> None:
         self._transport.write(data)
@@ -622,7 +622,7 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
 def _beginning(name: str) -> bytes:
     """How the line of this header begins in a head that is lower-cased; what cannot be a name is found in none."""
     lowered = name.lower()
-    return b"\r\n%b:" % lowered.encode() if _NAME.fullmatch(lowered) else b"\0"
+    return b"\r\n%b:" % lowered.encode() if _NAME.fullmatch(lowered) else _END
 
 
 @lru_cache(maxsize=256)

@@ -160,6 +160,19 @@ async def test_a_tier_is_heard_however_lines_end_and_however_many_events_come_at
     assert (await receipt_of(gateway)).usage.tier == "priority"
 
 
+@pytest.mark.parametrize("before", [1, 8, 20])
+@pytest.mark.parametrize("after", [0, 3])
+async def test_a_tier_is_heard_among_events_that_are_alike_and_come_at_once(
+    gateway: Running, up: FakeUpstream, before: int, after: int
+) -> None:
+    text = chunk(content="x")
+    events = [chunk(**ROLE), *[text] * before, chunk(None, "flex", content="y"), *[text] * after, chunk("stop"), TOLD]
+    body = b"".join(map(compact, events)) + b"data: [DONE]\n\n"
+    up.script(Scripted(headers={"content-type": "text/event-stream"}, body=body))
+    await gateway.post(CHAT, STREAM)
+    assert (await receipt_of(gateway)).usage.tier == "flex"
+
+
 async def test_a_stream_that_is_cut_is_priced_by_the_tier_it_began_with(gateway: Running, up: FakeUpstream) -> None:
     up.script(Scripted(events=[FIRST, chunk(content="x")]))
     await gateway.post(CHAT, STREAM)

@@ -279,6 +279,11 @@ LIES = {
     "HTTP/2 by name": b"HTTP/2.0 200 OK\r\ncontent-length: 0\r\n\r\n",
     "HTTP/1.2": b"HTTP/1.2 200 OK\r\ncontent-length: 0\r\n\r\n",
     "another protocol": b"HTTPS/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "a protocol of media": b"RTSP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "a protocol of media with an answer in its body": b"RTSP/1.0 200 OK\r\ncontent-length: 40\r\n\r\n"
+    + OK
+    + b"a: b\r\n\r\n",
+    "a protocol of media behind an interim answer": b"HTTP/1.1 100 Continue\r\n\r\nICE/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
     "change of protocol": b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
     "change of protocol to nothing": b"HTTP/1.1 101 Switching Protocols\r\n\r\nhello",
     "304 with a body": b"HTTP/1.1 304 Not Modified\r\n\r\nbody",

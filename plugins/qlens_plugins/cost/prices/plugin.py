@@ -92,7 +92,11 @@ class Prices:
     def __new__(cls, config: PricesConfig, name: str) -> Prices:
         """An instance that refuses calls only where the table is strict: no other call pays for being asked about."""
         del name
-        return object.__new__(StrictPrices if config.strict else cls)
+        if not config.strict or issubclass(cls, StrictPrices):
+            return object.__new__(cls)
+        if cls is not Prices:
+            raise TypeError(f"{cls.__name__} is strict by its settings: derive it from StrictPrices")
+        return object.__new__(StrictPrices)
 
     @property
     def book(self) -> Book:
