@@ -283,7 +283,7 @@ LIES = {
     "a protocol of media with an answer in its body": b"RTSP/1.0 200 OK\r\ncontent-length: 40\r\n\r\n"
     + OK
     + b"a: b\r\n\r\n",
-    "a protocol of media behind an interim answer": b"HTTP/1.1 100 Continue\r\n\r\nICE/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "a protocol of media behind an interim answer": b"HTTP/1.1 100 X\r\n\r\nICE/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
     "change of protocol": b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
     "change of protocol to nothing": b"HTTP/1.1 101 Switching Protocols\r\n\r\nhello",
     "304 with a body": b"HTTP/1.1 304 Not Modified\r\n\r\nbody",
