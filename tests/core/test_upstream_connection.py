@@ -280,10 +280,10 @@ LIES = {
     "HTTP/1.2": b"HTTP/1.2 200 OK\r\ncontent-length: 0\r\n\r\n",
     "another protocol": b"HTTPS/1.1 200 OK\r\ncontent-length: 0\r\n\r\n",
     "a protocol of media": b"RTSP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
-    "a protocol of media with an answer in its body": b"RTSP/1.0 200 OK\r\ncontent-length: 40\r\n\r\n"
+    "a protocol of media with an answer in its body": b"RTSP/1.0 200 OK\r\ncontent-length: 25\r\n\r\n"
     + OK
     + b"a: b\r\n\r\n",
-    "a protocol of media behind an interim answer": b"HTTP/1.1 100 X\r\n\r\nICE/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
+    "another protocol behind an interim answer": b"HTTP/1.1 100 X\r\n\r\nICE/1.0 200 OK\r\ncontent-length: 0\r\n\r\n",
     "change of protocol": b"HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: x\r\n\r\nhello",
     "change of protocol to nothing": b"HTTP/1.1 101 Switching Protocols\r\n\r\nhello",
     "304 with a body": b"HTTP/1.1 304 Not Modified\r\n\r\nbody",
