@@ -24,16 +24,20 @@ class Refusals:
 
     def note(self, target: Target, error: CallError) -> None:
         """Tell of an attempt's error if it is the configuration's fault."""
-        if isinstance(error, UpstreamAuth):
-            what = "refuses the gateway's credential: give it a valid one under `providers:`"
-        elif isinstance(error, UpstreamModelMissing) and not target.public.endswith(
-            "*"
-        ):  # there it is the client's name
-            what = f"does not know the model `{target.model}`: mend the entry under `models:`"
-        else:
-            return
+        what = self._fault(target, error)
         key, now = (target.provider, target.public, error.code), time.monotonic()
-        if now - self._told.get(key, -TOLD_SECONDS) < TOLD_SECONDS:
+        if what is None or now - self._told.get(key, -TOLD_SECONDS) < TOLD_SECONDS:
             return
         self._told[key] = now
-        log.warning("the provider %s, asked for `%s`, %s (%s)", target.provider, target.public, what, error.code)
+        # Objects and paths of a provider are asked for by no model's name.
+        asked = f", asked for `{target.public}`," if target.public else ""
+        log.warning("the provider %s%s %s (%s)", target.provider, asked, what, error.code)
+
+    @staticmethod
+    def _fault(target: Target, error: CallError) -> str | None:
+        if isinstance(error, UpstreamAuth):
+            return "refuses the gateway's credential: give it a valid one under `providers:`"
+        # Behind a wildcard the client names the model.
+        if isinstance(error, UpstreamModelMissing) and target.public and not target.public.endswith("*"):
+            return f"does not know the model `{target.model}`: mend the entry under `models:`"
+        return None

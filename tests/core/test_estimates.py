@@ -11,7 +11,7 @@ import pytest
 from yamls import CHAT
 
 from qlens import Receipt
-from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing import Running, Scripted, running
 from qlens.testing.upstreams import FakeUpstream
 
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
@@ -65,12 +65,6 @@ SAID: dict[str, list[Any]] = {
     RESPONSES: [b'event: response.output_text.delta\ndata: {"type":"response.output_text.delta","delta":"there"}\n\n'],
     MESSAGES: [b'event: content_block_start\ndata: {"type":"content_block_start","index":0,"content_block":{}}\n\n'],
 }
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 @pytest.fixture

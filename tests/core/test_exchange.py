@@ -30,7 +30,7 @@ from qlens import (
     post_openai,
 )
 from qlens.operations import OPERATIONS
-from qlens.testing import Scripted, upstream
+from qlens.testing import Scripted
 from qlens.testing.upstreams import TEXT, FakeUpstream, chat_events, error
 
 CANARY = "sk-example-canary0123456789"
@@ -49,12 +49,6 @@ async def http() -> AsyncIterator[Upstream]:
     http = Upstream()
     yield http
     await http.aclose()
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 def outgoing(*, stream: bool = False, dialect: str = "chat", **fields: Any) -> Outgoing:

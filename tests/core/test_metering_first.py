@@ -12,7 +12,7 @@ import pytest
 from yamls import CHAT, STREAM
 
 from qlens import Receipt
-from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing import Running, Scripted, running
 from qlens.testing.upstreams import FakeUpstream
 
 CONFIG = """
@@ -31,12 +31,6 @@ HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "mo
 SENTENCE = 'The "quick" brown fox\njumps over the lazy dog. ' * 8
 SIGNS = "漢字かな交じり文。" * 40
 USED = {"prompt_tokens": 100, "completion_tokens": 10}
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 @pytest.fixture

@@ -40,12 +40,6 @@ ALONE = {**STREAM, "model": "alone"}
 
 
 @pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
-
-
-@pytest.fixture
 async def other() -> AsyncIterator[FakeUpstream]:
     async with upstream() as up:
         yield up

@@ -9,7 +9,7 @@ import pytest
 from yamls import CHAT, HELLO, STREAM, config
 
 from qlens import refusals
-from qlens.testing import running
+from qlens.testing import Scripted, running, upstream
 
 
 def failing(**params: Any) -> str:
@@ -52,3 +52,19 @@ async def test_nothing_is_said_of_what_no_operator_can_mend(
     async with running(failing(**params)) as gateway:
         assert (await gateway.post(CHAT, {**HELLO, "model": name})).status >= 400
     assert "the provider twin" not in caplog.text
+
+
+@pytest.mark.parametrize(("status", "count"), [(401, 1), (404, 0)])
+async def test_what_is_asked_for_by_no_name_of_a_model_is_told_without_one(
+    status: int, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "qlens")
+    async with upstream() as up:
+        up.script(*[Scripted(status=status, body=b'{"error": {"message": "no"}}')] * 2)
+        place = {"plugin": "openai", "base_url": up.url, "api_key": "sk-example-1", "passthrough": ["GET /models"]}
+        async with running(config(providers={"talker": place})) as gateway:
+            for _ in range(2):
+                assert (await gateway.get("/v1/providers/talker/models")).status in {502, 404}
+            assert len(up.requests) == 2
+    assert caplog.text.count("the provider talker refuses the gateway's credential") == count
+    assert caplog.text.count("the provider talker") == count

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from qlens import Receipt
-from qlens.testing import Running, Scripted, running, upstream
+from qlens.testing import Running, Scripted, running
 from qlens.testing.upstreams import FakeUpstream
 
 CHAT, COMPLETIONS, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages"
@@ -36,12 +36,6 @@ models:
   codex: {{max_output_tokens: 4096, targets: [{{provider: responses, model: codex}}]}}
   chat: {{max_output_tokens: 4096, targets: [{{provider: chats, model: chat}}]}}
 """
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 @pytest.fixture

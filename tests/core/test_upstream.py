@@ -22,7 +22,7 @@ from qlens import (
     header_value,
     http_url,
 )
-from qlens.testing import Scripted, upstream
+from qlens.testing import Scripted
 from qlens.testing.upstreams import FakeUpstream
 
 OK = b"HTTP/1.1 200 OK\r\n"
@@ -37,12 +37,6 @@ async def http() -> AsyncIterator[Upstream]:
     http = Upstream()
     yield http
     await http.aclose()
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 async def fetch(http: Upstream, url: str, *, body: bytes | None = b"{}", deadlines: Deadlines = PATIENT) -> bytes:

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from listeners import listening
 
 from qlens import Deadlines, Upstream, UpstreamError, UpstreamInvalid, UpstreamTimedOut, UpstreamTruncated
-from qlens.testing import Scripted, upstream
+from qlens.testing import Scripted
 from qlens.testing.upstreams import FakeUpstream
 from qlens.upstream_connection import READ_BYTES, Connection
 
@@ -37,12 +37,6 @@ async def http() -> AsyncIterator[Upstream]:
     http = Upstream()
     yield http
     await http.aclose()
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 async def fetch(http: Upstream, url: str, *, body: bytes | None = b"{}", deadlines: Deadlines = PATIENT) -> bytes:

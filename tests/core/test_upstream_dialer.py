@@ -36,12 +36,6 @@ async def http() -> AsyncIterator[Upstream]:
     await http.aclose()
 
 
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
-
-
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
     return trustme.CA()

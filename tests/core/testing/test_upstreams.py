@@ -8,14 +8,8 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
-from qlens.testing import Scripted, upstream
+from qlens.testing import Scripted
 from qlens.testing.upstreams import FakeUpstream, chat_events, error
-
-
-@pytest.fixture
-async def up() -> AsyncIterator[FakeUpstream]:
-    async with upstream() as up:
-        yield up
 
 
 @pytest.fixture
