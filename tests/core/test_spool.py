@@ -559,7 +559,7 @@ def test_a_segment_that_failed_may_be_shipped_meanwhile(tmp_path: Path, monkeypa
 # --- the thread --------------------------------------------------------------------------------
 
 
-def until(condition: object, seconds: float = 10) -> None:
+def until(condition: object, seconds: float = 60) -> None:
     ends = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < ends

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from qlens.testing.processes import free_port
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config" / "qlens.yaml"
 QLENS = [sys.executable, "-m", "qlens"]
-READY_SECONDS = 30
-STOP_SECONDS = 40
+READY_SECONDS = 60
+STOP_SECONDS = 60
+WAIT_SECONDS = 60
+"""How long is waited for what takes a moment: others work on the machine, and a disk may be busy for seconds."""
 
 
 @define(eq=False)
@@ -147,6 +149,9 @@ def started(command: list[str], folder: Path, env: Mapping[str, str]) -> Iterato
             process.terminate()
         assert process.wait(STOP_SECONDS) == served.leaves_with, served.output
         assert "Traceback" not in served.output, served.output
+    except BaseException:
+        print(served.output)  # whoever reads of a failure wants to know what the gateway said
+        raise
     finally:
         _end(process)
 
@@ -175,6 +180,14 @@ def _wait_until_ready(served: Served) -> None:
             pass
         time.sleep(0.05)
     raise AssertionError(f"the gateway was not ready after {READY_SECONDS} s:\n{served.output}")
+
+
+def until(holds: Callable[[], bool], what: str) -> None:
+    """Wait for something to become true."""
+    ends = time.monotonic() + WAIT_SECONDS
+    while not holds():
+        assert time.monotonic() < ends, f"{what} did not happen within {WAIT_SECONDS} s"
+        time.sleep(0.05)
 
 
 def receipts(served: Served, *arguments: str, env: Mapping[str, str] | None = None) -> list[dict[str, Any]]:

@@ -77,7 +77,7 @@ async def admitted(gateways: Replicas, model: str) -> int:
 async def until_kept(postgres: PostgresServer, database: str, model: str, calls: int) -> None:
     """Wait until the ledger has what so many calls of a model cost."""
     question = "SELECT sum(cost_picos) FROM receipts WHERE model = $1"
-    ends = time.monotonic() + 20
+    ends = time.monotonic() + 60
     while True:
         (row,) = await asyncio.to_thread(partial(postgres.execute, question, model, database=database))
         if row[0] == COST * calls * 10**12:

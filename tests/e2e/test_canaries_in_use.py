@@ -398,7 +398,7 @@ def written(world: World) -> None:
 
 async def until(world: World, *, ok: bool, plugins: tuple[str, ...]) -> None:
     """Wait until plugins say that they are well, or not."""
-    ends = time.monotonic() + 30
+    ends = time.monotonic() + 60
     while True:
         status, body = await world.ask("GET", f"{world.served.url}/readyz")
         told = json.loads(body)["plugins"]

@@ -168,7 +168,7 @@ def test_command_needs_only_its_own_plugins_variables(tmp_path: Path) -> None:
 
 def wait_for(served: Served, key: str, status: int) -> None:
     """Call until the answer has this status: the gateway looks at the file of keys once a second."""
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while (got := chat(served, key).status_code) != status:
         assert time.monotonic() < ends, f"still {got}"
         time.sleep(0.2)
@@ -180,7 +180,7 @@ def test_usage_adds_up_what_was_asked(served: Served) -> None:
     wait_for(served, key, 200)
     answers = [chat(served, key) for _ in range(3)]
     tokens = sum(answer.json()["usage"]["prompt_tokens"] for answer in [*answers[:1], *answers])
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while not (rows := receipts(served, "--tenant", "usage-test")) or rows[0]["calls"] < 4:
         assert time.monotonic() < ends, rows
         time.sleep(0.2)

@@ -7,11 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from e2e.serving import ROOT, Served, changed, run_qlens, serving
+from e2e.serving import ROOT, Served, changed, run_qlens, serving, until
 from openai import OpenAI
 
 README = (ROOT / "README.md").read_text()
@@ -70,10 +69,7 @@ def test_own_plugin_in_a_file_beside_the_yaml_changes_answers_after_a_sighup(tmp
         (tmp_path / "shout.py").write_text(plugin)
         served.config.write_text(changed({"pipeline": {"guard": [{"plugin": "shout:Shout"}]}}))
         served.signal(signal.SIGHUP)
-        ends = time.monotonic() + 15
-        while "loaded configuration" not in served.output:
-            assert time.monotonic() < ends, served.output
-            time.sleep(0.05)
+        until(lambda: "loaded configuration" in served.output, "the reload")
         answer = client.chat.completions.create(model="gpt-4o-mini", messages=[{"role": "user", "content": "quietly"}])
         assert answer.choices[0].message.content == "QUIETLY"
         stream = client.chat.completions.create(

@@ -5,31 +5,21 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-from e2e.serving import Served, changed, receipts, serving
+from e2e.serving import WAIT_SECONDS, Served, changed, receipts, serving, until
 from openai import OpenAI
 from openai.types.chat import ChatCompletionUserMessageParam
 
-WAIT_SECONDS = 15
 SIXTY = {
     "plugin": "token_bucket",
     "store": {"kind": "memory"},
     "limits": [{"per": "tenant", "requests_per_minute": 60}],
 }
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for something to become true."""
-    ends = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < ends, f"{what} did not happen within {WAIT_SECONDS} s"
-        time.sleep(0.05)
 
 
 def sdk(served: Served) -> OpenAI:

@@ -11,10 +11,9 @@ import threading
 import time
 from pathlib import Path
 
-from e2e.serving import QLENS, changed, started
+from e2e.serving import QLENS, changed, started, until
 
 ADDED = {"models": {"added": {"max_output_tokens": 10, "targets": [{"provider": "echo", "model": "added"}]}}}
-WAIT_SECONDS = 15
 
 
 def test_as_many_files_may_be_open_as_the_system_lets_it(tmp_path: Path) -> None:
@@ -44,10 +43,7 @@ def test_an_order_to_reload_that_comes_too_early_is_followed_later(tmp_path: Pat
     command = ["sh", "-c", 'echo $$ > "$0"; exec "$@"', str(told), *QLENS, "serve", str(config)]
     with started(command, tmp_path, {}) as served:
         telling.join()
-        ends = time.monotonic() + WAIT_SECONDS
-        while "loaded configuration" not in served.output:
-            assert time.monotonic() < ends, served.output
-            time.sleep(0.05)
+        until(lambda: "loaded configuration" in served.output, "the reload")
 
 
 def test_what_serving_does_not_need_is_not_loaded() -> None:

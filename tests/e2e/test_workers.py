@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,8 @@ from typing import Any
 import httpx2
 import pytest
 from attrs import define, field
-from e2e.serving import Served, changed, receipts, run_qlens, serving, started
+from e2e.serving import WAIT_SECONDS, Served, changed, receipts, run_qlens, serving, started, until
 
-WAIT_SECONDS = 15
 CALLERS = 6
 """How many threads call at a time; each call has a connection of its own, so that all workers get some."""
 
@@ -119,14 +118,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def member(pair: Served) -> str:
     """A key that opens nothing of an operator's."""
     return pair.qlens("keys", "create", "--tenant", "acme").stdout.strip()
-
-
-def until(holds: Callable[[], bool], what: str) -> None:
-    """Wait for something to become true."""
-    ends = time.monotonic() + WAIT_SECONDS
-    while not holds():
-        assert time.monotonic() < ends, f"{what} did not happen within {WAIT_SECONDS} s"
-        time.sleep(0.05)
 
 
 def ask(served: Served, model: str = "gpt-4o-mini", content: str = "Who is there?") -> int:

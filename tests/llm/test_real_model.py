@@ -68,7 +68,7 @@ def test_call_has_usage_cost_limits_and_a_row_in_the_ledger(pair: Served) -> Non
     assert int(raw.headers["x-ratelimit-limit-requests"]) == 600
     assert int(raw.headers["x-ratelimit-remaining-tokens"]) < 1_000_000
 
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while not (rows := receipts(pair, "--model", "smollm2", env=MODEL_ENV)):
         assert time.monotonic() < ends, "the ledger has no row"
         time.sleep(0.2)

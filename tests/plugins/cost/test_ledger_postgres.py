@@ -70,7 +70,7 @@ async def call(gateway: Running, model: str = "gpt-4o-mini") -> int:
     return (await gateway.post("/v1/chat/completions", body)).status
 
 
-async def until(condition: Any, seconds: float = 15) -> None:
+async def until(condition: Any, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)

@@ -78,7 +78,7 @@ def health(gateway: Running) -> Health:
     return gateway.gateway.health()["observe.nats"]
 
 
-async def until(condition: Any, seconds: float = 10) -> None:
+async def until(condition: Any, seconds: float = 60) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.02)
