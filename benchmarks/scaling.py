@@ -24,7 +24,8 @@ LOAD = Load(64, 2.0)
 METHOD = """\
 One worker runs on a core of its own; load and mock upstream have the other one. Two workers run on both cores, which
 load and mock upstream share with them. What these two need of a core at a given rate is measured first, without a
-gateway, and taken off: two workers that made r calls a second on 2 - s cores would make r * 2 / (2 - s) on two."""
+gateway, and taken off: two workers that made r calls a second on 2 - s cores would make r * 2 / (2 - s) on two. Each of
+two workers stays on one core (`server.pin_workers`), as one worker does."""
 
 
 @frozen
@@ -43,7 +44,7 @@ class _BothCores(Cores):
 def _start(workers: int, folder: Path, port: int, upstream_port: int) -> Launch:
     limiter = {"plugin": "token_bucket", "store": {"kind": "memory", "per_worker": True}, "limits": NO_LIMIT}
     changes: dict[str, Any] = {
-        "server": {"workers": workers},
+        "server": {"workers": workers, "pin_workers": True},
         "providers": {"bench": provider(upstream_port)},
         "models": {"gpt-4o-mini": MODEL},
         "pipeline": {"rate_limit": [limiter]},

@@ -353,7 +353,7 @@ class Gateway:
         old, new = self.config.server, config.server
         faults = [
             Fault(f"server.{name}", "cannot change while the gateway runs; restart it, or set it back")
-            for name in ("host", "port", "workers", "admin", "access_log", "network")
+            for name in ("host", "port", "workers", "pin_workers", "admin", "access_log", "network")
             if getattr(old, name) != getattr(new, name)
         ]
         if faults:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -46,6 +47,17 @@ async def _working(config: Path, number: int, sockets: tuple[socket.socket, sock
     client, control = sockets
     guard_loop()
     return await Worker(config, client, admin, Gateway(worker=number)).work(control)
+
+
+def _stay_on_one_cpu(number: int) -> None:
+    """Take one of the CPUs that the gateway may use, in turn; raises StartupError when that cannot be done.
+
+    A thread elsewhere that wants Python's lock makes the event loop wait for a whole switch of threads.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise StartupError([Fault("server.pin_workers", "this system cannot keep a process on one CPU: leave it out")])
+    cpus = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpus[number % len(cpus)]})
 
 
 def _adopted(descriptor: int) -> socket.socket:
@@ -143,6 +155,8 @@ class Worker:
         return draft(text, folder=self.path.parent, source=str(self.path))
 
     async def _open(self, found: Draft) -> list[str]:
+        if found.config.server.pin_workers:
+            _stay_on_one_cpu(self.gateway.worker)  # first: threads are where the one was that started them
         opened: asyncio.Future[list[str]] = asyncio.get_running_loop().create_future()
         self._life = asyncio.create_task(self._live(found, opened))
         self._life.add_done_callback(lambda _: self._ended(opened))

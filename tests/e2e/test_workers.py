@@ -379,6 +379,22 @@ def test_workers_end_by_themselves_when_the_supervisor_was_killed(tmp_path: Path
         assert receipts(served, "--model", "echo-slow")[0]["calls"] == 1
 
 
+def test_each_pinned_worker_has_a_cpu_of_its_own_with_all_its_threads(tmp_path: Path) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    with serving(tmp_path, changes=two_workers({"pin_workers": True})) as served:
+        assert ask(served) == 200
+        workers = processes(served)
+        assert len(workers) == 2
+        for number, process in workers.items():
+            threads = {int(thread.name) for thread in Path(f"/proc/{process}/task").iterdir()}
+            assert len(threads) > 1
+            assert {tuple(os.sched_getaffinity(thread)) for thread in threads} == {(allowed[number % len(allowed)],)}
+        assert os.sched_getaffinity(served.process.pid) == set(allowed)
+        served.config.write_text(changed(two_workers({"pin_workers": False})))
+        served.signal(signal.SIGHUP)
+        until(lambda: "server.pin_workers: cannot change" in served.output, "the refusal")
+
+
 # --- stop and reload ---------------------------------------------------------------------------
 
 
