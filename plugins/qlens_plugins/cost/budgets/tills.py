@@ -219,7 +219,7 @@ class Tills:
 
     async def _decide(self, till: Till) -> None:
         try:
-            while till.waiting:
+            while self._unserved(till):
                 together, till.waiting = till.waiting[:_TOGETHER], till.waiting[_TOGETHER:]
                 needs = [waiter.need for waiter in together]
                 # Twice as much as last time where calls come often; what was not used is back within a moment.
@@ -238,6 +238,25 @@ class Tills:
                 self._tell(till, together, told)
         finally:
             till.busy = False
+
+    def _unserved(self, till: Till) -> bool:
+        """Let those who wait have what is held in advance by now; whether the store must be asked for some.
+
+        Else each answer would be followed by another question, for the calls that came meanwhile, with all room given
+        back until its answer is there: under load most calls would wait for the store.
+        """
+        served = 0
+        for waiter in till.waiting:
+            need = waiter.need
+            if need.excess or need.likely > till.room or till.given_up or self.now() >= till.until:
+                break
+            served += 1
+            if not waiter.verdict.done():  # nobody waits for what was cancelled
+                till.room -= need.likely
+                till.held += need.likely
+                waiter.verdict.set_result(True)
+        del till.waiting[:served]
+        return bool(till.waiting)
 
     def _tell(self, till: Till, together: Sequence[Waiter], told: Told) -> None:
         for number, waiter in enumerate(together):
