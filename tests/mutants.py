@@ -167,13 +167,6 @@ MUTANTS = (
         ("tests/plugins/cost/test_budgets_redis.py::test_calls_that_came_while_redis_was_asked_take_of_what_it_gave",),
     ),
     Mutant(
-        "all pinned workers share one CPU",
-        "qlens/workers/worker.py",
-        "cpus[number % len(cpus)]",
-        "cpus[0]",
-        ("tests/e2e/test_workers.py::test_each_pinned_worker_has_a_cpu_of_its_own_with_all_its_threads",),
-    ),
-    Mutant(
         "who puts another name of a model first has a fresh budget",
         "plugins/qlens_plugins/cost/budgets/tills.py",
         "            till.floor,\n            till.purse.beside,\n",
