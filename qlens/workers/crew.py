@@ -19,6 +19,8 @@ WELL_SECONDS = 10.0
 """A worker that serves and said nothing for so long is not ready: it keeps the connections that it is given."""
 HUNG_SECONDS = 30.0
 """One that said nothing for so long, not even late, hangs: it is killed, and followed by another."""
+START_SECONDS = 300.0
+"""The same of one that does not serve yet: what its plugins load, they may load without letting it answer."""
 POLL_SECONDS = 5.0
 """How often workers are asked for their metrics: what one has counted since then is lost when it is killed."""
 
@@ -93,14 +95,15 @@ class Crew:
         while True:
             await asyncio.sleep(POLL_SECONDS)
             silent = [child for child in self.children if not child.answering]
-            await self._look()
+            starting = [child for child in self.children if child.state == "starting"]
+            await asyncio.gather(self._look(), *(child.learn("ping") for child in starting))
             for child in self.children:
-                if not child.answering and child not in silent:
+                if not child.answering and child.serving and child not in silent:
                     log.warning("worker %d, process %d, does not answer", child.number, child.process.pid)
-            for child in self.ready():
-                if child.silent_seconds > HUNG_SECONDS:
-                    log.error("worker %d, process %d, hangs and is killed", child.number, child.process.pid)
-                    child.kill()
+            hung = [child for child in self.ready() if child.silent_seconds > HUNG_SECONDS]
+            for child in hung + [child for child in starting if child.silent_seconds > START_SECONDS]:
+                log.error("worker %d, process %d, hangs and is killed", child.number, child.process.pid)
+                child.kill()
 
     async def _look(self) -> None:
         await asyncio.gather(*(child.look() for child in self.children if child.serving))

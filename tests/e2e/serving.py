@@ -61,10 +61,10 @@ class Served:
         self.told_to_stop |= number in {signal.SIGTERM, signal.SIGINT}
         self.process.send_signal(number)
 
-    def get(self, path: str) -> tuple[int, str]:
-        """Get a path of the client listener, without a key."""
+    def get(self, path: str, url: str = "") -> tuple[int, str]:
+        """Get a path of the client listener, or of another one, without a key."""
         try:
-            with urllib.request.urlopen(f"{self.url}{path}", timeout=5) as response:
+            with urllib.request.urlopen(f"{url or self.url}{path}", timeout=5) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -174,7 +174,8 @@ def _wait_until_ready(served: Served) -> None:
         if served.process.poll() is not None:
             raise AssertionError(f"the gateway ended with {served.process.returncode}:\n{served.output}")
         try:
-            if served.get("/readyz")[0] == 200:
+            # Of several workers the one that was asked is ready, or all of them.
+            if served.get("/readyz")[0] == 200 and served.get("/readyz", served.admin_url)[0] == 200:
                 return
         except OSError:
             pass

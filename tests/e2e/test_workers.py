@@ -343,9 +343,24 @@ QUICK = """
 import sys
 from qlens.__main__ import main
 from qlens.workers import crew
-crew.POLL_SECONDS, crew.WELL_SECONDS, crew.HUNG_SECONDS = 0.2, 1.0, 5.0
+crew.POLL_SECONDS, crew.WELL_SECONDS, crew.HUNG_SECONDS, crew.START_SECONDS = 0.2, 1.0, 5.0, 5.0
 sys.exit(main())
 """
+
+
+def test_a_worker_that_hangs_before_it_serves_is_replaced(tmp_path: Path) -> None:
+    config = tmp_path / "qlens.yaml"
+    config.write_text(changed(two_workers({"drain_seconds": 0})))
+    with started([sys.executable, "-c", QUICK, "serve", str(config)], tmp_path, {}) as served:
+        first = processes(served)[0]
+        os.kill(first, signal.SIGKILL)
+        until(lambda: processes(served).get(0, first) != first, "a successor")
+        second = processes(served)[0]
+        os.kill(second, signal.SIGSTOP)  # it takes longer than this to start
+        assert states(served) == ["starting", "ready"]
+        until(lambda: gone(second), "the end of the worker that hangs")
+        assert f"worker 0, process {second}, hangs and is killed" in served.output
+        until(lambda: admin(served, "/readyz").status_code == 200, "a gateway that is ready again")
 
 
 def test_a_worker_that_hangs_is_not_ready_and_then_replaced(tmp_path: Path) -> None:
