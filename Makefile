@@ -33,7 +33,7 @@ run: $(VENV)/.run ## start the gateway on config/qlens.yaml: no account, no serv
 	@exec $(PY) -m qlens serve config/qlens.yaml
 
 test: $(VENV)/.dev $(WORDS)/.ready node ## run the tests, on all cores (ARGS="tests/core -k sse" for some of them, in one)
-	@$(if $(ARGS),$(PY) -m pytest $(ARGS),$(PY) -m tests.suite $(ON_ALL_CORES) -m "not alone" && $(PY) -m tests.suite -m alone $(ALONE))
+	@$(if $(ARGS),$(PY) -m pytest $(ARGS),$(PY) -m pytest $(ON_ALL_CORES) -m "not alone" && $(PY) -m pytest -m alone $(ALONE))
 
 lint: $(VENV)/.dev ## check style and format
 	@$(PY) -m ruff check .

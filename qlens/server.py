@@ -102,9 +102,9 @@ def spare_the_collector() -> None:
     """Look for reference cycles less often.
 
     A call leaves none behind (tests/core/test_account.py), so the collector finds nothing, though at its defaults it
-    walks over everything that is alive a few times in a thousand calls: a tenth of the CPU time of a call. A connection
-    that is closed leaves seven objects of asyncio's own, a transport with a method of itself, and 20,000 such objects
-    are 5 MB: often enough that they do not become so many.
+    walks over everything that is alive a few times in a thousand calls: a tenth of the CPU time of a call. Not never:
+    a connection that is closed leaves seven objects of asyncio's own, a transport with a method of itself. 20,000 of
+    them take some 4 MB, 5,000 one.
     """
     gc.collect()
     gc.freeze()  # what is there now stays

@@ -162,7 +162,7 @@ MUTANTS = (
     Mutant(
         "calls that came while the store was asked ask it again",
         "plugins/qlens_plugins/cost/budgets/tills.py",
-        "            while self._unserved(till):\n",
+        "            while self._still_waiting(till):\n",
         "            while till.waiting:\n",
         ("tests/plugins/cost/test_budgets_redis.py::test_calls_that_came_while_redis_was_asked_take_of_what_it_gave",),
     ),

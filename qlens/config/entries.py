@@ -97,7 +97,7 @@ class Server:
     workers: int = field(default=1, validator=ge(1))
     """How many processes serve the address: one for each core. Limits need a store that they share, or `per_worker`."""
     pin_workers: bool = False
-    """Keep each of several workers on one CPU of those that the gateway may use, all its threads together: a tenth more
+    """Keep each of several workers on one CPU of those that the gateway may use, all its threads together: some more
     calls on a machine of its own. Not where others use these CPUs too, as under a container's CPU quota."""
     max_body_bytes: int = field(default=32 * 1024 * 1024, validator=ge(1))
     """The largest request body that is read."""

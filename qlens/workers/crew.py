@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,10 +101,11 @@ class Crew:
             for child in self.children:
                 if not child.answering and child.serving and child not in silent:
                     log.warning("worker %d, process %d, does not answer", child.number, child.process.pid)
-            hung = [child for child in self.ready() if child.silent_seconds > HUNG_SECONDS]
-            for child in hung + [child for child in starting if child.silent_seconds > START_SECONDS]:
-                log.error("worker %d, process %d, hangs and is killed", child.number, child.process.pid)
-                child.kill()
+            longest = {"starting": START_SECONDS, "ready": HUNG_SECONDS}  # who drains has a bound of its own
+            for child in self.children:
+                if child.silent_seconds > longest.get(child.state, math.inf):
+                    log.error("worker %d, process %d, hangs and is killed", child.number, child.process.pid)
+                    child.kill()
 
     async def _look(self) -> None:
         await asyncio.gather(*(child.look() for child in self.children if child.serving))

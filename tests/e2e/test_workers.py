@@ -26,6 +26,7 @@ CALLERS = 6
 
 HOUSE = '''
 import os
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -59,6 +60,10 @@ class House:
         if self_destruct.exists():
             self_destruct.unlink()
             raise StartupError(f"the house of worker {gateway.worker} is on fire")
+        stuck = Path(__file__).with_name(f"stuck-{gateway.worker}")
+        if stuck.exists():
+            stuck.unlink()
+            time.sleep(3600)
         self.worker = gateway.worker
         yield
 
@@ -343,30 +348,35 @@ QUICK = """
 import sys
 from qlens.__main__ import main
 from qlens.workers import crew
-crew.POLL_SECONDS, crew.WELL_SECONDS, crew.HUNG_SECONDS, crew.START_SECONDS = 0.2, 1.0, 5.0, 5.0
+crew.POLL_SECONDS, crew.WELL_SECONDS, crew.HUNG_SECONDS, crew.START_SECONDS = 0.2, 1.0, 5.0, 15.0
 sys.exit(main())
 """
 
 
+@contextmanager
+def impatient(folder: Path, pipeline: Mapping[str, Any] | None = None) -> Iterator[Served]:
+    """Run a gateway that soon takes a worker for hung."""
+    config = folder / "qlens.yaml"
+    config.write_text(changed(two_workers({"drain_seconds": 0}, pipeline)))
+    with started([sys.executable, "-c", QUICK, "serve", str(config)], folder, {}) as served:
+        yield served
+
+
 def test_a_worker_that_hangs_before_it_serves_is_replaced(tmp_path: Path) -> None:
-    config = tmp_path / "qlens.yaml"
-    config.write_text(changed(two_workers({"drain_seconds": 0})))
-    with started([sys.executable, "-c", QUICK, "serve", str(config)], tmp_path, {}) as served:
-        first = processes(served)[0]
-        os.kill(first, signal.SIGKILL)
-        until(lambda: processes(served).get(0, first) != first, "a successor")
-        second = processes(served)[0]
-        os.kill(second, signal.SIGSTOP)  # it takes longer than this to start
-        assert states(served) == ["starting", "ready"]
-        until(lambda: gone(second), "the end of the worker that hangs")
-        assert f"worker 0, process {second}, hangs and is killed" in served.output
+    (tmp_path / "house.py").write_text(HOUSE)
+    with impatient(tmp_path, HOUSED) as served:
+        stuck = tmp_path / "stuck-0"
+        stuck.touch()
+        os.kill(processes(served)[0], signal.SIGKILL)
+        until(lambda: not stuck.exists(), "a successor that hangs")
+        victim = processes(served)[0]
+        until(lambda: gone(victim), "the end of the worker that hangs")
+        assert f"worker 0, process {victim}, hangs and is killed" in served.output
         until(lambda: admin(served, "/readyz").status_code == 200, "a gateway that is ready again")
 
 
 def test_a_worker_that_hangs_is_not_ready_and_then_replaced(tmp_path: Path) -> None:
-    config = tmp_path / "qlens.yaml"
-    config.write_text(changed(two_workers({"drain_seconds": 0})))
-    with started([sys.executable, "-c", QUICK, "serve", str(config)], tmp_path, {}) as served:
+    with impatient(tmp_path) as served:
         victim = processes(served)[0]
         os.kill(victim, signal.SIGSTOP)
         until(lambda: admin(served, "/readyz").status_code == 503, "a gateway that is not ready")

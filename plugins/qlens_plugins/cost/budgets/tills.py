@@ -160,9 +160,7 @@ class Tills:
         """Reserve for a call; None when there is not enough. Raises StoreAway; whoever is cancelled has nothing."""
         while True:
             till = self.current(purse)
-            if not need.excess and need.likely <= till.room and self.now() < till.until:
-                till.room -= need.likely
-                till.held += need.likely
+            if self._in_advance(till, need):
                 return till
             waiter = Waiter(need, asyncio.get_running_loop().create_future())
             till.waiting.append(waiter)
@@ -219,7 +217,7 @@ class Tills:
 
     async def _decide(self, till: Till) -> None:
         try:
-            while self._unserved(till):
+            while self._still_waiting(till):
                 together, till.waiting = till.waiting[:_TOGETHER], till.waiting[_TOGETHER:]
                 needs = [waiter.need for waiter in together]
                 # Twice as much as last time where calls come often; what was not used is back within a moment.
@@ -239,22 +237,27 @@ class Tills:
         finally:
             till.busy = False
 
-    def _unserved(self, till: Till) -> bool:
-        """Let those who wait have what is held in advance by now; whether the store must be asked for some.
+    def _in_advance(self, till: Till, need: Need) -> bool:
+        """Reserve of what is held in advance; False when the store must be asked."""
+        if need.excess or need.likely > till.room or till.given_up or self.now() >= till.until:
+            return False
+        till.room -= need.likely
+        till.held += need.likely
+        return True
+
+    def _still_waiting(self, till: Till) -> bool:
+        """Give those who wait, in turn, what is held in advance by now; whether somebody needs the store's word.
 
         Else each answer would be followed by another question, for the calls that came meanwhile, with all room given
         back until its answer is there: under load most calls would wait for the store.
         """
         served = 0
         for waiter in till.waiting:
-            need = waiter.need
-            if need.excess or need.likely > till.room or till.given_up or self.now() >= till.until:
-                break
-            served += 1
             if not waiter.verdict.done():  # nobody waits for what was cancelled
-                till.room -= need.likely
-                till.held += need.likely
+                if not self._in_advance(till, waiter.need):
+                    break
                 waiter.verdict.set_result(True)
+            served += 1
         del till.waiting[:served]
         return bool(till.waiting)
 
