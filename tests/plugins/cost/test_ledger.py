@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import pytest
 from attrs import evolve
 from ledgers import Place, SqlitePlace
 
-from qlens import Attempt, Caller, Cost, Receipt, StartupError, Target, Usage
+from qlens import Attempt, Caller, Cost, Receipt, StartupError, Target, Usage, background_thread
 from qlens.cli import main
 from qlens.stores.sqlite import APPLICATION
 from qlens.testing import Running, running
@@ -165,6 +165,24 @@ async def test_what_waits_is_written_when_the_gateway_stops(
     assert writer_threads() == 0
     assert {path.name for path in tmp_path.iterdir()} <= {"x.db"}
     assert not [record for record in caplog.records if record.name == "qlens.ledger"]
+
+
+async def test_no_thread_outlives_a_gateway_or_a_start_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow_to_end(work: Callable[[], object], name: str) -> threading.Thread:
+        def run() -> None:
+            work()
+            time.sleep(0.3)
+
+        return background_thread(run, name)
+
+    monkeypatch.setattr("qlens_plugins.cost.ledger.writer.background_thread", slow_to_end)
+    async with running(config()) as gateway:
+        assert await call(gateway) == 200
+        assert writer_threads() == 1
+    assert writer_threads() == 0
+    with pytest.raises(StartupError, match="does not exist"):
+        await start(config(url="sqlite:///nowhere/x.db"))
+    assert writer_threads() == 0
 
 
 async def test_a_full_batch_does_not_wait() -> None:

@@ -88,6 +88,7 @@ class Writer:
     """Places kept for calls on their way."""
     _closing: float | None = field(default=None, init=False)
     """Until when to try, in monotonic seconds, once the end has come."""
+    _thread: threading.Thread | None = field(default=None, init=False)
     _ended: Future[None] = field(factory=Future, init=False)
     _batches: int = field(default=0, init=False)
     _lost: int = field(default=0, init=False)
@@ -114,11 +115,14 @@ class Writer:
         if self._users > 1:
             return
         opened: Future[None] = Future()
-        background_thread(lambda: self._run(opened), "qlens-ledger").start()
+        self._thread = background_thread(lambda: self._run(opened), "qlens-ledger")
+        self._thread.start()
         try:
             await asyncio.wrap_future(opened)
-        except BaseException:
+        except BaseException as error:
             self._end(0)
+            if isinstance(error, Exception):  # the thread's own, which is its last but for closing what it opened
+                self._thread.join(GRACE_SECONDS)
             raise
 
     async def close(self, seconds: float) -> None:
@@ -128,6 +132,8 @@ class Writer:
             return
         self._end(seconds)
         done, _ = await asyncio.wait({asyncio.wrap_future(self._ended)}, timeout=seconds + GRACE_SECONDS)
+        if done and self._thread is not None:  # it has nothing left to do but to return
+            self._thread.join(GRACE_SECONDS)
         reason = self.problem or self.journal.problem or "the writer did not finish"
         if self.waiting:
             log.error(
