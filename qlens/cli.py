@@ -19,7 +19,7 @@ from qlens.advice import warnings
 from qlens.call import Caller, Target
 from qlens.config import Draft, draft, text_of
 from qlens.crashes import Lines, guard_loop, guard_output
-from qlens.errors import CallError, StartupError
+from qlens.errors import CallError, Fault, StartupError
 from qlens.gateway import Gateway
 from qlens.money import usd
 from qlens.operations import OPERATIONS, Operation
@@ -205,6 +205,7 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
 def _check(args: argparse.Namespace) -> int:
     registration = register(drafted(args.config, check_env=not args.no_env))
     asyncio.run(_check_paths(registration))
+    _commands(registration, None)
     for warning in warnings(registration):
         print(f"warning: {args.config}: {warning}", file=sys.stderr)
     print(f"{args.config}: good: {len(registration.instances)} plugins, {len(registration.models)} models")
@@ -400,7 +401,9 @@ def _commands(registration: Registration, chosen: str | None) -> dict[str, list[
             given = [(command.name, command) for command in hook.fn()]
         for name, command in given:
             if name in _CORE:
-                raise StartupError(f"the command {command.name!r} belongs to both qlens and {hook.instance}")
+                entry = next(each.entry for each in registration.instances if each.key == hook.instance)
+                message = f"{entry.plugin}: the command {name!r} is qlens' own: give it another name"
+                raise StartupError([Fault(entry.path, message)])
             commands.setdefault(name, []).append((hook.instance, command))
     if chosen is not None and not commands:
         raise StartupError(f"--plugin: no plugin called {chosen!r} has a command in this configuration")

@@ -84,9 +84,14 @@ def test_pitfall_17_every_configuration_that_ships_lets_a_model_think_for_90_sec
 
 @pytest.mark.parametrize("block", _blocks("yaml"))
 def test_every_yaml_block_of_a_readme_is_a_configuration_that_loads(block: str, tmp_path: Path) -> None:
-    for match in re.finditer(r'plugin: "(\w+):(\w+)"', block):
-        (tmp_path / f"{match[1]}.py").write_text(f"class {match[2]}:\n    def __init__(self, config, name): ...\n")
-    assert register(draft(block, folder=tmp_path, env={}, check_env=False)).instances
+    modules = re.findall(r'plugin: "(\w+):(\w+)"', block)
+    for module, name in modules:
+        (tmp_path / f"{module}.py").write_text(f"class {name}:\n    def __init__(self, config, name): ...\n")
+    try:
+        assert register(draft(block, folder=tmp_path, env={}, check_env=False)).instances
+    finally:
+        for module, _ in modules:
+            sys.modules.pop(module, None)
 
 
 @pytest.mark.parametrize("block", _blocks("python"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,12 @@ class Run(Base):
         fail()
 
 
+class Serve(Base):
+    @hookimpl
+    def commands(self):
+        return [Command("serve", "Serve.", lambda parser: None, None)]
+
+
 class Code(Run):
     async def build(self, gateway, args):
         sys.exit(7)
@@ -103,11 +110,11 @@ SAID = "TypeError: no such window (house.py, line 10)"
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delitem(sys.modules, "house", raising=False)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "house.py").write_text(HOUSE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    sys.modules.pop("house", None)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +126,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("Exits", "check", "failed in endpoints: SystemExit: a library gives up (house.py, line 32)"),
         ("Explain", "explain", f"failed in explain: {SAID}"),
         ("Commands", "build", f"failed in commands: {SAID}"),
+        ("Commands", "check", f"failed in commands: {SAID}"),
         ("NoCommands", "build", "failed in commands: AttributeError: 'str' object has no attribute 'name'"),
         ("Arguments", "build", f"failed in the arguments of the command build: {SAID}"),
         ("Run", "build", f"failed in the command build: {SAID}"),
@@ -135,6 +143,17 @@ def test_a_plugin_that_fails_at_the_command_line_is_a_fault_at_its_place(
     said = capsys.readouterr().err
     assert said.startswith(f"qlens: {file}:5 pipeline.rate_limit[0]: house:{kind} {says}")
     assert len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["check"], ["build", "-c"]])
+def test_a_command_with_a_name_of_the_core_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    file = folder / "qlens.yaml"
+    file.write_text(FILE.replace("CLASS", "Serve"))
+    assert main([*words, str(file)]) == 2
+    said = "house:Serve: the command 'serve' is qlens' own: give it another name"
+    assert capsys.readouterr().err == f"qlens: {file}:5 pipeline.rate_limit[0]: {said}\n"
 
 
 def test_a_command_may_end_with_a_code_of_its_own(folder: Path) -> None:
