@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from qlens.events import Event
     from qlens.exchange import post_openai, send_request
     from qlens.exchange_messages import post_messages
+    from qlens.followed_files import FileState, file_state, is_being_written
     from qlens.forms import File
     from qlens.gateway import Gateway
     from qlens.hookspecs import hookimpl
@@ -106,6 +107,7 @@ _HOMES = {
     "qlens.events": "Event",
     "qlens.exchange": "post_openai send_request",
     "qlens.exchange_messages": "post_messages",
+    "qlens.followed_files": "FileState file_state is_being_written",
     "qlens.forms": "File",
     "qlens.gateway": "Gateway",
     "qlens.hookspecs": "hookimpl",
@@ -156,6 +158,7 @@ __all__ = [
     "Event",
     "Fault",
     "File",
+    "FileState",
     "Forbidden",
     "Frame",
     "Gateway",
@@ -212,10 +215,12 @@ __all__ = [
     "error_from",
     "extra_headers",
     "file_identity",
+    "file_state",
     "fits",
     "header_value",
     "hookimpl",
     "http_url",
+    "is_being_written",
     "is_postgres",
     "is_unsent",
     "json_of",

@@ -252,6 +252,25 @@ async def test_keys_come_and_go_without_a_restart() -> None:
         assert await status(gateway, KEY) == 401
 
 
+async def test_a_file_that_is_being_written_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.followed_files.STILL_SECONDS", 1)
+    before = keys(row(), row(OTHER, "two"))
+    async with running(config(), files={"keys.yaml": before}) as gateway:
+        third = "sk-example-thirdthirdthirdthirdthirdthird"
+        with (gateway.folder / "keys.yaml").open("w") as file:
+            for line in [*before.splitlines(keepends=True), row(third, "three")]:
+                await asyncio.sleep(0.1)
+                assert (await status(gateway, KEY), await status(gateway, OTHER)) == (200, 200)
+                file.write(line)
+                file.flush()
+
+        async def changed() -> bool:
+            assert (await status(gateway, KEY), await status(gateway, OTHER)) == (200, 200)
+            return await status(gateway, third) == 200
+
+        await eventually(changed)
+
+
 @pytest.mark.parametrize("unforeseen", [False, True])
 async def test_a_bad_new_file_keeps_the_old_keys_and_is_told_once(
     unforeseen: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -469,6 +469,24 @@ async def test_a_changed_file_is_read_again_and_a_faulty_one_is_not_taken() -> N
         assert plugin.health().ok
 
 
+async def test_a_file_that_is_being_written_prices_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlens.followed_files.STILL_SECONDS", 1)
+    lines = ["table:\n", f"- {MINI}\n", "- {model: unknown, input: 1, output: 1, date: DAY}\n"]
+    first = "".join(lines).replace("DAY", "one")
+    async with running(ECHO % "file: prices.yaml, reload_seconds: 0.02", files={"prices.yaml": first}) as gateway:
+        plugin = gateway.plugin("cost", "prices")
+        with (gateway.folder / "prices.yaml").open("w") as file:
+            for line in lines:
+                await asyncio.sleep(0.1)
+                assert row_used(plugin, "unknown") == "*/unknown@one"
+                file.write(line.replace("DAY", "two"))
+                file.flush()
+        async with asyncio.timeout(10):
+            while (used := row_used(plugin, "unknown")) != "*/unknown@two":
+                assert used == "*/unknown@one"
+                await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("files", [{}, {"prices.yaml": "table: [{model: m, input: x}]"}, {"prices.yaml": "- 1"}])
 async def test_a_faulty_file_stops_the_start_and_is_named(files: dict[str, str]) -> None:
     with pytest.raises(StartupError, match=r"prices\.yaml"):

@@ -113,7 +113,7 @@ def _create(path: Path, args: argparse.Namespace, now: datetime, noted: Noted) -
 
 
 def _list(path: Path, args: argparse.Namespace, now: datetime, _noted: Noted) -> int:
-    keys = read(path)[0] if path.exists() else ()
+    keys = read(path) if path.exists() else ()
     rows = [_row(key, now) for key in keys]
     if args.json:
         sys.stdout.write(json.dumps(rows, indent=2, ensure_ascii=False) + "\n")

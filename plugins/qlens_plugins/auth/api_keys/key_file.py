@@ -23,7 +23,6 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HEAD = "# Keys by their hashes. Change it with `qlens keys`, or by hand: a running gateway sees it by itself.\nkeys:\n"
 
-Signature = tuple[int, int, int]
 """What tells one state of a file from another: modification time, size, inode."""
 
 
@@ -69,10 +68,9 @@ def _plain(value: object) -> object:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def read(path: Path) -> tuple[tuple[Key, ...], Signature]:
-    """The keys of a file, and the state it was in; StartupError lists all faults, OSError passes."""
+def read(path: Path) -> tuple[Key, ...]:
+    """The keys of a file; StartupError lists all faults, OSError passes."""
     with path.open("rb") as file:
-        status = os.fstat(file.fileno())
         raw = file.read(_MAX_BYTES + 1)
     if len(raw) > _MAX_BYTES:
         raise StartupError([Fault(str(path), f"is larger than {_MAX_BYTES} bytes; is this the file of keys?")])
@@ -80,16 +78,11 @@ def read(path: Path) -> tuple[tuple[Key, ...], Signature]:
         text = raw.decode()
     except UnicodeDecodeError:
         raise _no_text(path) from None
-    return parse(text, str(path)), signature(status)
+    return parse(text, str(path))
 
 
 def _no_text(path: Path) -> StartupError:
     return StartupError([Fault(str(path), "is not UTF-8 text; is this the file of keys?")])
-
-
-def signature(status: os.stat_result) -> Signature:
-    """What changes when the file does."""
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def parse(text: str, source: str) -> tuple[Key, ...]:

@@ -11,10 +11,22 @@ from pathlib import Path
 from attrs import define, field, frozen
 from attrs.validators import ge
 
-from qlens import Call, Caller, Command, Fault, Gateway, Health, StartupError, hookimpl
+from qlens import (
+    Call,
+    Caller,
+    Command,
+    Fault,
+    FileState,
+    Gateway,
+    Health,
+    StartupError,
+    file_state,
+    hookimpl,
+    is_being_written,
+)
 from qlens_plugins.auth.api_keys.commands import keys_command
 from qlens_plugins.auth.api_keys.demo import demo_key, introduction
-from qlens_plugins.auth.api_keys.key_file import Key, Signature, hash_text, read, signature
+from qlens_plugins.auth.api_keys.key_file import Key, hash_text, read
 from qlens_plugins.auth.credentials import STORED, digest, is_jwt, masked, refused
 
 log = logging.getLogger(__name__)
@@ -45,7 +57,7 @@ class ApiKeys:
     _gateway: Gateway = field(init=False, repr=False)
     _keys: Mapping[bytes, tuple[Key, Caller]] = field(factory=dict, init=False, repr=False)
     """By hash, with the caller that each key stands for."""
-    _seen: Signature | None = field(default=None, init=False, repr=False)
+    _seen: FileState | None = field(default=None, init=False, repr=False)
     """The state of the file that was read last, good or bad; None when it could not be read."""
     _loaded: bool = field(default=False, init=False, repr=False)
     _trouble: str = field(default="", init=False, repr=False)
@@ -144,8 +156,8 @@ class ApiKeys:
 
     def _load(self) -> None:
         """Take the file's keys; raises StartupError or OSError and keeps what is known."""
-        keys, self._seen = read(self.config.file)
-        self._keys = self._table(keys)
+        self._seen = file_state(self.config.file)
+        self._keys = self._table(read(self.config.file))
         self._loaded = True
 
     def _table(self, keys: Iterable[Key]) -> Mapping[bytes, tuple[Key, Caller]]:
@@ -171,11 +183,10 @@ class ApiKeys:
 
     def _follow(self) -> None:
         """Read the file again if it changed. A bad one is refused once, and the keys stay as they are."""
+        now = file_state(self.config.file)
+        if now == self._seen or is_being_written(self.config.file, now):
+            return
         try:
-            now = signature(self.config.file.stat())
-            if now == self._seen:
-                return
-            self._seen = now
             self._load()
         except StartupError as error:
             self._complain(str(error.faults[0]))

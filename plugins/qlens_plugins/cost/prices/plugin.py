@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -23,7 +22,9 @@ from qlens import (
     StartupError,
     Target,
     Usage,
+    file_state,
     hookimpl,
+    is_being_written,
     read_yaml,
     usd,
 )
@@ -35,12 +36,9 @@ from qlens_plugins.cost.prices.rows import PriceRow, no_duplicates
 if TYPE_CHECKING:
     from attrs import Attribute
 
-    from qlens import Gateway
+    from qlens import FileState, Gateway
 
 log = logging.getLogger("qlens.prices")
-
-Seen = tuple[int, int, int] | None
-"""What tells one state of a file from the next: inode, size, time of change; None: it is not there."""
 
 
 def _unique(config: object, attribute: Attribute[Any], rows: tuple[PriceRow, ...]) -> None:
@@ -81,7 +79,7 @@ class Prices:
     name: str
     _book: Book | None = field(default=None, init=False)
     _catalogue: Catalogue | None = field(default=None, init=False)
-    _seen: Seen = field(default=None, init=False)
+    _seen: FileState | None = field(default=None, init=False)
     _problem: str | None = field(default=None, init=False)
     """Why the file's newest state is not in use."""
     _gateway: Gateway | None = field(default=None, init=False)
@@ -110,7 +108,7 @@ class Prices:
         """Take the rows from file and configuration; raises StartupError when the file is faulty."""
         rows: tuple[PriceRow, ...] = ()
         if self.config.file is not None:
-            self._seen = _state(self.config.file)
+            self._seen = file_state(self.config.file)
             rows = read_yaml(self.config.file, PriceFile).table
         if self.config.catalogue_file is not None and self.config.catalogue:
             self._listed()
@@ -168,7 +166,8 @@ class Prices:
 
     def _refresh(self, file: Path) -> None:
         """Read the file again if it changed; a faulty one leaves the table as it is."""
-        if _state(file) == self._seen:
+        now = file_state(file)
+        if now == self._seen or is_being_written(file, now):
             return
         try:
             self._read()
@@ -266,11 +265,3 @@ class StrictPrices(Prices):
 def _has_passed(call: Call, usage: Usage) -> bool:
     """Whether a model has answered a call that passes through: what says nothing of usage is of no model."""
     return call.operation.name == "passthrough" and usage.source != "none"
-
-
-def _state(file: Path) -> Seen:
-    try:
-        found = os.stat(file)
-    except OSError:
-        return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
