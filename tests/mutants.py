@@ -1430,6 +1430,20 @@ MUTANTS = (
         ("tests/plugins/cost/test_ledger_batches.py::test_a_batch_whose_receipt_was_forgotten_is_not_counted_again",),
     ),
     Mutant(
+        "half of a table of prices is taken while it is written",
+        "plugins/qlens_plugins/cost/prices/plugin.py",
+        "if now == self._seen or is_being_written(file, now):\n",
+        "if now == self._seen:\n",
+        ("tests/plugins/cost/test_prices.py::test_a_file_that_is_being_written_prices_nothing",),
+    ),
+    Mutant(
+        "a ledger is closed before its thread has returned",
+        "plugins/qlens_plugins/cost/ledger/writer.py",
+        "        if done and self._thread is not None:",
+        "        if False:",
+        ("tests/plugins/cost/test_ledger.py::test_no_thread_outlives_a_gateway_or_a_start_that_fails",),
+    ),
+    Mutant(
         "names without data and blank lines hide what is said from a budget",
         "qlens/metering.py",
         'return min(sse.count(block), block.count(b"data:")), len(block)',
