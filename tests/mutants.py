@@ -1430,6 +1430,15 @@ MUTANTS = (
         ("tests/plugins/cost/test_ledger_batches.py::test_a_batch_whose_receipt_was_forgotten_is_not_counted_again",),
     ),
     Mutant(
+        "what a Redis that others have begun anew was not told is missing where budgets are shown",
+        "plugins/qlens_plugins/cost/budgets/script.py",
+        "if epoch ~= ARGV[1] and ARGV[1] ~= '-' then return {'epoch', epoch} end\n",
+        "",
+        (
+            "tests/plugins/cost/test_budgets_aliases.py::test_a_redis_that_another_gateway_has_begun_anew_is_told_all_before_it_is_asked",
+        ),
+    ),
+    Mutant(
         "half of a table of prices is taken while it is written",
         "plugins/qlens_plugins/cost/prices/plugin.py",
         "if now == self._seen or is_being_written(file, now):\n",

@@ -336,6 +336,29 @@ async def test_what_is_spent_is_to_the_picodollar_the_same_once_redis_has_been_e
         assert await calls_in(gateway) == {name: 2 * calls for name, calls in BUDGETS.items()}
 
 
+@pytest.mark.parametrize("more", [0, 1])
+async def test_a_redis_that_another_gateway_has_begun_anew_is_told_all_before_it_is_asked(
+    server: RedisServer, more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether or not there is something it was not told before, which is when the gateway finds that out."""
+    monkeypatch.setattr("qlens_plugins.cost.budgets.tills.TICK_SECONDS", 3600)
+    slow = {**WILDCARDS, "apart": WILDCARDS["apart"].replace("other", "other, params: {first_byte_ms: 300}")}
+    text = config(COUNTED, models=slow, **in_redis(server, tmp_path))
+    # The ledger goes by when calls began: one that ends behind the loss would be counted twice, rather than never.
+    async with serving(text.replace("flush_seconds: 0.01", "flush_seconds: 600")) as gateway:
+        assert await statuses(gateway, *ASKED) == [200] * 6
+        await gateway.settled(6)
+        running = [asyncio.create_task(call(gateway, "apart")) for _ in range(more)]
+        await asyncio.sleep(0.1)
+        assert await calls_in(gateway) == BUDGETS
+        await server.command("FLUSHALL")
+        async with kept_in_redis(server):
+            await asyncio.gather(*running)
+            await gateway.settled(6 + more)
+            counted = {name for name in BUDGETS if name[1] == "apart" or name[0].startswith(("project", "key day"))}
+            assert await calls_in(gateway) == {name: n + (name in counted) * more for name, n in BUDGETS.items()}
+
+
 async def test_gateways_that_name_a_model_in_another_order_take_its_past_once(
     server: RedisServer, tmp_path: Path
 ) -> None:

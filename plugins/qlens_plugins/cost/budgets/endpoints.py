@@ -124,8 +124,7 @@ class BudgetApi:
             # What this process holds in advance is no reservation of anybody's.
             for till in list(tills.dirty):
                 till.want = 0
-            await tills.rested()
-            await tills.flush()
+            await tills.tell_all()
             ids = [None] if id_ is None else self._with_beside(id_)
             states = [each for one in ids for each in await tills.through(partial(tills.store.states, self._now, one))]
             return by_model(states, plugin.lines, plugin.gateway)

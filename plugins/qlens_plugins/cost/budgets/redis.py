@@ -115,7 +115,7 @@ class RedisBudgets:
         found: dict[str, State] = {}
         cursor = "0"
         while True:
-            _, after, *rows = await self._run(script.LIST, [cursor, _PAGE, account or ""])
+            _, after, *rows = await self._run(script.LIST, [self.epoch, cursor, _PAGE, account or ""])
             found |= {state.account.id: state for state in (_state(row, now) for row in rows)}
             cursor = after.decode()
             if cursor == "0":

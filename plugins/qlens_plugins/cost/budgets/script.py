@@ -356,11 +356,12 @@ LIST = Script(
     "budgets list",
     _COMMON
     + """\
--- ARGV: where to go on, how many, perhaps one account.
+-- ARGV: epoch, or - of whoever has spent nothing; where to go on, how many, perhaps one account.
 if not epoch then return {'lost'} end
-local cursor, ids = '0', {ARGV[3]}
-if ARGV[3] == '' then
-  local found = redis.call('HSCAN', KEYS[4], ARGV[1], 'COUNT', ARGV[2])
+if epoch ~= ARGV[1] and ARGV[1] ~= '-' then return {'epoch', epoch} end
+local cursor, ids = '0', {ARGV[4]}
+if ARGV[4] == '' then
+  local found = redis.call('HSCAN', KEYS[4], ARGV[2], 'COUNT', ARGV[3])
   cursor, ids = found[1], {}
   for i = 1, #found[2], 2 do ids[#ids + 1] = found[2][i] end
 end

@@ -431,13 +431,19 @@ class Tills:
             return await ask()
         except StoreAnew as anew:
             self._say_again(anew)
-            await self.flush()
+            await self.tell_all()
             return await ask()
 
-    async def rested(self) -> None:
-        """Wait, for a moment at most, until no answer of the store is awaited: such tills are not flushed."""
-        for _ in range(20):
-            if not any(till.busy for till in self.dirty):
+    async def tell_all(self) -> None:
+        """Tell the store what is known by now, also of tills that await its answer: for these it waits a second."""
+        left, epoch = set(self.dirty), self.epoch
+        for _ in range(200):
+            idle = {till for till in left if not till.busy}
+            await self.flush(idle)
+            left -= idle
+            if epoch != self.epoch:  # it has begun anew, and only these were said again
+                left, epoch = set(self.dirty), self.epoch
+            if not left:
                 return
             await asyncio.sleep(0.005)
 
