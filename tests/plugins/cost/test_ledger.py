@@ -356,8 +356,10 @@ async def test_what_could_not_be_written_to_the_end_is_said_and_written_by_the_n
     waiting, lost = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     assert "2 receipts could not be written within 0 s: database is locked; the next start writes" in waiting
     assert "0 receipts and 1 refused calls are lost: database is locked" in lost
-    async with running(text):
+    async with running(text) as gateway:
         assert len(await written(path, 2)) == 2
+        journal = gateway.plugin("cost", "ledger").writer.journal
+        await until(lambda: not journal.left_behind and not journal.has_news)  # all who listen were told
     assert not (tmp_path / "x.db.spool").exists()
 
 
@@ -648,6 +650,11 @@ def test_sigterm_loses_nothing(tmp_path: Path) -> None:
     assert len(read(tmp_path / "ledger.db")) == 7
 
 
+def kept(spool: Path) -> list[str]:
+    """The files of a spool that have records."""
+    return [name for _, _, names in os.walk(spool) for name in names if name != "lock"]
+
+
 def test_kill_9_loses_nothing(tmp_path: Path) -> None:
     text = config("flush_seconds: 600, batch_size: 1000")
     for n in range(2):
@@ -656,9 +663,12 @@ def test_kill_9_loses_nothing(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
         assert len(read(tmp_path / "ledger.db")) <= 7 * n
+        assert kept(tmp_path / "ledger.db.spool")
     with serving(tmp_path, config("flush_seconds: 0.01")) as (process, url):
         deadline = time.monotonic() + 60
-        while len(read(tmp_path / "ledger.db")) < 14 and time.monotonic() < deadline:
+        # A receipt that a dead process left is kept until all who listen were told of it.
+        while len(read(tmp_path / "ledger.db")) < 14 or kept(tmp_path / "ledger.db.spool"):
+            assert time.monotonic() < deadline
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
