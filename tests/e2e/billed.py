@@ -134,7 +134,7 @@ async def call(session: aiohttp.ClientSession, url: str) -> tuple[int, str]:
 
 
 async def until_ready(session: aiohttp.ClientSession, url: str) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             try:
                 async with session.get(f"{url}/readyz") as answer:

@@ -63,6 +63,7 @@ async def test_a_gateway_killed_with_500_calls_in_flight_forgets_none_and_counts
         with gateway(tmp_path, text) as (process, url):
             await until(lambda: count(place) >= 700)
             assert (await ask(session, url))[0] == 200
+            await asyncio.sleep(1)  # until all who listen are told, the spool is kept
             await stopped(process)
         is_the_bill(place, one.bill, interrupted=500)
         assert not (tmp_path / "spool").exists()

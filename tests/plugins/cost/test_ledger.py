@@ -651,7 +651,7 @@ def test_sigterm_loses_nothing(tmp_path: Path) -> None:
 
 
 def kept(spool: Path) -> list[str]:
-    """The files of a spool that have records."""
+    """The files of a spool that have records; of its own process, that had some."""
     return [name for _, _, names in os.walk(spool) for name in names if name != "lock"]
 
 
