@@ -61,6 +61,7 @@ async def test_a_gateway_killed_with_500_calls_in_flight_forgets_none_and_counts
             await until_ready(session, url)
             kill(process)
         with gateway(tmp_path, text) as (process, url):
+            await until_ready(session, url)
             await until(lambda: count(place) >= 700)
             assert (await ask(session, url))[0] == 200
             await asyncio.sleep(1)  # until all who listen are told, the spool is kept
