@@ -205,7 +205,7 @@ async def _reloading(gateway: Gateway, path: Path, asked: asyncio.Event) -> None
 def _check(args: argparse.Namespace) -> int:
     registration = register(drafted(args.config, check_env=not args.no_env))
     asyncio.run(_check_paths(registration))
-    _commands(registration, None)
+    _commands(registration, None)  # raises where one fails, or is called like one of the core's
     for warning in warnings(registration):
         print(f"warning: {args.config}: {warning}", file=sys.stderr)
     print(f"{args.config}: good: {len(registration.instances)} plugins, {len(registration.models)} models")

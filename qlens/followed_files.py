@@ -10,10 +10,11 @@ STILL_SECONDS = 0.1
 """How long nobody writes to a file that is whole."""
 
 FileState = tuple[int, int, int]
+"""What tells one state of a file from another: inode, size in bytes, time of the last change in nanoseconds."""
 
 
 def file_state(path: Path) -> FileState | None:
-    """What changes when a file does; None when it is not there, or nobody may ask."""
+    """The state that a file is in; None when it is not there, or nobody may ask."""
     try:
         found = os.stat(path)
     except OSError:

@@ -23,8 +23,6 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _HEAD = "# Keys by their hashes. Change it with `qlens keys`, or by hand: a running gateway sees it by itself.\nkeys:\n"
 
-"""What tells one state of a file from another: modification time, size, inode."""
-
 
 @frozen
 class Key:
